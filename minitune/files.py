@@ -1,0 +1,47 @@
+"""Writing files so that a reader never meets half of one, and a kill never leaves one."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from minitune.errors import UserError
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Temporary file, fsync, rename: `path` holds the old content or all of the new."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def write_json(path: Path, value: dict) -> None:
+    """`value` as readable JSON, atomically."""
+    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object, or a UserError that names the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} does not hold a JSON object")
+    return value
+
+
+def publish_directory(partial: Path, final: Path) -> None:
+    """Give a directory that is complete its final name; if another process was first, keep that one."""
+    for file in partial.iterdir():
+        with open(file, "rb") as handle:
+            os.fsync(handle.fileno())
+    try:
+        os.rename(partial, final)
+    except OSError:
+        if not final.is_dir():
+            raise
+        shutil.rmtree(partial)

@@ -1,0 +1,223 @@
+"""BERT (Devlin et al. 2019), every line of it, over packed batches.
+
+The architecture is BERT to the letter: post-LayerNorm, learned positions, token types, exact GELU, a
+masked-LM decoder tied to the word embeddings. What differs from most code is how it is run: a batch
+is its T tokens laid end to end (see attention.py), so nothing here knows about padding, and the
+masked-LM head is computed at the masked positions only.
+
+Shapes: T tokens in the batch, B sequences, C = hidden_size, H heads, D = C / H, V = vocab_size.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minitune.attention import attention
+
+
+@dataclass
+class BertConfig:
+    """The fields of a BERT `config.json` that shape the computation, under the names used there."""
+
+    vocab_size: int = 8192
+    hidden_size: int = 256
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4  # heads of 64, the size that attention kernels like best
+    intermediate_size: int = 1024  # 4 × hidden, as in every BERT
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    layer_norm_eps: float = 1e-12
+    hidden_dropout_prob: float = 0.0  # a short run never sees a text often enough to overfit it
+    initializer_range: float = 0.02
+    pad_token_id: int = 0
+    # Names of the labels in the order of the classifier's outputs; empty where there is none.
+    id2label: dict[int, str] = field(default_factory=dict)
+
+
+PRESETS = {
+    "tiny": BertConfig(),
+    "small": BertConfig(
+        hidden_size=384, num_hidden_layers=6, num_attention_heads=6, intermediate_size=1536
+    ),
+    "base": BertConfig(
+        hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072
+    ),
+}
+
+
+@dataclass
+class PackedBatch:
+    """Sequences laid end to end, and where each of them ends."""
+
+    tokens: Tensor  # (T,) int64
+    cu_seqlens: Tensor  # (B+1,) int32, cumulative lengths, starting with 0
+    max_seqlen: int
+
+    @classmethod
+    def from_sequences(cls, sequences: list[Tensor]) -> "PackedBatch":
+        """Pack 1-D tensors of token ids."""
+        lengths = torch.tensor([0] + [len(s) for s in sequences], dtype=torch.int32)
+        tokens = torch.cat(sequences).long()
+        return cls(tokens, lengths.cumsum(0, dtype=torch.int32), int(lengths.max()))
+
+    def to(self, device: torch.device) -> "PackedBatch":
+        """The same batch on another device."""
+        move = {"device": device, "non_blocking": True}
+        return PackedBatch(self.tokens.to(**move), self.cu_seqlens.to(**move), self.max_seqlen)
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm in float32, whatever autocast is doing around it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x.float(), self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+class Embeddings(nn.Module):
+    """Word + position + token type, then LayerNorm."""
+
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.word = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_type = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        lengths = batch.cu_seqlens.diff()
+        offsets = batch.cu_seqlens[:-1].repeat_interleave(lengths, output_size=batch.tokens.numel())
+        positions = torch.arange(batch.tokens.numel(), device=offsets.device) - offsets
+        # minitune reads single texts, so every token is of type 0.
+        x = self.word(batch.tokens) + self.position(positions) + self.token_type.weight[0]
+        return self.dropout(self.norm(x))  # (T, C)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention and its output projection."""
+
+    def __init__(self, config: BertConfig, backend: str):
+        super().__init__()
+        self.heads, self.backend = config.num_attention_heads, backend
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)  # three products in one
+        self.out = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor, batch: PackedBatch) -> Tensor:
+        T, C = x.shape
+        q, k, v = self.qkv(x).view(T, 3, self.heads, C // self.heads).unbind(1)  # each (T, H, D)
+        y = attention(q, k, v, batch.cu_seqlens, batch.max_seqlen, self.backend)
+        return self.out(y.reshape(T, C))
+
+
+class FeedForward(nn.Module):
+    """Two linear maps with a GELU between, applied to every token by itself."""
+
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.up = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x)))
+
+
+class Layer(nn.Module):
+    """One transformer block. Post-LayerNorm: normalise after each residual sum."""
+
+    def __init__(self, config: BertConfig, backend: str):
+        super().__init__()
+        self.attention = SelfAttention(config, backend)
+        self.attention_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.feed_forward = FeedForward(config)
+        self.feed_forward_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, x: Tensor, batch: PackedBatch) -> Tensor:
+        x = self.attention_norm(x + self.dropout(self.attention(x, batch)))
+        return self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
+
+
+class Bert(nn.Module):
+    """Embeddings and a stack of layers: a packed batch in, one vector a token out."""
+
+    def __init__(self, config: BertConfig, attention_backend: str = "auto"):
+        super().__init__()
+        self.config = config
+        self.embeddings = Embeddings(config)
+        self.layers = nn.ModuleList(
+            Layer(config, attention_backend) for _ in range(config.num_hidden_layers)
+        )
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        x = self.embeddings(batch)
+        for layer in self.layers:
+            x = layer(x, batch)
+        return x  # (T, C)
+
+
+class Pooler(nn.Module):
+    """BERT's summary of a sequence: a tanh layer over the hidden state of its [CLS] token."""
+
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
+        return torch.tanh(self.dense(hidden[batch.cu_seqlens[:-1]]))  # (B, C)
+
+
+class MaskedLMHead(nn.Module):
+    """Scores every word of the vocabulary. The decoder's matrix is the word embedding itself."""
+
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, hidden: Tensor, word_embeddings: Tensor) -> Tensor:
+        return F.linear(self.norm(F.gelu(self.dense(hidden))), word_embeddings, self.bias)
+
+
+class BertForMaskedLM(nn.Module):
+    """BERT with the head that pretraining uses."""
+
+    def __init__(self, config: BertConfig, attention_backend: str = "auto"):
+        super().__init__()
+        self.config = config
+        self.bert = Bert(config, attention_backend)
+        self.head = MaskedLMHead(config)
+        self.apply(lambda module: initialize(module, config))
+        initialize_positions(self.bert.embeddings.position.weight)
+
+    def forward(self, batch: PackedBatch, positions: Tensor) -> Tensor:
+        """Logits (M, V) at the M given positions, indices into the packed tokens.
+
+        Only those: over all T positions the product with the vocabulary would cost more than the
+        whole of a small encoder.
+        """
+        return self.head(self.bert(batch)[positions], self.bert.embeddings.word.weight)
+
+
+def initialize(module: nn.Module, config: BertConfig) -> None:
+    """BERT's initial weights: normal with a small spread, zero biases."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=config.initializer_range)
+    if isinstance(module, nn.Linear):
+        nn.init.zeros_(module.bias)
+
+
+@torch.no_grad()
+def initialize_positions(weight: Tensor, scale: float = 0.02) -> None:
+    """Start the learned positions at sinusoids (Vaswani et al. 2017, section 3.5), scaled down.
+
+    From random vectors a model must first learn which positions are neighbours, and until it has,
+    attention can do no better than a bag of words: the plateau of a from-scratch BERT.
+    """
+    n, C = weight.shape
+    angles = torch.arange(n)[:, None] * torch.exp(torch.arange(0, C, 2) * (-math.log(10000.0) / C))
+    weight[:, 0::2] = scale * angles.sin()
+    weight[:, 1::2] = scale * angles.cos()

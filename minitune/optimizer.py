@@ -1,0 +1,84 @@
+"""Muon for the hidden matrices, AdamW for everything else.
+
+AdamW alone keeps a small BERT on the unigram plateau for a long time. Muon (Jordan et al. 2024)
+replaces the momentum of a matrix by the nearest orthogonal one, so that every direction moves, the
+rare ones too, and the plateau is left in minutes. Embeddings, biases and LayerNorms are no maps
+from vectors to vectors, and stay with AdamW (Loshchilov & Hutter 2019).
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+class Optimizer:
+    """Several torch optimizers stepped as one, with learning rates that follow one schedule."""
+
+    def __init__(self, model: nn.Module, name: str, lr: float, adamw_lr: float, weight_decay: float):
+        """`name` is "muon" or "adamw"; `lr` is that optimizer's, `adamw_lr` that of Muon's partner."""
+        self.arguments = (name, lr, adamw_lr, weight_decay)
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        hidden = [p for name, p in named if p.ndim == 2 and ".layers." in name]
+        self.parts = []
+        if name == "muon":
+            self.parts.append(torch.optim.Muon(hidden, lr=lr, weight_decay=weight_decay))
+        else:
+            hidden, adamw_lr = [], lr
+        taken = {id(p) for p in hidden}
+        rest = [p for _, p in named if id(p) not in taken]
+        # Decay pulls matrices towards zero; a bias or a LayerNorm gain has no reason to be small.
+        groups = [
+            {"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        self.parts.append(torch.optim.AdamW(groups, lr=adamw_lr, betas=(0.9, 0.98), fused=True))
+        self.names = {id(p): name for name, p in named}
+        for group in self._groups():
+            group["peak_lr"] = group["lr"]
+
+    def for_copy(self, model: nn.Module) -> "Optimizer":
+        """A fresh optimizer with the same options, for a copy of the model."""
+        return Optimizer(model, *self.arguments)
+
+    def _groups(self) -> list[dict]:
+        return [group for part in self.parts for group in part.param_groups]
+
+    def set_rate(self, factor: float) -> None:
+        """Use this fraction of every peak learning rate."""
+        for group in self._groups():
+            group["lr"] = group["peak_lr"] * factor
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for part in self.parts:
+            part.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, Tensor]:
+        """All state as named tensors, "parameter/key"."""
+        return {
+            f"{self.names[id(p)]}/{key}": value
+            for part in self.parts
+            for p, state in part.state.items()
+            for key, value in state.items()
+        }
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what `state` returned."""
+        for part in self.parts:
+            for group in part.param_groups:
+                for p in group["params"]:
+                    prefix = self.names[id(p)] + "/"
+                    part.state[p] = {
+                        name.removeprefix(prefix): value.to(p.device)
+                        for name, value in tensors.items()
+                        if name.startswith(prefix)
+                    }
+
+
+def one_cycle(step: int, steps: int, warmup: float = 0.05) -> float:
+    """Share of the peak learning rate at a step: a short rise, then a straight line down to zero.
+
+    On a fixed budget the line that ends at zero with the last step beats a rate that stays high
+    (Geiping & Goldstein 2023, "Cramming", section 4.3).
+    """
+    rise = max(1, round(warmup * steps))
+    return min((step + 1) / rise, (steps - step) / max(1, steps - rise))

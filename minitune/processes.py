@@ -1,0 +1,55 @@
+"""One process or several: the little that data-parallel training asks of `torch.distributed`.
+
+`torchrun --nproc-per-node N train.py` starts N processes with the environment set; without it there
+is one. Every process computes a share of each batch, gradients are summed, and only the main process
+writes.
+"""
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Processes:
+    """Who am I, how many are we, and which device is mine."""
+
+    def __init__(self, device: str = "auto"):
+        self.count = int(os.environ.get("WORLD_SIZE", 1))
+        self.rank = int(os.environ.get("RANK", 0))
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cuda" and self.count > 1:
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(device)
+        self.device = torch.device(device)
+        if self.count > 1:
+            dist.init_process_group("gloo" if device == "cpu" else "nccl")
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that writes and prints."""
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of this tensor over all processes, on the tensor's device."""
+        if self.count > 1:
+            moved = tensor.to(self.device)  # NCCL sums on the GPU only
+            dist.all_reduce(moved)
+            tensor.copy_(moved)
+        return tensor
+
+    def agree(self, value: Any) -> Any:
+        """The main process's value, everywhere."""
+        if self.count > 1:
+            box = [value]
+            dist.broadcast_object_list(box, device=self.device)
+            value = box[0]
+        return value
+
+    def close(self) -> None:
+        """Leave the group."""
+        if self.count > 1:
+            dist.destroy_process_group()

@@ -1,0 +1,104 @@
+"""A run's directory: what it may overwrite, what it logs, and how it survives a kill.
+
+    OUT/settings.json               the options the run was started with; marks OUT as a run's
+    OUT/log.jsonl                   one line a logged step
+    OUT/resume/state.safetensors    weights, optimizer and progress; one file, so never half of each
+    OUT/metrics.json                written last: a run with this file is finished
+
+Beside them the job writes what it was for, a model directory for example.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from minitune.errors import UserError
+from minitune.files import read_json, write_atomically, write_json
+
+
+class Run:
+    """One output directory. `Run.open` decides whether it may be used."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.state_path = directory / "resume" / "state.safetensors"
+
+    @classmethod
+    def open(cls, directory: Path, resume: bool) -> "Run":
+        """A new run, or with `resume` the one that is there; UserError where neither is safe."""
+        run = cls(directory)
+        if directory.exists() and not directory.is_dir():
+            raise UserError(f"--out {directory} is a file")
+        names = {path.name for path in directory.glob("*") if path.suffix != ".partial"}
+        if names and "settings.json" not in names:
+            raise UserError(f"--out {directory} holds something that is no run of minitune")
+        if names and not resume:
+            state = "a finished" if run.is_finished else "an unfinished"
+            raise UserError(f"--out {directory} holds {state} run: add --resume, or name a new --out")
+        return run
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run came to its end."""
+        return (self.directory / "metrics.json").is_file()
+
+    @property
+    def settings(self) -> dict:
+        """The options of the run that is there; empty for a new one."""
+        path = self.directory / "settings.json"
+        return read_json(path) if path.is_file() else {}
+
+    def start(self, settings: dict) -> None:
+        """Claim the directory."""
+        try:
+            self.state_path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {self.directory}: {error.strerror}") from error
+        write_json(self.directory / "settings.json", settings)
+
+    def save(self, tensors: dict[str, Tensor], progress: dict) -> None:
+        """Replace the checkpoint by this one, in one rename."""
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        write_atomically(self.state_path, save(tensors, metadata={"progress": json.dumps(progress)}))
+
+    def load(self) -> tuple[dict[str, Tensor], dict] | None:
+        """The last checkpoint, or None before the first."""
+        if not self.state_path.is_file():
+            return None
+        try:
+            with safe_open(self.state_path, "pt") as file:
+                progress = json.loads(file.metadata()["progress"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{self.state_path} is damaged: {error}") from error
+        return tensors, progress
+
+    def log(self, entry: dict) -> None:
+        """Append one line to log.jsonl."""
+        with open(self.directory / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def read_log(self) -> list[dict]:
+        """All whole lines of log.jsonl; a kill may have cut the last one short."""
+        path = self.directory / "log.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def rewind_log(self, step: int) -> None:
+        """Drop the lines of steps that a resumed run is going to do again."""
+        kept = [json.dumps(entry) + "\n" for entry in self.read_log() if entry["step"] <= step]
+        write_atomically(self.directory / "log.jsonl", "".join(kept).encode())
+
+    def finish(self, metrics: dict) -> None:
+        """Mark the run as finished; what resuming needs is of no more use."""
+        write_json(self.directory / "metrics.json", metrics)
+        shutil.rmtree(self.state_path.parent, ignore_errors=True)
+
+    def size(self, *names: str) -> int:
+        """Bytes of these files of the directory."""
+        return sum(os.path.getsize(self.directory / name) for name in names)

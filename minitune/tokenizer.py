@@ -1,0 +1,113 @@
+"""WordPiece tokens: train a vocabulary, load one, turn text into ids (on the `tokenizers` library).
+
+WordPiece (Schuster & Nakajima 2012; BERT's lower-cased variant) keeps frequent words whole and spells
+rare ones in pieces: "unforgettable" may become "un", "##forget", "##table".
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import tokenizers
+import torch
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+from minitune.errors import UserError
+
+SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+LINE_BREAK = re.compile(r"<br\s*/?>", re.IGNORECASE)  # markup of web reviews, not text
+
+
+class Tokenizer:
+    """Text to ids and back. Ids come without [CLS] and [SEP]; whoever cuts the text adds them."""
+
+    def __init__(self, backend: tokenizers.Tokenizer):
+        self.backend = backend
+        backend.no_truncation()  # a saved file may ask for either, and packed batches want neither
+        backend.no_padding()
+        backend.encode_special_tokens = True  # a review that says "[MASK]" is text, not a blank
+        missing = [token for token in SPECIAL_TOKENS if backend.token_to_id(token) is None]
+        if missing:
+            raise UserError(f"the tokenizer has no {', '.join(missing)}: not a BERT tokenizer")
+        ids = [backend.token_to_id(token) for token in SPECIAL_TOKENS]
+        self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = ids
+        self.special_ids = torch.tensor(ids)
+        self.vocab_size = backend.get_vocab_size()
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+        """Learn a lower-cased vocabulary of at most `vocab_size` entries from the texts."""
+        backend = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        _as_in_bert(backend, lowercase=True)
+        trainer = trainers.WordPieceTrainer(
+            vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS, show_progress=False
+        )
+        backend.train_from_iterator(map(clean, texts), trainer)
+        return cls(backend)
+
+    @classmethod
+    def load(cls, directory: Path) -> "Tokenizer":
+        """Read `tokenizer.json`, or `vocab.txt` where an older BERT has only that."""
+        try:
+            if (directory / "tokenizer.json").is_file():
+                backend = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+            elif (directory / "vocab.txt").is_file():
+                vocab = models.WordPiece.read_file(str(directory / "vocab.txt"))
+                backend = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
+                backend.add_special_tokens(SPECIAL_TOKENS)
+                options = directory / "tokenizer_config.json"
+                lowercase = json.loads(options.read_text()) if options.is_file() else {}
+                _as_in_bert(backend, lowercase.get("do_lower_case", True))
+            else:
+                raise UserError(f"{directory} has no tokenizer.json and no vocab.txt")
+        except UserError:
+            raise
+        except Exception as error:  # the library raises bare Exception for a broken file
+            raise UserError(f"the tokenizer in {directory} cannot be read: {error}") from error
+        return cls(backend)
+
+    def files(self) -> dict[str, bytes]:
+        """The files of a model directory that hold this tokenizer, by name."""
+        vocab = sorted(self.backend.get_vocab().items(), key=lambda entry: entry[1])
+        return {
+            "tokenizer.json": self.backend.to_str(pretty=True).encode(),
+            "vocab.txt": "".join(f"{token}\n" for token, _ in vocab).encode(),
+        }
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text, in order."""
+        encoded = self.backend.encode_batch_fast(
+            [clean(text) for text in texts], add_special_tokens=False
+        )
+        return [text.ids for text in encoded]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Readable text, special tokens included."""
+        return self.backend.decode(list(ids), skip_special_tokens=False)
+
+    def token(self, index: int) -> str:
+        """The vocabulary entry with this id."""
+        return self.backend.id_to_token(index)
+
+    def continuation(self) -> torch.Tensor:
+        """Bool (vocab_size,): which entries go on a word that an earlier token began."""
+        return torch.tensor([self.token(i).startswith("##") for i in range(self.vocab_size)])
+
+
+def clean(text: str) -> str:
+    """The text without the line-break markup that web reviews carry."""
+    return LINE_BREAK.sub(" ", text)
+
+
+def _as_in_bert(backend: tokenizers.Tokenizer, lowercase: bool) -> None:
+    """BERT's clean-up, its split at spaces and punctuation, and its [CLS] text [SEP] frame.
+
+    The frame is for other programs that read the file; minitune adds both itself after cutting.
+    """
+    backend.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    cls, sep = backend.token_to_id("[CLS]"), backend.token_to_id("[SEP]")
+    if cls is not None and sep is not None:
+        backend.post_processor = tokenizers.processors.BertProcessing(("[SEP]", sep), ("[CLS]", cls))

@@ -1,0 +1,210 @@
+"""Pretrain a BERT from scratch by filling blanks (Devlin et al. 2019).
+
+    python train.py                                 20 minutes on two CPU cores, IMDb reviews
+    python train.py --minutes 40 --data my.txt      longer, on your own text
+    python train.py --init minilm --out runs/more   go on from real weights
+    python train.py --resume                        go on after a kill or Ctrl-C
+
+The steps below are those of any pretraining: get text, learn a vocabulary, hide words, guess them,
+look at the result. What is written to --out loads here and in `transformers` as BertForMaskedLM.
+"""
+
+import argparse
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from minitune.attention import choose
+from minitune.checkpoint import find_model, load_masked_lm, save_masked_lm
+from minitune.cli import Parser, add_machine_options, check_device, describe, number, run_script
+from minitune.corpus import Corpus
+from minitune.data import Dataset
+from minitune.errors import UserError
+from minitune.model import PRESETS, BertForMaskedLM
+from minitune.optimizer import Optimizer
+from minitune.pretraining import MaskedLanguageModelling, fill_examples
+from minitune.processes import Processes
+from minitune.runs import Run
+from minitune.tokenizer import Tokenizer
+from minitune.training import Interrupted, Precision, Trainer, peak_memory
+
+STARTED = time.monotonic()
+
+
+def parser() -> Parser:
+    """The options, grouped."""
+    options = Parser("Pretrain a BERT from scratch by filling blanks.")
+    add = options.add_argument_group("what is trained, on what").add_argument
+    add("--data", default="imdb", help="imdb, rotten_tomatoes, a .txt .csv .tsv .jsonl file, a folder")
+    add("--preset", choices=PRESETS, default="tiny", help="size of the model")
+    add("--init", metavar="MODEL", help="go on from these weights: minilm, a BERT directory, a hub id")
+    add("--vocab-size", type=number(int, 64), default=8192, help="entries of a newly learned vocabulary")
+    add("--out", type=Path, default=Path("runs/pretrain"), help="directory of the run")
+    add("--resume", action="store_true", help="go on with the run in --out")
+    add = options.add_argument_group("how long").add_argument
+    add("--minutes", type=number(float, 0), default=19, help="for all of it, tokenising included")
+    add("--steps", type=number(int, 1), help="exactly so many optimizer steps instead")
+    add("--save-minutes", type=number(float, 0), default=2, help="between checkpoints")
+    add = options.add_argument_group("the recipe").add_argument
+    add("--mask-rate", type=number(float, 0, 0.9), default=0.15, help="share of tokens to guess")
+    add("--whole-word", action="store_true", help="hide whole words, not single tokens")
+    add("--max-len", type=number(int, 8), default=128, help="tokens in a sequence at most")
+    add("--batch-tokens", type=number(int, 8), default=4096, help="tokens in a step, all processes together")
+    add("--accumulate", type=number(int, 1), default=1, help="compute a batch in so many parts (saves memory)")
+    add("--optimizer", choices=["muon", "adamw"], default="muon", help="for the hidden matrices")
+    add("--lr", type=number(float, 0), default=0.02, help="peak learning rate of that optimizer")
+    add("--adamw-lr", type=number(float, 0), default=1e-3, help="of AdamW, for the rest, beside Muon")
+    add("--weight-decay", type=number(float, -1), default=0.01, help="of matrices")
+    add_machine_options(options)
+    return options
+
+
+MAY_CHANGE = {"resume", "out", "lr", "adamw_lr", "device", "precision", "attention", "save_minutes"}
+
+
+def read_arguments() -> tuple[argparse.Namespace, Run]:
+    """The options and the run's directory; with --resume, options that are not given are the run's."""
+    options = parser()
+    args = options.parse_args()
+    check_device(args.device)
+    run = Run.open(args.out, args.resume)
+    if saved := run.settings:
+        options.set_defaults(**{key: value for key, value in saved.items() if key != "out"})
+        resumed = options.parse_args()
+        for key, value in saved.items():
+            if key not in MAY_CHANGE and getattr(resumed, key, value) != value:
+                flag = key.replace("_", "-")
+                raise UserError(f"--{flag} {getattr(resumed, key)}: the run in {args.out} has {value}")
+        args = resumed
+    if args.batch_tokens < args.max_len:
+        raise UserError(f"--batch-tokens {args.batch_tokens} is less than one text of --max-len")
+    return args, run
+
+
+def main() -> None:
+    """The job, top to bottom."""
+    args, run = read_arguments()
+    if run.is_finished:
+        print(f"{args.out} is finished; its figures are in {args.out}/metrics.json")
+        return
+    processes = Processes(args.device)
+    say = print if processes.is_main else lambda *_, **__: None
+    precision = Precision.choose(args.precision, processes.device)
+    attention = choose(args.attention, processes.device, precision.dtype)
+
+    # 1. The model: random, or real weights. Its tokenizer comes with it, or is learned.
+    torch.manual_seed(args.seed)
+    tokenizer = None
+    if args.init:
+        source = find_model(args.init)
+        model, has_head = load_masked_lm(source, args.attention)
+        tokenizer = Tokenizer.load(source)
+        say(f"model: {args.init} ({source}), its masked-LM head {'too' if has_head else 'new'}")
+    else:
+        say(f"model: {args.preset}, from random weights")
+
+    # 2. The text, as token ids. The main process tokenises, the others wait for it.
+    dataset = Dataset(args.data)
+    corpus = Corpus.open(dataset, tokenizer, args.vocab_size) if processes.is_main else None
+    processes.agree(None)
+    corpus = corpus or Corpus.open(dataset, tokenizer, args.vocab_size)
+    if not args.init:
+        config = replace(PRESETS[args.preset], vocab_size=corpus.tokenizer.vocab_size)
+        model = BertForMaskedLM(config, args.attention)
+    if args.max_len > model.config.max_position_embeddings:
+        positions = model.config.max_position_embeddings
+        raise UserError(f"--max-len {args.max_len}: the model has {positions} positions")
+    model.to(processes.device)
+
+    # 3. The task: which words are hidden, and what a guess costs.
+    task = MaskedLanguageModelling(
+        corpus,
+        max_len=args.max_len,
+        batch_tokens=args.batch_tokens,
+        rate=args.mask_rate,
+        whole_word=args.whole_word,
+        seed=args.seed,
+    )
+    total_params = sum(p.numel() for p in model.parameters())
+    uniform, unigram = math.log(corpus.tokenizer.vocab_size), corpus.unigram_entropy()
+    say(f"data: {args.data}, {corpus.unigrams.sum():,} training tokens in {len(task.train):,} sequences")
+    say(f"{total_params:,} parameters on {describe(processes.device)}")
+    say(f"precision: {precision.name} ({precision.why}); attention: {attention}")
+    say(f"to beat: ln(vocabulary) = {uniform:.2f}, unigram entropy = {unigram:.2f} nats")
+
+    # 4. Train.
+    optimizer = Optimizer(model, args.optimizer, args.lr, args.adamw_lr, args.weight_decay)
+    trainer = Trainer(
+        model,
+        optimizer,
+        task,
+        run,
+        processes,
+        precision,
+        seed=args.seed,
+        accumulate=args.accumulate,
+        save_minutes=args.save_minutes,
+    )
+    checkpoint = run.load()
+    if processes.is_main and not checkpoint:
+        settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+        run.start(settings | {"corpus": corpus.directory.name})
+    if checkpoint:
+        if run.settings["corpus"] != corpus.directory.name:
+            raise UserError(f"--data {args.data} has changed since the run in {args.out} began")
+        trainer.restore(*checkpoint)
+        say(f"resumed at step {trainer.step:,} of {trainer.steps:,}")
+    elif args.steps:
+        trainer.steps = args.steps
+    else:
+        trainer.steps = trainer.plan(args.minutes - (time.monotonic() - STARTED) / 60)
+        say(f"{trainer.steps:,} steps fit into {args.minutes:g} minutes")
+    if processes.is_main:
+        run.rewind_log(trainer.step)
+    try:
+        trainer.train()
+    except Interrupted:
+        say(f"\ninterrupted: saved at step {trainer.step:,}; go on with --resume --out {args.out}")
+        raise
+
+    # 5. Look at the result, and keep it.
+    final = trainer.evaluate()
+    say(f"validation: loss {final['loss']:.3f}, {final['masked_accuracy']:.1%} of the blanks right")
+    if not processes.is_main:
+        return
+    for line in fill_examples(model, corpus, dataset, precision, processes.device):
+        print(line)
+    save_masked_lm(model, corpus.tokenizer, args.out)
+    from minitune.plots import plot_pretraining  # matplotlib takes a second to import
+
+    plot_pretraining(run.read_log(), uniform, unigram, final, args.out / "loss.png")
+    run.finish(
+        {
+            "method": "pretrain",
+            **final,
+            "uniform_loss": uniform,
+            "unigram_loss": unigram,
+            "trainable_params": total_params,
+            "total_params": total_params,
+            "steps": trainer.steps,
+            "tokens": trainer.tokens,
+            "train_seconds": round(trainer.seconds, 1),
+            "total_seconds": round(time.monotonic() - STARTED, 1),
+            "tokens_per_second": round(trainer.tokens / trainer.seconds),
+            "peak_memory_bytes": peak_memory(processes.device),
+            "saved_bytes": run.size("model.safetensors"),
+            "train_examples": len(task.train),
+            "seed": args.seed,
+            "device": describe(processes.device),
+            "precision": precision.name,
+            "attention": attention,
+        }
+    )
+    print(f"wrote {args.out}: the model, loss.png, metrics.json, log.jsonl")
+
+
+if __name__ == "__main__":
+    run_script(main)
