@@ -23,7 +23,7 @@ from minitune.cli import Parser, add_machine_options, check_device, describe, nu
 from minitune.corpus import Corpus
 from minitune.data import Dataset
 from minitune.errors import UserError
-from minitune.model import PRESETS, BertForMaskedLM
+from minitune.model import PRESETS, BertForMaskedLM, start_with_neighbours
 from minitune.optimizer import Optimizer
 from minitune.pretraining import MaskedLanguageModelling, fill_examples
 from minitune.processes import Processes
@@ -53,7 +53,7 @@ def parser() -> Parser:
     add("--whole-word", action="store_true", help="hide whole words, not single tokens")
     add("--max-len", type=number(int, 8), default=128, help="tokens in a sequence at most")
     add("--batch-tokens", type=number(int, 8), default=4096, help="tokens in a step, all processes together")
-    add("--accumulate", type=number(int, 1), default=1, help="compute a batch in so many parts (saves memory)")
+    add("--accumulate", type=number(int, 1), default=1, help="compute each batch in N parts, to save memory")
     add("--optimizer", choices=["muon", "adamw"], default="muon", help="for the hidden matrices")
     add("--lr", type=number(float, 0), default=0.02, help="peak learning rate of that optimizer")
     add("--adamw-lr", type=number(float, 0), default=1e-3, help="of AdamW, for the rest, beside Muon")
@@ -102,6 +102,8 @@ def main() -> None:
         source = find_model(args.init)
         model, has_head = load_masked_lm(source, args.attention)
         tokenizer = Tokenizer.load(source)
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise UserError(f"{source}: the tokenizer has more entries than the model has embeddings")
         say(f"model: {args.init} ({source}), its masked-LM head {'too' if has_head else 'new'}")
     else:
         say(f"model: {args.preset}, from random weights")
@@ -114,6 +116,7 @@ def main() -> None:
     if not args.init:
         config = replace(PRESETS[args.preset], vocab_size=corpus.tokenizer.vocab_size)
         model = BertForMaskedLM(config, args.attention)
+        start_with_neighbours(model.bert)
     if args.max_len > model.config.max_position_embeddings:
         positions = model.config.max_position_embeddings
         raise UserError(f"--max-len {args.max_len}: the model has {positions} positions")

@@ -39,8 +39,11 @@ NAMES = [
     (r"head\.bias$", "cls.predictions.bias"),
 ]
 QKV = re.compile(r"bert\.layers\.(\d+)\.attention\.qkv\.(weight|bias)$")
-# Read when present, needed by nobody here.
-FIXED = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute"}
+# What minitune computes, whatever a `config.json` says; where it says otherwise, it is refused.
+FIXED = {
+    "model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute",
+    "is_decoder": False, "tie_word_embeddings": True,
+}  # fmt: skip
 
 
 def bert_names(name: str) -> list[str]:
@@ -81,17 +84,17 @@ def load_bert(model: nn.Module, directory: Path, optional: tuple[str, ...] = ())
     state, missing = model.state_dict(), []
     for name, ours in state.items():
         parts = bert_names(name)
-        if not all(part in tensors for part in parts):
+        absent = [part for part in parts if part not in tensors]
+        if absent and not name.startswith(optional):
+            raise UserError(f"{path}: {absent[0]} is missing")
+        if absent:
             missing.append(name)
             continue
-        theirs = torch.cat([tensors[part].float() for part in parts])
-        if theirs.shape != ours.shape:
-            expected, found = tuple(ours.shape), tuple(theirs.shape)
-            raise UserError(f"{path}: {parts[0]} has shape {found}, config.json says {expected}")
-        state[name] = theirs
-    needed = [name for name in missing if not name.startswith(optional)] if optional else missing
-    if needed:
-        raise UserError(f"{path}: {len(needed)} tensors are missing, {bert_names(needed[0])[0]} first")
+        for part, chunk in zip(parts, ours.chunk(len(parts)), strict=True):
+            expected, found = tuple(chunk.shape), tuple(tensors[part].shape)
+            if expected != found:
+                raise UserError(f"{path}: {part} has shape {found}, config.json says {expected}")
+        state[name] = torch.cat([tensors[part].float() for part in parts])
     model.load_state_dict(state)
     return missing
 
@@ -122,18 +125,28 @@ def read_config(directory: Path) -> BertConfig:
         raise UserError(f"{directory}/config.json names no model_type")
     for key, only in FIXED.items():
         if raw.get(key, only) != only:
-            raise UserError(f"{directory} is not a BERT minitune can run: {key} is {raw[key]}")
+            raise UserError(f"{directory}/config.json: {key} is {raw[key]}, minitune runs {only} only")
     known = {field.name for field in fields(BertConfig)}
     values = {key: value for key, value in raw.items() if key in known}
+    for key, value in values.items():
+        if key != "id2label" and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise UserError(f"{directory}/config.json: {key} is not a number")
+        if isinstance(getattr(BertConfig, key, None), int):
+            possible = isinstance(value, int) and value >= (0 if key == "pad_token_id" else 1)
+        else:
+            possible = key == "id2label" or 0 <= value < 1
+        if not possible:
+            raise UserError(f"{directory}/config.json: {key} cannot be {value}")
     if "id2label" in values:
-        values["id2label"] = {int(index): label for index, label in values["id2label"].items()}
-    wrong = [
-        key for key in values if key not in ("id2label",) and not isinstance(values[key], int | float)
-    ]
-    if wrong:
-        raise UserError(f"{directory}/config.json: {wrong[0]} is not a number")
+        try:
+            values["id2label"] = {int(index): str(label) for index, label in values["id2label"].items()}
+        except (AttributeError, ValueError):
+            raise UserError(f"{directory}/config.json: id2label is not an object of names") from None
     # A field left out has the value of the original BERT, not of our small one.
-    return BertConfig(**(ORIGINAL | values))
+    config = BertConfig(**(ORIGINAL | values))
+    if config.hidden_size % config.num_attention_heads:
+        raise UserError(f"{directory}/config.json: hidden_size is no multiple of num_attention_heads")
+    return config
 
 
 ORIGINAL = {
@@ -167,7 +180,9 @@ def load_masked_lm(directory: Path, attention: str = "auto") -> tuple[BertForMas
     """
     model = BertForMaskedLM(read_config(directory), attention)
     missing = load_bert(model, directory, optional=("head.",))
-    return model, not missing
+    if 0 < len(missing) < len(model.head.state_dict()):
+        raise UserError(f"{directory}: {bert_names(missing[0])[0]} is missing, though there is a head")
+    return model.eval(), not missing
 
 
 def find_model(name: str) -> Path:

@@ -28,7 +28,7 @@ from minitune.files import publish_directory
 from minitune.tokenizer import Tokenizer
 
 CACHE = Path(__file__).parents[1] / "data" / "cache"
-FORMAT = 1  # raise it when the content of a cache changes for the same key
+FORMAT = 2  # raise it when the content of a cache changes for the same key
 SPLITS = ("train", "validation")
 BLOCK = 1 << 20  # characters tokenised at a time
 DAY = 24 * 3600  # seconds

@@ -16,6 +16,9 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from minitune.errors import UserError
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+# Options of a tokenizer_config.json with their defaults, and what the normalizer calls them.
+OPTIONS = {"do_lower_case": True, "strip_accents": None, "tokenize_chinese_chars": True}
+NORMALIZER = dict(zip(OPTIONS, ("lowercase", "strip_accents", "handle_chinese_chars"), strict=True))
 LINE_BREAK = re.compile(r"<br\s*/?>", re.IGNORECASE)  # markup of web reviews, not text
 
 
@@ -37,13 +40,24 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """Learn a lower-cased vocabulary of at most `vocab_size` entries from the texts."""
+        """Learn a lower-cased vocabulary of at most `vocab_size` entries from the texts.
+
+        The same texts give the same vocabulary. The library numbers the letters inside words in the
+        order of a hash map, which differs from run to run, and decides ties by those numbers; so the
+        letters are found first, and numbered in order.
+        """
+        texts = [clean(text) for text in texts]
         backend = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
         _as_in_bert(backend, lowercase=True)
+        letters = sorted(_letters(backend, texts))
         trainer = trainers.WordPieceTrainer(
-            vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS, show_progress=False
+            vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS + letters, show_progress=False
         )
-        backend.train_from_iterator(map(clean, texts), trainer)
+        backend.train_from_iterator(texts, trainer)
+        vocab = backend.get_vocab()
+        backend = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))  # letters: not special
+        backend.add_special_tokens(SPECIAL_TOKENS)
+        _as_in_bert(backend, lowercase=True)
         return cls(backend)
 
     @classmethod
@@ -55,10 +69,10 @@ class Tokenizer:
             elif (directory / "vocab.txt").is_file():
                 vocab = models.WordPiece.read_file(str(directory / "vocab.txt"))
                 backend = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
-                backend.add_special_tokens(SPECIAL_TOKENS)
-                options = directory / "tokenizer_config.json"
-                lowercase = json.loads(options.read_text()) if options.is_file() else {}
-                _as_in_bert(backend, lowercase.get("do_lower_case", True))
+                backend.add_special_tokens([t for t in SPECIAL_TOKENS if t in vocab])  # marks, adds none
+                path = directory / "tokenizer_config.json"
+                options = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+                _as_in_bert(backend, *(options.get(key, default) for key, default in OPTIONS.items()))
             else:
                 raise UserError(f"{directory} has no tokenizer.json and no vocab.txt")
         except UserError:
@@ -70,7 +84,11 @@ class Tokenizer:
     def files(self) -> dict[str, bytes]:
         """The files of a model directory that hold this tokenizer, by name."""
         vocab = sorted(self.backend.get_vocab().items(), key=lambda entry: entry[1])
+        normalizer = json.loads(self.backend.to_str())["normalizer"] or {}
+        # Without these, transformers lower-cases whatever tokenizer.json says.
+        options = {key: normalizer.get(ours, OPTIONS[key]) for key, ours in NORMALIZER.items()}
         return {
+            "tokenizer_config.json": json.dumps(options).encode(),
             "tokenizer.json": self.backend.to_str(pretty=True).encode(),
             "vocab.txt": "".join(f"{token}\n" for token, _ in vocab).encode(),
         }
@@ -100,14 +118,29 @@ def clean(text: str) -> str:
     return LINE_BREAK.sub(" ", text)
 
 
-def _as_in_bert(backend: tokenizers.Tokenizer, lowercase: bool) -> None:
+def _as_in_bert(
+    backend: tokenizers.Tokenizer, lowercase: bool, strip_accents: bool | None = None, chinese: bool = True
+) -> None:
     """BERT's clean-up, its split at spaces and punctuation, and its [CLS] text [SEP] frame.
 
     The frame is for other programs that read the file; minitune adds both itself after cutting.
     """
-    backend.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    backend.normalizer = normalizers.BertNormalizer(
+        lowercase=lowercase, strip_accents=strip_accents, handle_chinese_chars=chinese
+    )
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.WordPiece()
     cls, sep = backend.token_to_id("[CLS]"), backend.token_to_id("[SEP]")
     if cls is not None and sep is not None:
         backend.post_processor = tokenizers.processors.BertProcessing(("[SEP]", sep), ("[CLS]", cls))
+
+
+def _letters(backend: tokenizers.Tokenizer, texts: list[str]) -> set[str]:
+    """Every letter that may stand inside a word, as "##a"."""
+    letters = set()
+    for character in set().union(*texts):
+        word = backend.normalizer.normalize_str("a" + character)
+        pieces = backend.pre_tokenizer.pre_tokenize_str(word)
+        if len(pieces) == 1:  # not split off, as punctuation is
+            letters.update("##" + letter for letter in pieces[0][0][1:])
+    return letters

@@ -1,0 +1,98 @@
+"""Check that a directory written by train.py is a BERT to `transformers` too, and the way back.
+
+    PYTHONPATH=. python tests/benchmarks/check_transformers.py runs/pretrain
+
+Run it in an environment that has `transformers` (checked with 4.57) beside minitune's own needs;
+minitune itself does not use it. Exit status 0 and one line for each thing that holds, or an
+AssertionError that says what does not.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import torch
+import transformers
+
+from minitune.checkpoint import load_masked_lm
+from minitune.model import PackedBatch
+from minitune.tokenizer import Tokenizer
+
+TEXTS = [
+    "A film.",
+    "An unforgettable, heartbreakingly funny performance from start to finish!",
+    "I'd rather watch 90 minutes of paint drying (in 4:3, dubbed) than THAT again...",
+    "Zoë's café scene: naïve? Überlong? Perhaps — but I laughed; so did everybody else in row 7.",
+    "It rained all night and the river rose, and in the morning nobody spoke of it. " * 6,
+]
+
+
+def check_weights(directory: Path) -> transformers.BertForMaskedLM:
+    """Every tensor is asked for, and none is left over or of another shape."""
+    model, info = transformers.BertForMaskedLM.from_pretrained(
+        directory, output_loading_info=True, attn_implementation="eager", dtype=torch.float32
+    )
+    problems = {kind: names for kind, names in info.items() if names}
+    assert not problems, f"loading in transformers: {problems}"
+    print("weights: no key missing, unexpected or of another shape")
+    return model.eval()
+
+
+def check_tokens(directory: Path, tokenizer: Tokenizer) -> list[list[int]]:
+    """The same ids, once [CLS] and [SEP] stand around ours."""
+    theirs = transformers.AutoTokenizer.from_pretrained(directory)
+    special = (tokenizer.pad_id, tokenizer.unk_id, tokenizer.cls_id, tokenizer.sep_id, tokenizer.mask_id)
+    assert special == tuple(
+        getattr(theirs, f"{name}_token_id") for name in ("pad", "unk", "cls", "sep", "mask")
+    ), f"special ids: {special}"
+    encoded = [[tokenizer.cls_id, *ids, tokenizer.sep_id] for ids in tokenizer.encode(TEXTS)]
+    for text, ids in zip(TEXTS, encoded, strict=True):
+        assert ids == theirs(text)["input_ids"], f"other token ids for {text!r}"
+    print(f"tokens: the same ids for {len(TEXTS)} texts, {sum(map(len, encoded))} tokens")
+    return encoded
+
+
+@torch.no_grad()
+def check_logits(directory: Path, theirs: transformers.BertForMaskedLM, encoded: list[list[int]]) -> None:
+    """Ours for all texts in one packed batch, theirs for one text at a time."""
+    ours, has_head = load_masked_lm(directory)
+    assert has_head, "minitune finds no masked-LM head"
+    longest = ours.config.max_position_embeddings
+    sequences = [torch.tensor(ids[:longest]) for ids in encoded]
+    batch = PackedBatch.from_sequences(sequences)
+    logits = ours.eval()(batch, torch.arange(batch.tokens.numel())).split([len(s) for s in sequences])
+    expected = [theirs(input_ids=sequence[None]).logits[0] for sequence in sequences]
+    difference = max((a - b).abs().max().item() for a, b in zip(logits, expected, strict=True))
+    largest = max(x.abs().max().item() for x in expected)
+    assert difference <= 1e-4, f"logits differ by {difference:.1e}"
+    print(f"logits: largest difference {difference:.1e}, largest logit {largest:.1f}")
+
+
+def check_way_back(directory: Path, theirs: transformers.BertForMaskedLM) -> None:
+    """What `save_pretrained` writes loads here as the very same tensors."""
+    with tempfile.TemporaryDirectory() as saved:
+        theirs.save_pretrained(saved)
+        back, has_head = load_masked_lm(Path(saved))
+    ours, _ = load_masked_lm(directory)
+    assert has_head, "saved by transformers: no masked-LM head"
+    assert back.config == ours.config, f"saved by transformers: {back.config}"
+    returned = back.state_dict()
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(tensor, returned[name]), f"saved by transformers: {name} differs"
+    print(f"way back: {len(returned)} tensors saved by transformers are bit for bit those here")
+
+
+def main() -> None:
+    """All checks on one directory."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("directory", type=Path)
+    directory = parser.parse_args().directory
+    print(f"{directory}, transformers {transformers.__version__}, torch {torch.__version__}")
+    theirs = check_weights(directory)
+    encoded = check_tokens(directory, Tokenizer.load(directory))
+    check_logits(directory, theirs, encoded)
+    check_way_back(directory, theirs)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,431 @@
+"""From texts to batches: the tokenizer, tokens kept on disk, their pieces, and the order of batches."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import minitune.corpus
+from minitune.batching import filled, shuffled_batches
+from minitune.corpus import Corpus
+from minitune.data import Dataset
+from minitune.errors import UserError
+from minitune.model import PackedBatch
+from minitune.pretraining import Cloze, MaskedLanguageModelling
+from minitune.tokenizer import SPECIAL_TOKENS, Tokenizer
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(minitune.corpus, "CACHE", tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+def dataset(tmp_path, texts):
+    path = tmp_path / "texts.txt"
+    path.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
+    return Dataset(str(path))
+
+
+def unique_words(count):
+    """Words that occur once each, so that every token of a corpus of them tells its place."""
+    letters = "abcdefghij"
+    return ["".join(letters[int(digit)] for digit in f"{i:04d}") + "z" for i in range(count)]
+
+
+# The tokenizer
+
+
+WORDS = unique_words(300)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train([" ".join(WORDS)], 4000)
+
+
+def test_training_twice_gives_the_same_vocabulary():
+    rng = np.random.default_rng(0)
+    letters = np.array(list("abcdefgh"))
+    texts = [" ".join("".join(rng.choice(letters, 5)) for _ in range(50)) for _ in range(40)]
+    first, second = (Tokenizer.train(texts, 500) for _ in range(2))
+    assert first.vocab_size == 500
+    assert first.files() == second.files()
+
+
+def test_special_tokens_come_first_as_in_bert(tokenizer):
+    assert tokenizer.files()["vocab.txt"].decode().splitlines()[:5] == SPECIAL_TOKENS
+    assert [tokenizer.token(i) for i in tokenizer.special_ids.tolist()] == SPECIAL_TOKENS
+
+
+def test_decoding_gives_the_text_back(tokenizer):
+    text = " ".join(WORDS[:20])
+    [ids] = tokenizer.encode([text])
+    assert len(ids) == 20
+    assert tokenizer.decode(ids) == text
+
+
+def test_text_is_lower_cased_stripped_of_accents_and_rid_of_line_breaks(tokenizer):
+    word, other = WORDS[:2]
+    plain, fancy = tokenizer.encode([f"{word} {other}", f"{word.upper()}<br />{other.replace('a', 'á')}"])
+    assert plain == fancy
+
+
+def test_words_are_learned_in_lower_case():
+    texts = ["A Fine FILM, truly fine", "a fine film<br />film"]
+    vocabulary = Tokenizer.train(texts, 100).backend.get_vocab()
+    assert {"a", "fine", "film", "truly"} <= vocabulary.keys()
+    assert all(token == token.lower() for token in vocabulary.keys() - set(SPECIAL_TOKENS))
+
+
+def test_unknown_letters_are_unknown(tokenizer):
+    assert tokenizer.encode(["☃"]) == [[tokenizer.unk_id]]
+
+
+@pytest.mark.parametrize("token", SPECIAL_TOKENS)
+def test_special_tokens_in_a_text_are_text(tokenizer, token, tmp_path):
+    for name, content in tokenizer.files().items():
+        (tmp_path / name).write_bytes(content)
+    for each in (tokenizer, Tokenizer.load(tmp_path)):
+        [ids] = each.encode([f"{WORDS[0]} {token} {WORDS[1]}"])
+        special = set(each.special_ids.tolist()) - {each.unk_id}  # brackets are unknown here
+        assert not special & set(ids)
+        assert len(ids) > 3
+
+
+def test_the_saved_files_hold_the_same_tokenizer(tokenizer, tmp_path):
+    for name, content in tokenizer.files().items():
+        (tmp_path / name).write_bytes(content)
+    text = " ".join(WORDS[::7]) + " unheard-of words, Ça va?"
+    assert Tokenizer.load(tmp_path).encode([text]) == tokenizer.encode([text])
+    (tmp_path / "tokenizer.json").unlink()  # older BERTs have only vocab.txt
+    assert Tokenizer.load(tmp_path).encode([text]) == tokenizer.encode([text])
+
+
+def test_continuations_are_the_entries_that_go_on_a_word(tokenizer):
+    continuation = tokenizer.continuation()
+    [ids] = tokenizer.encode([f"{WORDS[0]}q {WORDS[0]}{WORDS[1]}"])
+    words = [i for i in ids if not continuation[i]]
+    assert len(continuation) == tokenizer.vocab_size
+    assert len(words) == 2 and len(ids) > 2
+
+
+# The corpus
+
+
+def test_the_vocabulary_is_learned_from_training_rows_only(tmp_path, cache):
+    texts = [f"{word} common" for word in unique_words(200)]
+    secret = "abracadabra"
+    labelled = [(text, "0") for text in texts[:100]] + [(text, "1") for text in texts[100:]]
+    for split, first in (("validation", 85), ("test", 90)):
+        rows = list(labelled)
+        for label in (0, 100):
+            for i in range(first, first + 5 if split == "validation" else 100):
+                rows[label + i] = (f"{secret} common", str(label // 100))
+        path = tmp_path / f"{split}.csv"
+        path.write_text("text,label\n" + "".join(f"{text},{label}\n" for text, label in rows))
+        data = Dataset(str(path))
+        assert secret in " ".join(row.text for row in data.rows(split))
+        vocabulary = set(Corpus.open(data, None, 4000).tokenizer.backend.get_vocab())
+        assert "common" in vocabulary and texts[0].split()[0] in vocabulary
+        assert secret not in vocabulary
+
+
+def test_test_rows_are_not_in_the_corpus(tmp_path, cache):
+    words = unique_words(100)
+    path = tmp_path / "a.csv"
+    path.write_text("text,label\n" + "".join(f"{word},0\n" for word in words))
+    corpus = Corpus.open(Dataset(str(path)), None, 4000)
+    assert len(corpus.pieces("train", 16)) == 85 and len(corpus.pieces("validation", 16)) == 5
+    assert corpus.unigrams.sum() == 85
+
+
+@pytest.fixture
+def pieces_of(tmp_path, cache):
+    """Texts of so many words -> (their token ids in order, the corpus)."""
+
+    def build(counts):
+        words = unique_words(sum(counts) + 1)
+        ends = np.cumsum(counts)
+        texts = [" ".join(words[a:b]) for a, b in zip([0, *ends], ends, strict=False)]
+        corpus = Corpus.open(dataset(tmp_path, [*texts, words[-1]]), None, 20_000)
+        ids = corpus.tokenizer.encode(texts)
+        assert [len(text) for text in ids] == list(counts)  # whole words, each an id of its own
+        return ids, corpus
+
+    return build
+
+
+@pytest.mark.parametrize("max_len", [8, 16, 50])
+def test_pieces_cover_every_token_and_cross_no_text(pieces_of, max_len):
+    counts = [1, max_len - 3, max_len - 2, max_len - 1, 2 * max_len - 4, 2 * max_len, 5, 7 * max_len]
+    texts, corpus = pieces_of(counts)
+    pieces = corpus.pieces("train", max_len)
+    sequences = [sequence.tolist() for sequence in pieces.read(range(len(pieces)))]
+    assert pieces.lengths.tolist() == [len(sequence) for sequence in sequences]
+    assert {token for sequence in sequences for token in sequence[1:-1]} == set(sum(texts, []))
+    frame = (corpus.tokenizer.cls_id, corpus.tokenizer.sep_id)
+    text_of = {token: number for number, text in enumerate(texts) for token in text}
+    for sequence in sequences:
+        assert len(sequence) <= max_len
+        assert (sequence[0], sequence[-1]) == frame
+        body = sequence[1:-1]
+        text = texts[text_of[body[0]]]
+        start = text.index(body[0])
+        assert body == text[start : start + len(body)]  # neighbours in one text
+        assert len(body) in (len(text), max_len - 2)  # a whole text, or a full piece of a longer one
+    assert [sequence[1:-1] for sequence in sequences[:3]] == texts[:3]
+
+
+def test_reading_some_pieces_gives_those(pieces_of):
+    _, corpus = pieces_of([3, 40, 9])
+    pieces = corpus.pieces("train", 16)
+    every = pieces.read(range(len(pieces)))
+    for i, sequence in zip([2, 0, 3], pieces.read(np.array([2, 0, 3])), strict=True):
+        assert torch.equal(sequence, every[i])
+        assert sequence.dtype == torch.int64
+
+
+def test_texts_without_a_token_are_left_out(tmp_path, cache):
+    corpus = Corpus.open(dataset(tmp_path, ["one", "<br />", "two", "three", "\u200b", "four"]), None, 300)
+    assert (corpus.pieces("train", 16).lengths > 2).all()
+    assert len(corpus.pieces("train", 16)) == 3
+
+
+def test_ids_beyond_16_bits_survive(tmp_path, cache, tokenizer):
+    words = unique_words(10_000)
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *(f"x{i}" for i in range(70_000))])}
+    vocabulary |= {word: 70_005 + i for i, word in enumerate(words)}
+    (tmp_path / "vocab.txt").write_text("".join(f"{token}\n" for token in vocabulary))
+    large = Tokenizer.load(tmp_path)
+    corpus = Corpus.open(dataset(tmp_path, [words[-2], words[-1], words[0]]), large, 0)
+    [sequence] = corpus.pieces("train", 16).read([1])
+    assert sequence[1] == 70_005 + 9_999
+
+
+def test_the_second_time_nothing_is_tokenised(tmp_path, cache, monkeypatch, capsys):
+    data = dataset(tmp_path, ["one two", "three", "four"])
+    first = Corpus.open(data, None, 100)
+    assert "tokenising" in capsys.readouterr().out
+
+    def fail(*arguments):
+        raise AssertionError("tokenised again")
+
+    monkeypatch.setattr(minitune.corpus, "_build", fail)
+    second = Corpus.open(Dataset(data.name), None, 100)
+    assert second.directory == first.directory
+    assert second.tokenizer.files() == first.tokenizer.files()
+    assert capsys.readouterr().out == ""
+
+
+def test_other_text_or_another_vocabulary_is_another_corpus(tmp_path, cache, tokenizer):
+    data = dataset(tmp_path, ["one two", "three", "four"])
+    directories = {Corpus.open(data, None, 100).directory, Corpus.open(data, None, 101).directory}
+    directories.add(Corpus.open(data, tokenizer, 100).directory)
+    changed = dataset(tmp_path, ["one two", "three", "four", "five"])
+    directories.add(Corpus.open(changed, None, 100).directory)
+    assert len(directories) == 4
+    assert Corpus.open(data, tokenizer, 100).directory == Corpus.open(data, tokenizer, 200).directory
+
+
+def test_bad_input_leaves_nothing_behind(tmp_path, cache):
+    path = tmp_path / "texts.txt"
+    path.write_bytes(b"fine\n" * 1000 + "café\n".encode("latin-1"))
+    with pytest.raises(UserError, match="texts.txt: not UTF-8"):
+        Corpus.open(Dataset(str(path)), None, 100)
+    assert list(cache.iterdir()) == []
+
+
+def test_ctrl_c_while_tokenising_leaves_nothing_behind(tmp_path, cache, monkeypatch):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    data = dataset(tmp_path, ["one", "two", "three"])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Tokenizer, "encode", interrupt)
+        Corpus.open(data, None, 100)
+    assert list(cache.iterdir()) == []
+    assert len(Corpus.open(data, None, 100).pieces("train", 16)) == 2
+
+
+def test_unigram_entropy_of_a_hand_example(tmp_path, cache):
+    corpus = Corpus.open(dataset(tmp_path, ["a a b c", "c b a a", "a"]), None, 100)
+    assert corpus.unigram_entropy() == pytest.approx(1.5 * math.log(2))  # 1/2, 1/4, 1/4
+
+
+# Batches
+
+
+LENGTHS = np.random.default_rng(0).integers(3, 129, 5000).astype(np.int32)
+BUDGET = 1024
+
+
+def take(count, **options):
+    batches = shuffled_batches(LENGTHS, BUDGET, **options)
+    return [next(batches).tolist() for _ in range(count)]
+
+
+def epochs(count, **options):
+    """The batches of so many epochs, told apart by every sequence having come once."""
+    batches, found = shuffled_batches(LENGTHS, BUDGET, **options), []
+    for _ in range(count):
+        epoch, left = [], len(LENGTHS)
+        while left > 0:
+            epoch.append(next(batches).tolist())
+            left -= len(epoch[-1])
+        found.append(epoch)
+    return found
+
+
+def test_every_sequence_comes_once_an_epoch():
+    for epoch in epochs(3, seed=1):
+        assert sorted(i for batch in epoch for i in batch) == list(range(len(LENGTHS)))
+
+
+def test_batches_respect_the_budget_and_are_nearly_full():
+    [epoch] = epochs(1, seed=1)
+    sizes = [int(LENGTHS[batch].sum()) for batch in epoch]
+    assert max(sizes) <= BUDGET
+    assert np.mean(sizes) > 0.9 * BUDGET
+
+
+def test_lengths_are_alike_within_a_batch_and_mixed_between():
+    [epoch] = epochs(1, seed=1)
+    within = np.mean([np.std(LENGTHS[batch]) for batch in epoch])
+    means = [np.mean(LENGTHS[batch]) for batch in epoch]
+    assert within < 0.2 * np.std(LENGTHS)
+    assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.3
+
+
+def test_epochs_differ_and_so_do_seeds():
+    first, second = epochs(2, seed=1)
+    assert first != second
+    assert take(20, seed=1) != take(20, seed=2)
+    assert take(20, seed=1) == take(20, seed=1)
+
+
+@pytest.mark.parametrize("skip", [1, 100, 700])
+def test_skipping_is_dropping_the_first_batches(skip):
+    assert take(20, seed=1, skip=skip) == take(skip + 20, seed=1)[skip:]
+
+
+def test_a_sequence_longer_than_the_budget_is_a_batch_of_its_own():
+    lengths = np.array([5, 90, 6, 7], dtype=np.int32)
+    batches = shuffled_batches(lengths, 20, seed=0)
+    first = [next(batches).tolist() for _ in range(2)]
+    assert sorted(map(sorted, first)) == [[0, 2, 3], [1]]
+
+
+def test_filling_drops_none_and_keeps_the_order():
+    lengths = np.array([4, 6, 10, 30, 1, 9, 10, 2])
+    order = np.array([7, 0, 1, 2, 3, 4, 5, 6])
+    batches = [batch.tolist() for batch in filled(order, lengths, 10)]
+    assert batches == [[7, 0], [1], [2], [3], [4, 5], [6]]
+    assert filled(np.array([], dtype=int), lengths, 10) == []
+
+
+# Blanks
+
+
+def cloze(lengths, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    batch = PackedBatch.from_sequences([torch.randint(100, (n,), generator=rng) for n in lengths])
+    positions = (torch.rand(sum(lengths), generator=rng) < 0.3).nonzero().squeeze(1)
+    return Cloze(batch, positions, batch.tokens[positions])
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 7, 8, 9, 50])
+@pytest.mark.parametrize("lengths", [[5] * 8, [1, 2, 3, 4, 5, 6, 7, 8], [40, 1, 1, 1, 1, 1, 1, 1], [9]])
+def test_parts_of_a_batch_are_whole_sequences_and_together_all_of_it(lengths, parts):
+    whole = cloze(lengths)
+    shares = whole.split(parts)
+    assert 1 <= len(shares) <= parts
+    sequences = [share.batch.cu_seqlens.diff().tolist() for share in shares]
+    assert sum(sequences, []) == lengths
+    assert all(sequences)  # none is empty
+    assert torch.equal(torch.cat([share.batch.tokens for share in shares]), whole.batch.tokens)
+    assert torch.equal(torch.cat([share.labels for share in shares]), whole.labels)
+    assert sum(len(share) for share in shares) == len(whole)
+    for share in shares:
+        assert share.batch.cu_seqlens[0] == 0
+        assert share.batch.max_seqlen == max(share.batch.cu_seqlens.diff().tolist())
+        assert torch.equal(share.batch.tokens[share.positions], share.labels)
+
+
+def test_parts_are_about_equal_in_tokens():
+    shares = cloze([10] * 100).split(4)
+    assert [share.batch.tokens.numel() for share in shares] == [250] * 4
+
+
+@pytest.fixture
+def task(tmp_path, cache):
+    rng = np.random.default_rng(0)
+    words = unique_words(40)
+    texts = [" ".join(rng.choice(words, rng.integers(2, 40))) for _ in range(300)]
+    corpus = Corpus.open(dataset(tmp_path, texts), None, 30)  # too few entries for whole words
+
+    def build(**options):
+        defaults = {"max_len": 32, "batch_tokens": 128, "rate": 0.15, "whole_word": False, "seed": 0}
+        return MaskedLanguageModelling(corpus, **(defaults | options))
+
+    return build
+
+
+def assert_same(first, second):
+    assert torch.equal(first.batch.tokens, second.batch.tokens)
+    assert torch.equal(first.batch.cu_seqlens, second.batch.cu_seqlens)
+    assert torch.equal(first.positions, second.positions)
+    assert torch.equal(first.labels, second.labels)
+
+
+def test_a_step_has_the_same_batch_wherever_training_was_taken_up(task):
+    from_start, from_step = task().batches(0), task().batches(37)
+    for _ in range(37):
+        next(from_start)
+    for _ in range(5):
+        assert_same(next(from_start), next(from_step))
+
+
+def test_another_epoch_hides_other_words(task):
+    epochs = task(max_len=16)
+    batches, seen = epochs.batches(0), 0
+    blanks = {}  # of each text: where they were, one set of places an epoch
+    while seen < 2 * len(epochs.train):
+        step = next(batches)
+        seen += step.batch.cu_seqlens.numel() - 1
+        restored = step.batch.tokens.clone()
+        restored[step.positions] = step.labels
+        for first, last in zip(step.batch.cu_seqlens, step.batch.cu_seqlens[1:], strict=False):
+            inside = step.positions[(step.positions >= first) & (step.positions < last)] - first
+            blanks.setdefault(tuple(restored[first:last].tolist()), []).append(inside.tolist())
+    twice = [places for places in blanks.values() if len(places) == 2]
+    assert len(twice) > 100
+    assert np.mean([first == second for first, second in twice]) < 0.1
+
+
+def test_validation_is_the_same_for_every_run(task):
+    usual = task().validation
+    for other in (task(seed=5), task(rate=0.4), task(whole_word=True)):
+        for first, second in zip(usual, other.validation, strict=True):
+            assert_same(first, second)
+    assert sum(len(part) for part in usual) > 10
+
+
+def test_whole_words_are_hidden_whole_in_training(task):
+    words = task(whole_word=True, rate=0.3)
+    continuation = words.tokenizer.continuation()
+    batches = words.batches(0)
+    followed = 0
+    for _ in range(20):
+        step = next(batches)
+        restored = step.batch.tokens.clone()
+        restored[step.positions] = step.labels
+        chosen = torch.zeros(len(restored), dtype=torch.bool)
+        chosen[step.positions] = True
+        first = torch.zeros(len(restored), dtype=torch.bool)
+        first[step.batch.cu_seqlens[:-1].long() + 1] = True  # a piece may begin amid a word
+        goes_on = continuation[restored] & ~first
+        assert torch.equal(chosen[goes_on], chosen[goes_on.roll(-1)])
+        followed += goes_on.sum().item()
+    assert followed > 100

