@@ -41,7 +41,7 @@ def parser() -> Parser:
     add("--data", default="imdb", help="imdb, rotten_tomatoes, a .txt .csv .tsv .jsonl file, a folder")
     add("--preset", choices=PRESETS, default="tiny", help="size of the model")
     add("--init", metavar="MODEL", help="go on from these weights: minilm, a BERT directory, a hub id")
-    add("--vocab-size", type=number(int, 64), default=8192, help="entries of a newly learned vocabulary")
+    add("--vocab-size", type=number(int, 64, 10**6), default=8192, help="entries of a new vocabulary")
     add("--out", type=Path, default=Path("runs/pretrain"), help="directory of the run")
     add("--resume", action="store_true", help="go on with the run in --out")
     add = options.add_argument_group("how long").add_argument
@@ -53,11 +53,11 @@ def parser() -> Parser:
     add("--whole-word", action="store_true", help="hide whole words, not single tokens")
     add("--max-len", type=number(int, 8), default=128, help="tokens in a sequence at most")
     add("--batch-tokens", type=number(int, 8), default=4096, help="tokens in a step, all processes together")
-    add("--accumulate", type=number(int, 1), default=1, help="compute each batch in N parts, to save memory")
+    add("--accumulate", type=number(int, 1, 1024), default=1, help="compute a batch in N parts, for memory")
     add("--optimizer", choices=["muon", "adamw"], default="muon", help="for the hidden matrices")
     add("--lr", type=number(float, 0), default=0.02, help="peak learning rate of that optimizer")
     add("--adamw-lr", type=number(float, 0), default=1e-3, help="of AdamW, for the rest, beside Muon")
-    add("--weight-decay", type=number(float, -1), default=0.01, help="of matrices")
+    add("--weight-decay", type=number(float, 0, closed=True), default=0.01, help="of matrices")
     add_machine_options(options)
     return options
 
@@ -71,7 +71,10 @@ def read_arguments() -> tuple[argparse.Namespace, Run]:
     args = options.parse_args()
     check_device(args.device)
     run = Run.open(args.out, args.resume)
-    if saved := run.settings:
+    saved = run.settings
+    if args.resume and not saved:
+        print(f"nothing to resume in {args.out}: starting anew")
+    if saved:
         options.set_defaults(**{key: value for key, value in saved.items() if key != "out"})
         resumed = options.parse_args()
         for key, value in saved.items():
@@ -95,6 +98,9 @@ def main() -> None:
     precision = Precision.choose(args.precision, processes.device)
     attention = choose(args.attention, processes.device, precision.dtype)
 
+    if processes.is_main:
+        run.check_writable()
+
     # 1. The model: random, or real weights. Its tokenizer comes with it, or is learned.
     torch.manual_seed(args.seed)
     tokenizer = None
@@ -104,22 +110,26 @@ def main() -> None:
         tokenizer = Tokenizer.load(source)
         if tokenizer.vocab_size > model.config.vocab_size:
             raise UserError(f"{source}: the tokenizer has more entries than the model has embeddings")
+        config = model.config
         say(f"model: {args.init} ({source}), its masked-LM head {'too' if has_head else 'new'}")
     else:
+        config = PRESETS[args.preset]
         say(f"model: {args.preset}, from random weights")
+    if args.max_len > config.max_position_embeddings:
+        raise UserError(f"--max-len {args.max_len}: the model has {config.max_position_embeddings} positions")
 
     # 2. The text, as token ids. The main process tokenises, the others wait for it.
     dataset = Dataset(args.data)
+    key = Corpus.key(dataset, tokenizer, args.vocab_size)
+    if run.state_path.is_file() and run.settings.get("corpus") != key:
+        raise UserError(f"--data {args.data} has changed since the run in {args.out} began")
     corpus = Corpus.open(dataset, tokenizer, args.vocab_size) if processes.is_main else None
     processes.agree(None)
     corpus = corpus or Corpus.open(dataset, tokenizer, args.vocab_size)
     if not args.init:
-        config = replace(PRESETS[args.preset], vocab_size=corpus.tokenizer.vocab_size)
+        config = replace(config, vocab_size=corpus.tokenizer.vocab_size)
         model = BertForMaskedLM(config, args.attention)
         start_with_neighbours(model.bert)
-    if args.max_len > model.config.max_position_embeddings:
-        positions = model.config.max_position_embeddings
-        raise UserError(f"--max-len {args.max_len}: the model has {positions} positions")
     model.to(processes.device)
 
     # 3. The task: which words are hidden, and what a guess costs.
@@ -154,10 +164,8 @@ def main() -> None:
     checkpoint = run.load()
     if processes.is_main and not checkpoint:
         settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-        run.start(settings | {"corpus": corpus.directory.name})
+        run.start(settings | {"corpus": key})
     if checkpoint:
-        if run.settings["corpus"] != corpus.directory.name:
-            raise UserError(f"--data {args.data} has changed since the run in {args.out} began")
         trainer.restore(*checkpoint)
         say(f"resumed at step {trainer.step:,} of {trainer.steps:,}")
     elif args.steps:

@@ -26,17 +26,23 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str], float]:
-    """A converter for argparse: a number with low < number <= high; for int, low <= number."""
+def number(
+    kind: type, low: float, high: float = float("inf"), closed: bool | None = None
+) -> Callable[[str], float]:
+    """A converter for argparse: a finite number with low < number <= high.
+
+    `closed`: low itself is good too; so it is for int, where `closed` does not say otherwise.
+    """
+    closed = kind is int if closed is None else closed
 
     def convert(text: str) -> float:
         try:
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text} is not a number") from None
-        if not (low <= value if kind is int else low < value) or not value <= high:
-            bounds = f"from {low}" if kind is int else f"above {low:g}"
-            upper = "" if high == float("inf") else f" to {high:g}"
+        if not (low <= value if closed else low < value) or value > high or value == float("inf"):
+            bounds = f"from {low:,}" if closed else f"above {low:,}"
+            upper = "" if high == float("inf") else f" to {high:,}"
             raise argparse.ArgumentTypeError(f"{text} is not {bounds}{upper}")
         return value
 
@@ -85,7 +91,8 @@ def run_script(main: Callable[[], None]) -> None:
         status = 0
     except (UserError, OSError) as error:  # an OSError here: the disk is full, a path is forbidden
         if os.environ.get("RANK", "0") == "0":
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            line = " ".join(str(error).split())
+            print("error:", "".join(c if c.isprintable() else "?" for c in line), file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
         status = 130

@@ -51,14 +51,11 @@ class Corpus:
         `tokenizer` None: one of `vocab_size` entries is learned from the training rows, and no
         others (validation and test stay unseen).
         """
-        with_tokenizer = tokenizer.files()["tokenizer.json"].decode() if tokenizer else vocab_size
-        facts = [FORMAT, dataset.fingerprint(), with_tokenizer]
-        key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-        directory = CACHE / key
+        directory = CACHE / cls.key(dataset, tokenizer, vocab_size)
         if not directory.is_dir():
             print(f"tokenising {dataset.name} (once; kept in {directory})", flush=True)
             _remove_leftovers(directory)
-            partial = directory.with_name(f"{key}.partial-{os.getpid()}")
+            partial = directory.with_name(f"{directory.name}.partial-{os.getpid()}")
             partial.mkdir(parents=True)
             try:
                 _build(dataset, tokenizer, vocab_size, partial)
@@ -67,6 +64,13 @@ class Corpus:
                 shutil.rmtree(partial, ignore_errors=True)
                 raise
         return cls(directory)
+
+    @staticmethod
+    def key(dataset: Dataset, tokenizer: Tokenizer | None, vocab_size: int) -> str:
+        """The name of this corpus's directory: another one for other texts or another tokenizer."""
+        with_tokenizer = tokenizer.files()["tokenizer.json"].decode() if tokenizer else vocab_size
+        facts = [FORMAT, dataset.fingerprint(), with_tokenizer]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
     def pieces(self, split: str, max_len: int) -> "Pieces":
         """The texts of a split, cut to sequences of at most `max_len` tokens."""

@@ -12,6 +12,7 @@ import csv
 import hashlib
 import importlib.util
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -77,7 +78,7 @@ class Dataset:
 
     def fingerprint(self) -> str:
         """Changes when the files do. Names, sizes and times only: a start must not read a corpus."""
-        stats = [(str(file.resolve()), file.stat()) for file in self.files]
+        stats = [(os.path.abspath(file), file.stat()) for file in self.files]
         facts = [self.name in PACKAGED and self.name]
         facts += [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
@@ -99,8 +100,8 @@ def _source(name: str):
         raise UserError(f"--data {name}: no such file or directory (and not imdb or rotten_tomatoes)")
     if path.is_dir():
         if (path / "train" / "pos").is_dir() and (path / "train" / "neg").is_dir():
-            folders = [path / part for part in ACL_IMDB if (path / part).is_dir()]
-            return folders, lambda: _read_acl_imdb(path)
+            files = [file for part in ACL_IMDB for file in _in_number_order(path / part)]
+            return files, lambda: _read_acl_imdb(files)
         files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
         if not files:
             raise UserError(f"--data {name}: no {', '.join(SUFFIXES)} file and no aclImdb tree in it")
@@ -126,14 +127,17 @@ ACL_IMDB = {
 }  # fmt: skip
 
 
-def _read_acl_imdb(root: Path) -> Iterator[Row]:
+def _in_number_order(folder: Path) -> list[Path]:
+    """Names are NUMBER_RATING.txt; in number order, reviews of one film stand together."""
+    return sorted(folder.glob("*.txt"), key=lambda file: (len(file.name), file.name))
+
+
+def _read_acl_imdb(files: list[Path]) -> Iterator[Row]:
     """The tree of Maas et al. 2011: one file a review, its folder says the label."""
-    for folder, (label, split) in ACL_IMDB.items():
-        # Names are NUMBER_RATING.txt; in number order, reviews of one film stand together.
-        files = sorted((root / folder).glob("*.txt"), key=lambda file: (len(file.name), file.name))
-        for file in files:
-            with _reading(file):
-                yield Row(file.read_text(encoding="utf-8"), label, split)
+    for file in files:
+        label, split = ACL_IMDB["/".join(file.parts[-3:-1])]
+        with _reading(file):
+            yield Row(file.read_text(encoding="utf-8-sig"), label, split)
 
 
 def _read_file(file: Path) -> Iterator[Row]:
@@ -141,27 +145,30 @@ def _read_file(file: Path) -> Iterator[Row]:
     if file.suffix in (".csv", ".tsv"):
         yield from _read_table(file)
         return
+    longest = LONGEST_LINE if file.suffix == ".txt" else -1
     with _reading(file), open(file, encoding="utf-8-sig") as lines:
-        for number, line in enumerate(iter(lambda: lines.readline(LONGEST_LINE), ""), start=1):
+        for number, line in enumerate(iter(lambda: lines.readline(longest), ""), start=1):
+            where = f"{file}, line {number}"
             if not line.strip():
                 continue
             if file.suffix == ".txt":
-                yield Row(line.strip())
+                yield _row({"text": line.strip()}, where)
                 continue
             try:
                 cells = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{file}, line {number}: not JSON: {error}") from error
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{where}: not JSON: {error}") from error
             if not isinstance(cells, dict):
-                raise UserError(f"{file}, line {number}: not a JSON object")
-            yield _row(cells, f"{file}, line {number}")
+                raise UserError(f"{where}: not a JSON object")
+            yield _row(cells, where)
 
 
 def _read_table(file: Path, keep=lambda cells: True) -> Iterator[Row]:
     """Rows of a .csv or .tsv file with a header."""
     csv.field_size_limit(1 << 30)  # the library's default refuses a long review
     with _reading(file), open(file, encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines, delimiter="\t" if file.suffix == ".tsv" else ",")
+        # strict: a quote that never closes must not swallow the rest of the file.
+        reader = csv.DictReader(lines, delimiter="\t" if file.suffix == ".tsv" else ",", strict=True)
         for cells in reader:
             if keep(cells):
                 yield _row(cells, f"{file}, line {reader.line_num}")
@@ -172,9 +179,19 @@ def _row(cells: dict, where: str) -> Row:
     text, label = cells.get("text"), cells.get("label")
     if "text" not in cells:
         names = ", ".join(str(name) for name in cells if name is not None) or "none"
-        raise UserError(f"{where}: no column named text (columns: {names})")
-    if not isinstance(text, str) or not text.strip():
+        raise UserError(f"{where}: no column named text (columns: {names[:200]})")
+    if None in cells:
+        raise UserError(f"{where}: more cells than columns; a text with a delimiter in it needs quotes")
+    if text is not None and not isinstance(text, str):
+        raise UserError(f"{where}: the column text holds a {type(text).__name__}, not a string")
+    if not text or not text.strip():
         raise UserError(f"{where}: the column text is empty")
+    if "\0" in text:
+        raise UserError(f"{where}: the text holds zero bytes; is the file UTF-16, or no text at all?")
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
+        raise UserError(f"{where}: the text holds half of a character (a lone surrogate)") from None
     return Row(text, None if label is None else str(label).strip())
 
 

@@ -53,13 +53,21 @@ class Run:
         path = self.directory / "settings.json"
         return read_json(path) if path.is_file() else {}
 
-    def start(self, settings: dict) -> None:
-        """Claim the directory."""
+    def check_writable(self) -> None:
+        """Fail before the work, not after: make the directory, and take away again what was made."""
+        missing = [path for path in (self.directory, *self.directory.parents) if not path.exists()]
         try:
-            self.state_path.parent.mkdir(parents=True, exist_ok=True)
+            self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--out {self.directory}: {error.strerror}") from error
+        for path in missing:
+            path.rmdir()
+
+    def start(self, settings: dict) -> None:
+        """Claim the directory. The settings first: they mark it as a run's."""
+        self.directory.mkdir(parents=True, exist_ok=True)
         write_json(self.directory / "settings.json", settings)
+        self.state_path.parent.mkdir(exist_ok=True)
 
     def save(self, tensors: dict[str, Tensor], progress: dict) -> None:
         """Replace the checkpoint by this one, in one rename."""
@@ -87,7 +95,10 @@ class Run:
         """All whole lines of log.jsonl; a kill may have cut the last one short."""
         path = self.directory / "log.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        try:
+            return [json.loads(line) for line in lines if line.endswith("\n")]
+        except ValueError as error:
+            raise UserError(f"{path} is damaged: {error}") from error
 
     def rewind_log(self, step: int) -> None:
         """Drop the lines of steps that a resumed run is going to do again."""

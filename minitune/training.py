@@ -174,7 +174,9 @@ class Trainer:
             if self.step % evaluate_every == 0 and self.step < self.steps and not stop:
                 entry["validation"] = self.evaluate(quick=True)
                 self._report(entry, bar)
-            if self.processes.is_main and (self.step % LOG_EVERY == 0 or "validation" in entry):
+            if self.processes.is_main and (
+                self.step % LOG_EVERY == 0 or "validation" in entry or self.step == self.steps
+            ):
                 self.run.log(entry)
             bar.update()
             bar.set_postfix_str(f"loss {loss:.3f}, {self.tokens / self.seconds:,.0f} tokens/s")

@@ -422,7 +422,7 @@ def test_init_with_the_tokenizer_of_a_larger_model(refused, model):
     larger = Tokenizer.train([TEXT + " a great many other words stand in this one"], 200)
     for name, content in larger.files().items():
         (model / name).write_bytes(content)
-    refused("--data", "good.txt", "--init", "model", naming=["model", str(larger.vocab_size)])
+    refused("--data", "good.txt", "--init", "model", naming=["model", "tokenizer"])
 
 
 def test_init_with_a_tokenizer_that_is_not_berts(refused, model):

@@ -129,8 +129,9 @@ def test_minutes_fix_the_number_of_steps_from_the_measured_speed(text, tmp_path)
     result = train(text, tmp_path / "run", "--steps", "1")
     assert result.returncode == 0
     overhead = time.monotonic() - started
-    options = [option for option in command(text, tmp_path / "timed") if option not in ("--steps", str(STEPS))]
-    timed = [sys.executable, *options, "--minutes", str((overhead + 10) / 60)]
+    options = command(text, tmp_path / "timed")
+    untimed = [option for option in options if option not in ("--steps", str(STEPS))]
+    timed = [sys.executable, *untimed, "--minutes", str((overhead + 10) / 60)]
     assert subprocess.run(timed, cwd=ROOT).returncode == 0
     metrics = json.loads((tmp_path / "timed" / "metrics.json").read_text())
     assert metrics["steps"] > 5

@@ -1,0 +1,128 @@
+"""How fast pretraining runs, and how close to what the machine can do.
+
+    python -m tests.benchmarks.speed [--preset tiny] [--batch-tokens 4096] [--rounds 5]
+
+In turns, so that noise falls on both: a round of training steps, then a round of the matrix products
+of such a step alone, at the same shapes and in the same precision (for every linear map: forward, input
+gradient, weight gradient). Prints real tokens per second, the FLOP/s of forward and backward and of the
+products, their ratio, and the optimizer's share of a step; medians over the rounds.
+
+FLOPs of a step = 3 · [T·L·24d² + L·4d·Σnᵢ² + M·2(d² + dV)] for T tokens in sequences of nᵢ, M of them
+masked: two a multiplication, backward twice forward; lookups, LayerNorm, softmax, GELU count nothing.
+"""
+
+import argparse
+import statistics
+import time
+from dataclasses import replace
+
+import torch
+
+from minitune.cli import keep_freed_memory
+from minitune.corpus import Corpus
+from minitune.data import Dataset
+from minitune.model import PRESETS, BertForMaskedLM
+from minitune.optimizer import Optimizer
+from minitune.pretraining import Cloze, MaskedLanguageModelling
+from minitune.processes import Processes
+from minitune.training import Precision
+
+
+def flops(cloze: Cloze, config) -> float:
+    """Of one training step, by the formula above."""
+    d, L, V = config.hidden_size, config.num_hidden_layers, config.vocab_size
+    T, lengths = cloze.batch.tokens.numel(), cloze.batch.cu_seqlens.diff().double()
+    attention = L * 4 * d * (lengths**2).sum().item()
+    return 3 * (T * L * 24 * d**2 + attention + len(cloze) * 2 * (d**2 + d * V))
+
+
+def products(T: int, M: int, config, dtype: torch.dtype) -> tuple[list, float]:
+    """The matrix products of a step as operands, and their FLOPs."""
+    d, f, V = config.hidden_size, config.intermediate_size, config.vocab_size
+    shapes = [(T, d, 3 * d), (T, d, d), (T, d, f), (T, f, d)] * config.num_hidden_layers
+    shapes += [(M, d, d), (M, d, V)]
+    operands = [
+        (torch.randn(rows, a, dtype=dtype), torch.randn(b, a, dtype=dtype), torch.randn(rows, b, dtype=dtype))
+        for rows, a, b in shapes
+    ]
+    return operands, sum(3 * 2.0 * rows * a * b for rows, a, b in shapes)
+
+
+def multiply(operands: list) -> float:
+    """Seconds for forward, input gradient and weight gradient of every linear map."""
+    started = time.perf_counter()
+    for x, weight, gradient in operands:
+        torch.mm(x, weight.t())
+        torch.mm(gradient, weight)
+        torch.mm(gradient.t(), x)
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    options.add_argument("--preset", choices=PRESETS, default="tiny")
+    options.add_argument("--batch-tokens", type=int, default=4096)
+    options.add_argument("--max-len", type=int, default=128)
+    options.add_argument("--mask-rate", type=float, default=0.15)
+    options.add_argument("--precision", default="auto")
+    options.add_argument("--attention", default="auto")
+    options.add_argument("--optimizer", default="muon")
+    options.add_argument("--rounds", type=int, default=5)
+    args = options.parse_args()
+    keep_freed_memory()
+    processes = Processes("cpu")
+    precision = Precision.choose(args.precision, processes.device)
+    corpus = Corpus.open(Dataset("imdb"), None, 8192)
+    config = replace(PRESETS[args.preset], vocab_size=corpus.tokenizer.vocab_size)
+    model = BertForMaskedLM(config, args.attention)
+    optimizer = Optimizer(model, args.optimizer, 1e-3, 1e-3, 0.01)
+    task = MaskedLanguageModelling(
+        corpus,
+        max_len=args.max_len,
+        batch_tokens=args.batch_tokens,
+        rate=args.mask_rate,
+        whole_word=False,
+        seed=0,
+    )
+    batches = task.batches(0)
+    T = args.batch_tokens
+    operands, product_flops = products(T, round(T * args.mask_rate), config, precision.dtype)
+
+    rates = {"tokens/s": [], "step": [], "products": [], "share": [], "optimizer": []}
+    for round_number in range(args.rounds + 1):
+        tokens = done = model_seconds = optimizer_seconds = 0.0
+        for _ in range(8):
+            cloze = next(batches)
+            started = time.perf_counter()
+            with precision.autocast(processes.device):
+                loss = task.loss(model, cloze) / len(cloze)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            middle = time.perf_counter()
+            for part in optimizer.parts:
+                part.step()
+            optimizer.zero_grad()
+            optimizer_seconds += time.perf_counter() - middle
+            model_seconds += middle - started
+            tokens += cloze.batch.tokens.numel()
+            done += flops(cloze, config)
+        peak = product_flops / statistics.median(multiply(operands) for _ in range(4))
+        if round_number == 0:
+            continue  # warming up
+        rates["tokens/s"].append(tokens / (model_seconds + optimizer_seconds))
+        rates["step"].append(done / model_seconds / 1e9)
+        rates["products"].append(peak / 1e9)
+        rates["share"].append(done / model_seconds / peak)
+        rates["optimizer"].append(optimizer_seconds / (model_seconds + optimizer_seconds))
+    median = {name: statistics.median(values) for name, values in rates.items()}
+    spread = f"{min(rates['share']):.0%} to {max(rates['share']):.0%}"
+    print(f"{args.preset}, {T} tokens a step, {precision.name}, {args.optimizer}")
+    print(f"tokens/s                     {median['tokens/s']:,.0f}")
+    print(f"forward and backward         {median['step']:,.0f} GFLOP/s")
+    print(f"its matrix products alone    {median['products']:,.0f} GFLOP/s")
+    print(f"share of that peak           {median['share']:.0%} ({spread})")
+    print(f"optimizer's share of a step  {median['optimizer']:.0%}")
+
+
+if __name__ == "__main__":
+    main()
