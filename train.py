@@ -23,7 +23,7 @@ from minitune.cli import Parser, add_machine_options, check_device, describe, nu
 from minitune.corpus import Corpus
 from minitune.data import Dataset
 from minitune.errors import UserError
-from minitune.model import PRESETS, BertForMaskedLM, start_with_neighbours
+from minitune.model import PRESETS, BertForMaskedLM, start_with_frequencies, start_with_neighbours
 from minitune.optimizer import Optimizer
 from minitune.pretraining import MaskedLanguageModelling, fill_examples
 from minitune.processes import Processes
@@ -130,6 +130,7 @@ def main() -> None:
         config = replace(config, vocab_size=corpus.tokenizer.vocab_size)
         model = BertForMaskedLM(config, args.attention)
         start_with_neighbours(model.bert)
+        start_with_frequencies(model.head, torch.from_numpy(corpus.unigrams))
     model.to(processes.device)
 
     # 3. The task: which words are hidden, and what a guess costs.

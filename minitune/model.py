@@ -247,3 +247,13 @@ def start_with_neighbours(bert: Bert, scale: float = 0.05, sharpness: float = 1.
             key[head, even, even] = key[head, odd, odd] = sharpness * turn.cos()
             key[head, even, odd] = -sharpness * turn.sin()
             key[head, odd, even] = sharpness * turn.sin()
+
+
+@torch.no_grad()
+def start_with_frequencies(head: MaskedLMHead, counts: Tensor) -> None:
+    """Initial bias of the decoder: the logarithm of each word's frequency, from its counts (V,).
+
+    Training then begins at the unigram entropy; it would reach it anyway, a hundred steps later.
+    """
+    smoothed = counts.double() + 1  # a word that never occurred must not start at minus infinity
+    head.bias.copy_((smoothed / smoothed.sum()).log())

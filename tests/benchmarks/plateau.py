@@ -1,0 +1,126 @@
+"""The plateau of a from-scratch BERT, and three ways to meet it. Needs about 4 · MINUTES.
+
+    python -m tests.benchmarks.plateau [--minutes 3] [--out runs/plateau]
+
+Trains the tiny preset on the same IMDb batches, each way for the same time, and draws the training losses:
+
+    adamw        BERT's own initial weights, AdamW on everything
+    muon         the same weights, Muon on the hidden matrices
+    sinusoids    Muon, and positions that start as small sinusoids
+    neighbours   Muon, and heads that start by attending to the words next door: what train.py does
+"""
+
+import argparse
+import copy
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from minitune.cli import keep_freed_memory
+from minitune.corpus import Corpus
+from minitune.data import Dataset
+from minitune.model import (
+    PRESETS,
+    BertForMaskedLM,
+    sinusoid_angles,
+    start_with_frequencies,
+    start_with_neighbours,
+)
+from minitune.optimizer import Optimizer
+from minitune.pretraining import MaskedLanguageModelling
+from minitune.processes import Processes
+from minitune.training import Precision
+
+WAYS = {
+    "adamw": "AdamW, random weights",
+    "muon": "Muon, random weights",
+    "sinusoids": "Muon, sinusoid positions",
+    "neighbours": "Muon, heads that start with the neighbours",
+}
+
+
+@torch.no_grad()
+def prepare(model: BertForMaskedLM, way: str) -> None:
+    """Give a randomly initialised model the initial weights of this way."""
+    if way == "sinusoids":
+        weight = model.bert.embeddings.position.weight
+        angles = sinusoid_angles(torch.arange(len(weight)), weight.size(1))
+        weight[:, 0::2], weight[:, 1::2] = 0.02 * angles.sin(), 0.02 * angles.cos()
+    if way == "neighbours":
+        start_with_neighbours(model.bert)
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    options.add_argument("--minutes", type=float, default=3)
+    options.add_argument("--out", type=Path, default=Path("runs/plateau"))
+    args = options.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    keep_freed_memory()
+    device = Processes("cpu").device
+    precision = Precision.choose("auto", device)
+    corpus = Corpus.open(Dataset("imdb"), None, 8192)
+    task = MaskedLanguageModelling(
+        corpus, max_len=128, batch_tokens=4096, rate=0.15, whole_word=False, seed=0
+    )
+    torch.manual_seed(0)
+    config = replace(PRESETS["tiny"], vocab_size=corpus.tokenizer.vocab_size)
+    random = BertForMaskedLM(config)
+    start_with_frequencies(random.head, torch.from_numpy(corpus.unigrams))
+
+    curves = {}
+    for way in WAYS:
+        model = copy.deepcopy(random)
+        prepare(model, way)
+        name, lr = ("adamw", 1e-3) if way == "adamw" else ("muon", 0.02)
+        optimizer = Optimizer(model, name, lr, adamw_lr=1e-3, weight_decay=0.01)
+        curve, started = [], time.monotonic()
+        for step, cloze in enumerate(task.batches(0)):
+            if time.monotonic() - started > 60 * args.minutes:
+                break
+            with precision.autocast(device):
+                loss = task.loss(model, cloze) / len(cloze)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.set_rate(min(1.0, (step + 1) / 50))
+            for part in optimizer.parts:
+                part.step()
+            optimizer.zero_grad()
+            curve.append((round((time.monotonic() - started) / 60, 4), round(loss.item(), 4)))
+        curves[way] = curve
+        last = [loss for _, loss in curve[-20:]]
+        print(f"{WAYS[way]}: {len(curve)} steps, loss {sum(last) / len(last):.2f}", flush=True)
+    (args.out / "curves.json").write_text(json.dumps(curves))
+    draw(curves, corpus.unigram_entropy(), args.out / "plateau.png")
+    print(f"wrote {args.out}/plateau.png")
+
+
+def draw(curves: dict, unigram: float, path: Path) -> None:
+    """Smoothed losses over minutes, each line named where it ends."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for (way, curve), color in zip(curves.items(), ("#969696", "#fd8d3c", "#6baed6", "#08519c"), strict=True):
+        smooth, points = curve[0][1], []
+        for minute, loss in curve:
+            smooth += 0.08 * (loss - smooth)
+            points.append((minute, smooth))
+        axes.plot(*zip(*points, strict=True), color=color, label=WAYS[way])
+    axes.axhline(unigram, color="#636363", linestyle="--", linewidth=1)
+    note = f"words by their frequency alone: {unigram:.2f}"
+    axes.text(0, unigram, note, va="bottom", fontsize=9, color="#636363")
+    axes.set(xlabel="minutes on two CPU cores", ylabel="masked-LM loss (nats a token)")
+    axes.set_title("The plateau, and the way out of it", loc="left")
+    axes.legend(frameon=False, loc="lower left")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    main()
