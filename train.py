@@ -45,7 +45,7 @@ def parser() -> Parser:
     add("--out", type=Path, default=Path("runs/pretrain"), help="directory of the run")
     add("--resume", action="store_true", help="go on with the run in --out")
     add = options.add_argument_group("how long").add_argument
-    add("--minutes", type=number(float, 0), default=19, help="for all of it, tokenising included")
+    add("--minutes", type=number(float, 0), default=18, help="for all of it, tokenising included")
     add("--steps", type=number(int, 1), help="exactly so many optimizer steps instead")
     add("--save-minutes", type=number(float, 0), default=2, help="between checkpoints")
     add = options.add_argument_group("the recipe").add_argument
@@ -55,7 +55,7 @@ def parser() -> Parser:
     add("--batch-tokens", type=number(int, 8), default=4096, help="tokens in a step, all processes together")
     add("--accumulate", type=number(int, 1, 1024), default=1, help="compute a batch in N parts, for memory")
     add("--optimizer", choices=["muon", "adamw"], default="muon", help="for the hidden matrices")
-    add("--lr", type=number(float, 0), default=0.02, help="peak learning rate of that optimizer")
+    add("--lr", type=number(float, 0), default=0.01, help="peak learning rate of that optimizer")
     add("--adamw-lr", type=number(float, 0), default=1e-3, help="of AdamW, for the rest, beside Muon")
     add("--weight-decay", type=number(float, 0, closed=True), default=0.01, help="of matrices")
     add_machine_options(options)

@@ -215,7 +215,7 @@ def sinusoid_angles(positions: Tensor, size: int) -> Tensor:
 
 
 @torch.no_grad()
-def start_with_neighbours(bert: Bert, scale: float = 0.05, sharpness: float = 1.5, layers: int = 2) -> None:
+def start_with_neighbours(bert: Bert, scale: float = 0.1, sharpness: float = 1.5, layers: int = 2) -> None:
     """Initial weights with which the first layers attend to the words next to each word.
 
     A BERT from random weights sits on a plateau at the entropy of single words: attention is near

@@ -20,7 +20,8 @@ class Optimizer:
         hidden = [p for name, p in named if p.ndim == 2 and ".layers." in name]
         self.parts = []
         if name == "muon":
-            self.parts.append(torch.optim.Muon(hidden, lr=lr, weight_decay=weight_decay))
+            # Four Newton-Schulz iterations instead of five: a fifth cheaper, no worse here.
+            self.parts.append(torch.optim.Muon(hidden, lr=lr, weight_decay=weight_decay, ns_steps=4))
         else:
             hidden, adamw_lr = [], lr
         taken = {id(p) for p in hidden}

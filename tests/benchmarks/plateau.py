@@ -75,7 +75,7 @@ def main() -> None:
     for way in WAYS:
         model = copy.deepcopy(random)
         prepare(model, way)
-        name, lr = ("adamw", 1e-3) if way == "adamw" else ("muon", 0.02)
+        name, lr = ("adamw", 1e-3) if way == "adamw" else ("muon", 0.01)
         optimizer = Optimizer(model, name, lr, adamw_lr=1e-3, weight_decay=0.01)
         curve, started = [], time.monotonic()
         for step, cloze in enumerate(task.batches(0)):
