@@ -10,7 +10,7 @@ look at the result. What is written to --out loads here and in `transformers` as
 """
 
 import argparse
-import math
+import functools
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,17 +19,18 @@ import torch
 
 from minitune.attention import choose
 from minitune.checkpoint import find_model, load_masked_lm, save_masked_lm
-from minitune.cli import Parser, add_machine_options, check_device, describe, number, run_script
+from minitune.cli import Parser, add_machine_options, check_device, describe, real, run_script, whole
 from minitune.corpus import Corpus
 from minitune.data import Dataset
 from minitune.errors import UserError
 from minitune.model import PRESETS, BertForMaskedLM, start_with_frequencies, start_with_neighbours
 from minitune.optimizer import Optimizer
+from minitune.precision import Precision
 from minitune.pretraining import MaskedLanguageModelling, fill_examples
 from minitune.processes import Processes
 from minitune.runs import Run
 from minitune.tokenizer import Tokenizer
-from minitune.training import Interrupted, Precision, Trainer, peak_memory
+from minitune.training import Interrupted, Trainer, peak_memory
 
 STARTED = time.monotonic()
 
@@ -41,27 +42,28 @@ def parser() -> Parser:
     add("--data", default="imdb", help="imdb, rotten_tomatoes, a .txt .csv .tsv .jsonl file, a folder")
     add("--preset", choices=PRESETS, default="tiny", help="size of the model")
     add("--init", metavar="MODEL", help="go on from these weights: minilm, a BERT directory, a hub id")
-    add("--vocab-size", type=number(int, 64, 10**6), default=8192, help="entries of a new vocabulary")
+    add("--vocab-size", type=whole(64, 10**6), default=8192, help="entries of a new vocabulary")
     add("--out", type=Path, default=Path("runs/pretrain"), help="directory of the run")
     add("--resume", action="store_true", help="go on with the run in --out")
     add = options.add_argument_group("how long").add_argument
-    add("--minutes", type=number(float, 0), default=18, help="for all of it, tokenising included")
-    add("--steps", type=number(int, 1), help="exactly so many optimizer steps instead")
-    add("--save-minutes", type=number(float, 0), default=2, help="between checkpoints")
+    add("--minutes", type=real(0), default=17, help="for all of it, tokenising included")
+    add("--steps", type=whole(1), help="exactly so many optimizer steps instead")
+    add("--save-minutes", type=real(0), default=2, help="between checkpoints")
     add = options.add_argument_group("the recipe").add_argument
-    add("--mask-rate", type=number(float, 0, 0.9), default=0.15, help="share of tokens to guess")
+    add("--mask-rate", type=real(0, 0.9), default=0.15, help="share of tokens to guess")
     add("--whole-word", action="store_true", help="hide whole words, not single tokens")
-    add("--max-len", type=number(int, 8), default=128, help="tokens in a sequence at most")
-    add("--batch-tokens", type=number(int, 8), default=4096, help="tokens in a step, all processes together")
-    add("--accumulate", type=number(int, 1, 1024), default=1, help="compute a batch in N parts, for memory")
+    add("--max-len", type=whole(8), default=128, help="tokens in a sequence at most")
+    add("--batch-tokens", type=whole(8), default=4096, help="tokens in a step, all processes together")
+    add("--accumulate", type=whole(1, 1024), default=1, help="compute a batch in N parts, for memory")
     add("--optimizer", choices=["muon", "adamw"], default="muon", help="for the hidden matrices")
-    add("--lr", type=number(float, 0), default=0.01, help="peak learning rate of that optimizer")
-    add("--adamw-lr", type=number(float, 0), default=1e-3, help="of AdamW, for the rest, beside Muon")
-    add("--weight-decay", type=number(float, 0, closed=True), default=0.01, help="of matrices")
+    add("--lr", type=real(0), help="peak learning rate of that optimizer; default: muon 0.01, adamw 0.001")
+    add("--adamw-lr", type=real(0), default=1e-3, help="of AdamW, for the rest, beside Muon")
+    add("--weight-decay", type=real(0, closed=True), default=0.01, help="of matrices")
     add_machine_options(options)
     return options
 
 
+PEAK_LR = {"muon": 0.01, "adamw": 0.001}
 MAY_CHANGE = {"resume", "out", "lr", "adamw_lr", "device", "precision", "attention", "save_minutes"}
 
 
@@ -69,12 +71,8 @@ def read_arguments() -> tuple[argparse.Namespace, Run]:
     """The options and the run's directory; with --resume, options that are not given are the run's."""
     options = parser()
     args = options.parse_args()
-    check_device(args.device)
     run = Run.open(args.out, args.resume)
-    saved = run.settings
-    if args.resume and not saved:
-        print(f"nothing to resume in {args.out}: starting anew")
-    if saved:
+    if saved := run.settings:
         options.set_defaults(**{key: value for key, value in saved.items() if key != "out"})
         resumed = options.parse_args()
         for key, value in saved.items():
@@ -82,6 +80,7 @@ def read_arguments() -> tuple[argparse.Namespace, Run]:
                 flag = key.replace("_", "-")
                 raise UserError(f"--{flag} {getattr(resumed, key)}: the run in {args.out} has {value}")
         args = resumed
+    check_device(args.device)
     if args.batch_tokens < args.max_len:
         raise UserError(f"--batch-tokens {args.batch_tokens} is less than one text of --max-len")
     return args, run
@@ -90,11 +89,14 @@ def read_arguments() -> tuple[argparse.Namespace, Run]:
 def main() -> None:
     """The job, top to bottom."""
     args, run = read_arguments()
-    if run.is_finished:
-        print(f"{args.out} is finished; its figures are in {args.out}/metrics.json")
-        return
     processes = Processes(args.device)
-    say = print if processes.is_main else lambda *_, **__: None
+    say = functools.partial(print, flush=True) if processes.is_main else lambda *_: None
+    if run.is_finished:
+        run.clean_up()  # killed between its last two lines
+        say(f"{args.out} is finished; its figures are in {args.out}/metrics.json")
+        return
+    if args.resume and not run.settings:
+        say(f"nothing to resume in {args.out}: starting anew")
     precision = Precision.choose(args.precision, processes.device)
     attention = choose(args.attention, processes.device, precision.dtype)
 
@@ -143,14 +145,15 @@ def main() -> None:
         seed=args.seed,
     )
     total_params = sum(p.numel() for p in model.parameters())
-    uniform, unigram = math.log(corpus.tokenizer.vocab_size), corpus.unigram_entropy()
     say(f"data: {args.data}, {corpus.unigrams.sum():,} training tokens in {len(task.train):,} sequences")
     say(f"{total_params:,} parameters on {describe(processes.device)}")
     say(f"precision: {precision.name} ({precision.why}); attention: {attention}")
-    say(f"to beat: ln(vocabulary) = {uniform:.2f}, unigram entropy = {unigram:.2f} nats")
+    say(f"to beat: every word equally likely, ln V = {task.uniform:.2f} nats; "
+        f"words by their frequency alone, unigram entropy = {task.unigram:.2f}")  # fmt: skip
 
     # 4. Train.
-    optimizer = Optimizer(model, args.optimizer, args.lr, args.adamw_lr, args.weight_decay)
+    lr = args.lr or PEAK_LR[args.optimizer]
+    optimizer = Optimizer(model, args.optimizer, lr, args.adamw_lr, args.weight_decay)
     trainer = Trainer(
         model,
         optimizer,
@@ -163,8 +166,8 @@ def main() -> None:
         save_minutes=args.save_minutes,
     )
     checkpoint = run.load()
-    if processes.is_main and not checkpoint:
-        settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    if processes.is_main:
+        settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "resume"}
         run.start(settings | {"corpus": key})
     if checkpoint:
         trainer.restore(*checkpoint)
@@ -172,33 +175,33 @@ def main() -> None:
     elif args.steps:
         trainer.steps = args.steps
     else:
-        trainer.steps = trainer.plan(args.minutes - (time.monotonic() - STARTED) / 60)
+        trainer.steps = trainer.plan(STARTED + 60 * args.minutes)
         say(f"{trainer.steps:,} steps fit into {args.minutes:g} minutes")
     if processes.is_main:
         run.rewind_log(trainer.step)
     try:
-        trainer.train()
+        final = trainer.train()
     except Interrupted:
         say(f"\ninterrupted: saved at step {trainer.step:,}; go on with --resume --out {args.out}")
         raise
 
     # 5. Look at the result, and keep it.
-    final = trainer.evaluate()
     say(f"validation: loss {final['loss']:.3f}, {final['masked_accuracy']:.1%} of the blanks right")
+    processes.close()
     if not processes.is_main:
         return
-    for line in fill_examples(model, corpus, dataset, precision, processes.device):
+    for line in fill_examples(model, task, precision, processes.device):
         print(line)
     save_masked_lm(model, corpus.tokenizer, args.out)
     from minitune.plots import plot_pretraining  # matplotlib takes a second to import
 
-    plot_pretraining(run.read_log(), uniform, unigram, final, args.out / "loss.png")
+    plot_pretraining(run.read_log(), task.uniform, task.unigram, final, args.out / "loss.png")
     run.finish(
         {
             "method": "pretrain",
             **final,
-            "uniform_loss": uniform,
-            "unigram_loss": unigram,
+            "uniform_loss": task.uniform,
+            "unigram_loss": task.unigram,
             "trainable_params": total_params,
             "total_params": total_params,
             "steps": trainer.steps,

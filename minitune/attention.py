@@ -2,7 +2,7 @@
 
 A batch holds its sequences laid end to end with no padding, so the T tokens of B sequences come with
 `cu_seqlens` (B+1,), the cumulative lengths: sequence b owns rows `cu_seqlens[b]:cu_seqlens[b+1]`.
-Attention is the only part of the model that looks at them; a token attends to the tokens of its own
+Attention is the part of the model that works on them; a token attends to the tokens of its own
 sequence and to nothing else (Vaswani et al. 2017, section 3.2.1, without a causal mask, as in BERT).
 
     q, k, v     (T, H, D)   T tokens, H heads, D dimensions a head

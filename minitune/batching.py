@@ -25,7 +25,7 @@ def shuffled_batches(
     epoch = 0
     while True:
         rng = np.random.default_rng([seed, epoch])
-        order = rng.permutation(len(lengths)).astype(np.int32)
+        order = rng.permutation(np.arange(len(lengths), dtype=np.int32))
         for start in range(0, len(order), window):
             chosen = order[start : start + window]
             batches = filled(chosen[np.argsort(lengths[chosen], kind="stable")], lengths, batch_tokens)

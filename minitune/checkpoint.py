@@ -34,6 +34,7 @@ NAMES = [
     (r"bert\.layers\.(\d+)\.feed_forward\.up\.", r"bert.encoder.layer.\1.intermediate.dense."),
     (r"bert\.layers\.(\d+)\.feed_forward\.down\.", r"bert.encoder.layer.\1.output.dense."),
     (r"bert\.layers\.(\d+)\.feed_forward_norm\.", r"bert.encoder.layer.\1.output.LayerNorm."),
+    (r"pooler\.", "bert.pooler."),
     (r"head\.dense\.", "cls.predictions.transform.dense."),
     (r"head\.norm\.", "cls.predictions.transform.LayerNorm."),
     (r"head\.bias$", "cls.predictions.bias"),

@@ -1,7 +1,8 @@
 """What the scripts share: options, one-line errors, and the choice of a model."""
 
 import argparse
-import ctypes
+import contextlib
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -26,25 +27,26 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def number(
-    kind: type, low: float, high: float = float("inf"), closed: bool | None = None
-) -> Callable[[str], float]:
-    """A converter for argparse: a finite number with low < number <= high.
+def whole(low: int, high: float = math.inf) -> Callable[[str], int]:
+    """A converter for argparse: a whole number with low <= number <= high."""
+    return _number(int, lambda n: low <= n <= high, f"a whole number from {low:,}", high)
 
-    `closed`: low itself is good too; so it is for int, where `closed` does not say otherwise.
-    """
-    closed = kind is int if closed is None else closed
 
+def real(above: float, high: float = math.inf, *, closed: bool = False) -> Callable[[str], float]:
+    """A converter for argparse: a finite number with above < number <= high; `closed`: above is good too."""
+    kind = f"a number {'from' if closed else 'above'} {above:,}"
+    return _number(
+        float, lambda x: (above <= x if closed else above < x) and x <= high and x < math.inf, kind, high
+    )
+
+
+def _number(kind: type, good: Callable, words: str, high: float) -> Callable:
     def convert(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text} is not a number") from None
-        if not (low <= value if closed else low < value) or value > high or value == float("inf"):
-            bounds = f"from {low:,}" if closed else f"above {low:,}"
-            upper = "" if high == float("inf") else f" to {high:,}"
-            raise argparse.ArgumentTypeError(f"{text} is not {bounds}{upper}")
-        return value
+        with contextlib.suppress(ValueError):
+            if good(value := kind(text)):
+                return value
+        upper = "" if high == math.inf else f" to {high:,}"
+        raise argparse.ArgumentTypeError(f"{text} is not {words}{upper}")
 
     return convert
 
@@ -57,7 +59,7 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--attention", choices=["auto", *BACKENDS], default="auto",
                        help="which attention; auto picks by measurement")  # fmt: skip
     group.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where")
-    group.add_argument("--seed", type=number(int, 0, 2**31), default=0,
+    group.add_argument("--seed", type=whole(0, 2**31), default=0,
                        help="of everything random")  # fmt: skip
 
 
@@ -67,25 +69,8 @@ def check_device(name: str) -> None:
         raise UserError("--device cuda: torch finds no CUDA device here")
 
 
-def keep_freed_memory() -> None:
-    """Ask glibc to keep freed tensors' memory instead of returning it to the system each time.
-
-    Activations of several MB are allocated and freed at every step; by default each one is mapped,
-    zeroed page by page and unmapped again, which costs a few per cent of a training step on a CPU.
-    """
-    if sys.platform.startswith("linux"):
-        try:
-            mallopt = ctypes.CDLL("libc.so.6").mallopt
-        except (OSError, AttributeError):
-            return  # another C library; only speed is lost
-        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-        mallopt(M_MMAP_THRESHOLD, 1 << 30)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's `main`: 0, 2 with one line for what the user can put right, 130 for Ctrl-C."""
-    keep_freed_memory()
     try:
         main()
         status = 0
@@ -93,6 +78,9 @@ def run_script(main: Callable[[], None]) -> None:
         if os.environ.get("RANK", "0") == "0":
             line = " ".join(str(error).split())
             print("error:", "".join(c if c.isprintable() else "?" for c in line), file=sys.stderr)
+        status = 2
+    except torch.OutOfMemoryError:
+        print("error: out of GPU memory; try a smaller --batch-tokens, or --accumulate", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
         status = 130

@@ -5,8 +5,8 @@
     data/cache/KEY/SPLIT.ends.npy               (N,) int64, where each text ends
     data/cache/KEY/unigrams.npy                 (V,) int64, how often each id occurs in train
 
-KEY depends on all that the content depends on, so a cache is never stale, only unused. Texts stream
-through in blocks: memory use does not depend on the size of the corpus.
+KEY depends on all that the content depends on (files by name, size and time of change). Texts stream
+through in blocks; what stays in memory is where sequences start, 16 bytes each.
 """
 
 import hashlib
@@ -31,6 +31,7 @@ CACHE = Path(__file__).parents[1] / "data" / "cache"
 FORMAT = 2  # raise it when the content of a cache changes for the same key
 SPLITS = ("train", "validation")
 BLOCK = 1 << 20  # characters tokenised at a time
+PIECES_BLOCK = 1 << 18  # texts cut at a time
 DAY = 24 * 3600  # seconds
 VOCABULARY_SAMPLE = 100 << 20  # bytes of text that a vocabulary is learned from
 
@@ -72,9 +73,9 @@ class Corpus:
         facts = [FORMAT, dataset.fingerprint(), with_tokenizer]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
-    def pieces(self, split: str, max_len: int) -> "Pieces":
+    def pieces(self, split: str, max_len: int, overlap: bool = True) -> "Pieces":
         """The texts of a split, cut to sequences of at most `max_len` tokens."""
-        return Pieces(self, split, max_len)
+        return Pieces(self, split, max_len, overlap)
 
     def unigram_entropy(self) -> float:
         """Nats a token that the best guess without any context costs: the level of the plateau."""
@@ -85,24 +86,21 @@ class Corpus:
 class Pieces:
     """Sequences [CLS] tokens [SEP], cut from texts.
 
-    A text of more than max_len - 2 tokens becomes several pieces of exactly that many. The last one
-    begins earlier, overlapping the one before, rather than being short: steps over batches of one
-    shape are about 10% faster, since oneDNN compiles a kernel for each new shape.
+    A text of more than max_len - 2 tokens becomes several pieces of that many, and a shorter last one.
+    With `overlap` the last one begins earlier instead and is as long as the others: steps over batches
+    of one shape are about 10% faster, since oneDNN compiles a kernel for each new shape.
     """
 
-    def __init__(self, corpus: Corpus, split: str, max_len: int):
+    def __init__(self, corpus: Corpus, split: str, max_len: int, overlap: bool):
         ends = np.load(corpus.directory / f"{split}.ends.npy", mmap_mode="r")
-        text_starts = np.concatenate([[0], ends[:-1]])
-        text_lengths = ends - text_starts
-        body = max_len - 2
-        counts = np.maximum(-(-text_lengths // body), 1)
-        last_of_text = counts.cumsum() - 1
-        index_in_text = np.arange(counts.sum()) - np.repeat(last_of_text - counts + 1, counts)
-        lengths = np.repeat(text_lengths, counts)
-        offsets = np.minimum(index_in_text * body, np.maximum(lengths - body, 0))
-        self.starts = np.repeat(text_starts, counts) + offsets  # (N,) int64
-        self.lengths = (np.minimum(lengths, body) + 2).astype(np.int32)  # (N,) with [CLS], [SEP]
-        self.path, self.dtype = corpus.directory / f"{split}.tokens", corpus.dtype
+        # In blocks, or the arrays in between would need several times the memory of the result.
+        blocks = [
+            _cut(ends[i : i + PIECES_BLOCK], ends[i - 1] if i else 0, max_len - 2, overlap)
+            for i in range(0, len(ends), PIECES_BLOCK)
+        ]
+        self.starts = np.concatenate([starts for starts, _ in blocks])  # (N,) int64
+        self.lengths = np.concatenate([lengths for _, lengths in blocks])  # (N,) int32, with the frame
+        self.path, self.dtype, self.max_len = corpus.directory / f"{split}.tokens", corpus.dtype, max_len
         self.frame = corpus.tokenizer.cls_id, corpus.tokenizer.sep_id
 
     def __len__(self) -> int:
@@ -120,6 +118,20 @@ class Pieces:
             sequence[1:-1] = tokens[self.starts[i] : self.starts[i] + self.lengths[i] - 2]
             sequences.append(torch.from_numpy(sequence))
         return sequences
+
+
+def _cut(ends: np.ndarray, start: int, body: int, overlap: bool) -> tuple[np.ndarray, np.ndarray]:
+    """(where each piece starts, its length with the frame), for texts that end at `ends`."""
+    text_starts = np.concatenate([[start], ends[:-1]])
+    text_lengths = ends - text_starts
+    counts = np.maximum(-(-text_lengths // body), 1)
+    first_piece = counts.cumsum() - counts
+    offsets = (np.arange(counts.sum()) - np.repeat(first_piece, counts)) * body
+    lengths = np.repeat(text_lengths, counts)
+    if overlap:
+        offsets = np.minimum(offsets, np.maximum(lengths - body, 0))
+    starts = np.repeat(text_starts, counts) + offsets
+    return starts, (np.minimum(lengths - offsets, body) + 2).astype(np.int32)
 
 
 def _dtype(tokenizer: Tokenizer) -> type:

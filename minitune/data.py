@@ -79,8 +79,10 @@ class Dataset:
     def fingerprint(self) -> str:
         """Changes when the files do. Names, sizes and times only: a start must not read a corpus."""
         stats = [(os.path.abspath(file), file.stat()) for file in self.files]
-        facts = [self.name in PACKAGED and self.name]
-        facts += [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+        if self.name in PACKAGED:  # of a pinned version, wherever it is installed
+            facts = [self.name, *(stat.st_size for _, stat in stats)]
+        else:
+            facts = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 

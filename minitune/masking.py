@@ -30,19 +30,24 @@ def mask_tokens(
 ) -> Masked:
     """Corrupt the packed tokens (T,) of a batch, leaving the input as it is.
 
-    Every token that is not special is chosen with probability `rate`, independently. With
+    Of the tokens that are not special, the share `rate` is chosen: exactly so many, in random places,
+    since products of one size at every step are faster and take less memory than many sizes. With
     `continuation`, a bool for each word of the vocabulary that tells whether it goes on a word
-    ("##ing"), whole words are chosen instead of tokens (the BERT authors' 2019 update).
-    `special_ids` are never chosen and never put in as a random word.
+    ("##ing"), whole words are chosen instead of tokens (the BERT authors' 2019 update), up to that
+    share. `special_ids` are never chosen and never put in as a random word.
     """
-    T = tokens.numel()
+    ordinary_places = (~torch.isin(tokens, special_ids)).nonzero().squeeze(1)
+    wanted = round(rate * ordinary_places.numel())
     if continuation is None:
-        chosen = torch.rand(T, generator=generator) < rate
-    else:  # one draw a word, shared by its tokens
+        draw = torch.rand(ordinary_places.numel(), generator=generator)
+    else:  # one draw a word, shared by its tokens, so that they stand together in the order below
         word = (~continuation[tokens]).cumsum(0)
-        chosen = torch.rand(T + 1, generator=generator)[word] < rate
-    chosen &= ~torch.isin(tokens, special_ids)
-    positions = chosen.nonzero().squeeze(1)
+        draw = torch.rand(tokens.numel() + 1, generator=generator)[word][ordinary_places]
+    order = draw.argsort()
+    if continuation is not None and 0 < wanted < order.numel():
+        # Do not cut a word in two: stop before the one that would go beyond.
+        wanted = int(torch.searchsorted(draw[order], draw[order[wanted]]))
+    positions = ordinary_places[order[:wanted]].sort().values
     labels = tokens[positions]
 
     # One draw decides a token's fate. Two independent ones ("80%, else 50%") are the usual way to

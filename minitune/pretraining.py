@@ -1,5 +1,6 @@
 """Masked-language modelling as a task for the training loop: its batches, its loss, its validation."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,12 +11,11 @@ from torch import Tensor
 
 from minitune.batching import filled, shuffled_batches
 from minitune.corpus import Corpus
-from minitune.data import Dataset
 from minitune.masking import mask_tokens
 from minitune.model import BertForMaskedLM, PackedBatch
+from minitune.precision import Precision
 from minitune.processes import Processes
-from minitune.tokenizer import clean
-from minitune.training import Precision
+from minitune.training import EVALUATIONS
 
 VALIDATION_RATE = 0.15  # whatever the training rate is, so that runs can be compared
 VALIDATION_TOKENS = 1 << 19  # of a large corpus, an evenly spread part is enough
@@ -34,9 +34,14 @@ class Cloze:
         """How many predictions the loss is a mean over."""
         return self.labels.numel()
 
+    @property
+    def tokens(self) -> int:
+        """How many tokens are read."""
+        return self.batch.tokens.numel()
+
     def split(self, parts: int) -> list["Cloze"]:
         """Contiguous shares of whole sequences, about equal in tokens; never an empty one."""
-        cu, T = self.batch.cu_seqlens, self.batch.tokens.numel()
+        cu, T = self.batch.cu_seqlens, self.tokens
         targets = torch.arange(1, parts) * T // parts
         cuts = torch.searchsorted(cu, targets.to(cu.dtype)).tolist()
         bounds = sorted({0, *cuts, cu.numel() - 1})
@@ -62,20 +67,24 @@ class MaskedLanguageModelling:
         self, corpus: Corpus, *, max_len: int, batch_tokens: int, rate: float, whole_word: bool, seed: int
     ):
         self.tokenizer = corpus.tokenizer
-        self.train = corpus.pieces("train", max_len)
+        self.train = corpus.pieces("train", max_len, overlap=True)
         self.batch_tokens, self.rate, self.seed = batch_tokens, rate, seed
         self.continuation = self.tokenizer.continuation() if whole_word else None
+        self.uniform, self.unigram = math.log(self.tokenizer.vocab_size), corpus.unigram_entropy()
+        self.yardstick = f"ln V {self.uniform:.2f}, words alone {self.unigram:.2f}"
 
-        pieces = corpus.pieces("validation", max_len)
-        every = -(-int(pieces.lengths.sum()) // VALIDATION_TOKENS)
-        order = np.arange(0, len(pieces), every)
-        order = order[np.argsort(pieces.lengths[order], kind="stable")]
+        # Without overlap, so that every token counts once.
+        self.held_out = corpus.pieces("validation", max_len, overlap=False)
+        lengths = self.held_out.lengths
+        order = np.arange(0, len(lengths), -(-int(lengths.sum()) // VALIDATION_TOKENS))
+        order = order[np.argsort(lengths[order], kind="stable")]
         generator = torch.Generator().manual_seed(0)  # the same blanks in every run
         self.validation = [
-            self._mask(pieces.read(indices), VALIDATION_RATE, None, generator)
-            for indices in filled(order, pieces.lengths, batch_tokens)
+            self._mask(self.held_out.read(indices), VALIDATION_RATE, None, generator)
+            for indices in filled(order, lengths, batch_tokens)
         ]
-        self.validation_tokens = sum(cloze.batch.tokens.numel() for cloze in self.validation)
+        tokens = sum(cloze.tokens for cloze in self.validation)
+        self.validation_tokens = tokens * (1 + EVALUATIONS / QUICK)
 
     def batches(self, first_step: int) -> Iterator[Cloze]:
         """The training batch of each step from `first_step` on; a step always has the same one."""
@@ -121,28 +130,20 @@ class MaskedLanguageModelling:
 
 
 EXAMPLES = 3
-EXAMPLE_TOKENS = range(12, 28)  # a sentence that fits a line
+SENTENCE_TOKENS = range(8, 28)  # fits a line
 
 
 @torch.no_grad()
 def fill_examples(
-    model: BertForMaskedLM, corpus: Corpus, dataset: Dataset, precision: Precision, device: torch.device
+    model: BertForMaskedLM, task: MaskedLanguageModelling, precision: Precision, device: torch.device
 ) -> list[str]:
     """Lines that show the model at work: a word hidden in held-out sentences, and its guesses."""
-    tokenizer, lines = corpus.tokenizer, []
+    tokenizer, lines = task.tokenizer, []
     rng = np.random.default_rng(0)
     model.eval()
-    for row in dataset.rows("validation"):
-        first_sentence = clean(row.text).partition(". ")[0] + "."
-        [ids] = tokenizer.encode([first_sentence])
-        # Hide a whole word of some length: guessing "the" impresses nobody.
-        words = [
-            i for i, (a, b) in enumerate(zip(ids, ids[1:], strict=False))
-            if len(tokenizer.token(a)) > 4 and tokenizer.token(a).isalpha()
-            and not tokenizer.token(b).startswith("##")
-        ]  # fmt: skip
-        if len(ids) not in EXAMPLE_TOKENS or not words or rng.random() < 0.9:
-            continue
+    candidates = list(_sentences_with_words(task))
+    for i in np.unique(np.linspace(0, len(candidates) - 1, EXAMPLES, dtype=int)) if candidates else []:
+        ids, words = candidates[i]
         blank = int(rng.choice(words))
         hidden, ids[blank] = ids[blank], tokenizer.mask_id
         sequence = torch.tensor([tokenizer.cls_id, *ids, tokenizer.sep_id])
@@ -151,11 +152,26 @@ def fill_examples(
             logits = model(batch, torch.tensor([blank + 1], device=device))
         top = logits[0].float().softmax(-1).topk(4)
         guesses = ", ".join(
-            f"{tokenizer.token(i)} {p:.0%}"
-            for p, i in zip(top.values.tolist(), top.indices.tolist(), strict=True)
+            f"{tokenizer.token(word)} {p:.0%}"
+            for p, word in zip(top.values.tolist(), top.indices.tolist(), strict=True)
         )
-        text = tokenizer.decode(ids).replace("[MASK]", "____")
-        lines += [f"  {text}", f"      it was: {tokenizer.token(hidden)}; the model says: {guesses}"]
-        if len(lines) == 2 * EXAMPLES:
-            break
+        lines.append(f"  {tokenizer.decode(ids).replace('[MASK]', '____')}")
+        lines.append(f"      it was: {tokenizer.token(hidden)}; the model says: {guesses}")
     return lines
+
+
+def _sentences_with_words(task: MaskedLanguageModelling) -> Iterator[tuple[list[int], list[int]]]:
+    """Short held-out sentences, and where in them a whole word stands that is worth guessing."""
+    token, pieces = task.tokenizer.token, task.held_out
+    stop = task.tokenizer.backend.token_to_id(".")
+    for piece in pieces.read(range(0, len(pieces), -(-len(pieces) // 1000))):
+        ids = piece[1:-1].tolist()
+        stops = [i for i, index in enumerate(ids) if index == stop]
+        if len(stops) > 1:
+            ids = ids[stops[0] + 1 : stops[1] + 1]
+        if len(ids) in SENTENCE_TOKENS and len(ids) + 2 <= pieces.max_len:
+            # Longer than "the", or the guess impresses nobody.
+            long = [i for i, index in enumerate(ids) if len(token(index)) > 4 and token(index).isalpha()]
+            whole = [i for i in long if i + 1 == len(ids) or not token(ids[i + 1]).startswith("##")]
+            if whole:
+                yield ids, whole

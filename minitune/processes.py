@@ -6,6 +6,7 @@ writes.
 """
 
 import os
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -26,7 +27,9 @@ class Processes:
             torch.cuda.set_device(device)
         self.device = torch.device(device)
         if self.count > 1:
-            dist.init_process_group("gloo" if device == "cpu" else "nccl")
+            backend = "gloo" if device == "cpu" else "nccl"
+            # The others wait while the main process tokenises, and a large corpus takes hours.
+            dist.init_process_group(backend, timeout=timedelta(days=1))
 
     @property
     def is_main(self) -> bool:

@@ -8,6 +8,7 @@
 Beside them the job writes what it was for, a model directory for example.
 """
 
+import fcntl
 import json
 import os
 import shutil
@@ -35,7 +36,7 @@ class Run:
         if directory.exists() and not directory.is_dir():
             raise UserError(f"--out {directory} is a file")
         names = {path.name for path in directory.glob("*") if path.suffix != ".partial"}
-        if names and "settings.json" not in names:
+        if names and "corpus" not in run.settings:
             raise UserError(f"--out {directory} holds something that is no run of minitune")
         if names and not resume:
             state = "a finished" if run.is_finished else "an unfinished"
@@ -64,10 +65,16 @@ class Run:
             path.rmdir()
 
     def start(self, settings: dict) -> None:
-        """Claim the directory. The settings first: they mark it as a run's."""
+        """Claim the directory, and note the options. The settings first: they mark it as a run's."""
         self.directory.mkdir(parents=True, exist_ok=True)
         write_json(self.directory / "settings.json", settings)
         self.state_path.parent.mkdir(exist_ok=True)
+        # The system drops the lock with the process, however it ends.
+        self._lock = open(self.state_path.with_name("lock"), "w")  # noqa: SIM115
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"--out {self.directory}: another process is training there") from None
 
     def save(self, tensors: dict[str, Tensor], progress: dict) -> None:
         """Replace the checkpoint by this one, in one rename."""
@@ -84,6 +91,7 @@ class Run:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{self.state_path} is damaged: {error}") from error
+        self.read_log()  # fails here where it is damaged, not after training
         return tensors, progress
 
     def log(self, entry: dict) -> None:
@@ -106,8 +114,12 @@ class Run:
         write_atomically(self.directory / "log.jsonl", "".join(kept).encode())
 
     def finish(self, metrics: dict) -> None:
-        """Mark the run as finished; what resuming needs is of no more use."""
+        """Mark the run as finished."""
         write_json(self.directory / "metrics.json", metrics)
+        self.clean_up()
+
+    def clean_up(self) -> None:
+        """Remove what only resuming a run needs."""
         shutil.rmtree(self.state_path.parent, ignore_errors=True)
 
     def size(self, *names: str) -> int:

@@ -40,7 +40,7 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """Learn a lower-cased vocabulary of at most `vocab_size` entries from the texts.
+        """Learn a lower-cased vocabulary of `vocab_size` entries from the texts, letters always included.
 
         The same texts give the same vocabulary. The library numbers the letters inside words in the
         order of a hash map, which differs from run to run, and decides ties by those numbers; so the

@@ -1,6 +1,6 @@
 """The one training loop: precision, accumulation, clipping, schedule, progress, resume.
 
-A task brings its batches and its loss (pretraining.py); the loop knows nothing of either. What a step
+A task brings its batches and its loss (pretraining.py); the loop does not look inside them. What a step
 computes depends on the seed and the step's number alone, so a run that was killed and resumed ends
 with the same bits as one that was not.
 """
@@ -13,7 +13,6 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +21,7 @@ from tqdm import tqdm
 
 from minitune.errors import UserError
 from minitune.optimizer import Optimizer, one_cycle
+from minitune.precision import Precision
 from minitune.processes import Processes
 from minitune.runs import Run
 
@@ -32,9 +32,10 @@ REHEARSAL_STEPS = 8
 
 
 class Task(Protocol):
-    """What the loop asks of a task. A batch has `len`, `split` and `to`; see pretraining.Cloze."""
+    """What the loop asks of a task. A batch has `len`, `tokens`, `split` and `to`: pretraining.Cloze."""
 
-    validation_tokens: int
+    validation_tokens: int  # read by one full evaluation and all quick ones of a run
+    yardstick: str  # what a loss is to be compared with
 
     def batches(self, first_step: int) -> Iterator[Any]:
         """The batch of each step, from `first_step` on."""
@@ -44,39 +45,6 @@ class Task(Protocol):
 
     def evaluate(self, model: nn.Module, processes: Processes, quick: bool = False) -> dict:
         """Metrics on validation rows; `quick` on a part of them."""
-
-
-@dataclass
-class Precision:
-    """How the model computes: "fp32", "bf16" or "fp16" (mixed, by autocast; weights stay float32)."""
-
-    name: str
-    why: str = "as asked"
-
-    @classmethod
-    def choose(cls, asked: str, device: torch.device) -> "Precision":
-        """`auto` is bf16 where the hardware multiplies it, else fp32."""
-        if asked == "fp16" and device.type == "cpu":
-            raise UserError("--precision fp16 needs a CUDA device; on a CPU use bf16 or fp32")
-        if asked != "auto":
-            return cls(asked)
-        if device.type == "cuda":
-            has, where = torch.cuda.is_bf16_supported(including_emulation=False), "this GPU"
-        else:
-            abilities = torch.cpu.get_capabilities()
-            has = any(abilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-            where = "this processor"
-        return cls("bf16" if has else "fp32", f"{where} {'has' if has else 'has no'} bf16 products")
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the matrix products."""
-        names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-        return names[self.name]
-
-    def autocast(self, device: torch.device) -> contextlib.AbstractContextManager:
-        """The context to run forward passes in."""
-        return torch.autocast(device.type, self.dtype, enabled=self.name != "fp32")
 
 
 class Interrupted(KeyboardInterrupt):
@@ -102,43 +70,53 @@ class Trainer:
         self.model, self.optimizer, self.task, self.run = model, optimizer, task, run
         self.processes, self.precision = processes, precision
         self.seed, self.accumulate, self.save_seconds = seed, accumulate, 60 * save_minutes
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
         # float16 gradients underflow to zero unless the loss is scaled up (Micikevicius et al. 2018).
         self.scaler = torch.amp.GradScaler(enabled=precision.name == "fp16")
         self.step, self.steps, self.seconds, self.tokens = 0, 0, 0.0, 0
+        self.last_save = -math.inf
         self.interrupted = False
 
-    def plan(self, minutes_left: float) -> int:
-        """How many steps fit into the time, evaluations included. Measured on copies, then fixed."""
-        model, optimizer = self.model, self.optimizer
-        self.model = copy.deepcopy(model)
-        self.optimizer = optimizer.for_copy(self.model)
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.steps, tokens = 1, []
-        for i, batch in zip(range(REHEARSAL_STEPS), self.task.batches(0), strict=False):
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def plan(self, deadline: float) -> int:
+        """How many steps fit in before `deadline` (of time.monotonic), evaluations included.
+
+        Measured on a copy that is thrown away, so that a run of N steps is the same however N was set.
+        """
+        rehearsal = copy.copy(self)
+        rehearsal.model = copy.deepcopy(self.model).train()
+        rehearsal.optimizer = self.optimizer.for_copy(rehearsal.model)
+        rehearsal.scaler = copy.deepcopy(self.scaler)
+        rehearsal.steps, batches, tokens = 1, self.task.batches(0), 0
+        for i in range(REHEARSAL_STEPS):
             if i == REHEARSAL_STEPS // 2:  # the first ones compile kernels and allocate memory
-                started = time.monotonic()
-            self._update(batch)
-            tokens.append(batch.batch.tokens.numel())
-        seconds = (time.monotonic() - started) / (REHEARSAL_STEPS - REHEARSAL_STEPS // 2)
-        # An evaluation is a forward pass, a third of a step for each of its tokens.
-        full = self.task.validation_tokens / (sum(tokens) / len(tokens)) * seconds / 3
-        evaluations = full * (1 + EVALUATIONS / 8)
-        self.model, self.optimizer = model, optimizer
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        steps = int((60 * minutes_left - evaluations) / seconds)
-        return self.processes.agree(max(steps, 1))
+                started, tokens = time.monotonic(), 0
+            batch = next(batches)
+            _, norm, _ = rehearsal._gradients(batch)
+            rehearsal._apply(norm)
+            tokens += batch.tokens
+        seconds_a_token = (time.monotonic() - started) / tokens
+        # Evaluation is a forward pass, a third of the work of a step.
+        left = deadline - time.monotonic() - self.task.validation_tokens * seconds_a_token / 3
+        steps = left / seconds_a_token / tokens * (REHEARSAL_STEPS - REHEARSAL_STEPS // 2)
+        return self.processes.agree(max(int(steps), 1))
 
     def restore(self, tensors: dict[str, Tensor], progress: dict) -> None:
         """Go on from a checkpoint of `save`."""
-        model = {n.removeprefix("model/"): t for n, t in tensors.items() if n.startswith("model/")}
-        self.model.load_state_dict(model)
-        self.optimizer.load_state(
-            {n.removeprefix("optimizer/"): t for n, t in tensors.items() if n.startswith("optimizer/")}
-        )
-        self.scaler.load_state_dict(progress["scaler"])
+        parts = {"model": {}, "optimizer": {}}
+        for name, tensor in tensors.items():
+            part, _, name = name.partition("/")
+            parts[part][name] = tensor
+        self.model.load_state_dict(parts["model"])
+        self.optimizer.load_state(parts["optimizer"])
+        if progress["scaler"]:
+            self.scaler.load_state_dict(progress["scaler"])
         self.step, self.steps = progress["step"], progress["steps"]
         self.seconds, self.tokens = progress["seconds"], progress["tokens"]
+        self.last_save = time.monotonic()
 
     def save(self) -> None:
         """Write a checkpoint from which `restore` goes on to the same bits."""
@@ -151,48 +129,62 @@ class Trainer:
             self.run.save(tensors, progress)
         self.last_save = time.monotonic()
 
-    def train(self) -> None:
-        """From the current step to the last. Raises Interrupted, or UserError on a NaN."""
-        with self._catching_interrupts():
-            self._train()
+    def train(self) -> dict:
+        """From the current step to the last; returns the metrics on all validation rows.
 
-    def _train(self) -> None:
-        self.model.train()
+        Raises Interrupted after Ctrl-C, and UserError when the loss is no number any more.
+        """
+        with (
+            self._catching_interrupts(),
+            tqdm(
+                total=self.steps,
+                initial=self.step,
+                unit="step",
+                dynamic_ncols=True,
+                # None: only where there is a terminal.
+                disable=None if self.processes.is_main else True,
+            ) as bar,
+        ):
+            self.model.train()
+            batches = self.task.batches(self.step)
+            while self.step < self.steps:
+                self._step(batches, bar)
+        final = self.evaluate()
+        self._check(final["loss"])
         self.save()
-        bar = tqdm(total=self.steps, initial=self.step, unit="step", dynamic_ncols=True, disable=None)
-        evaluate_every = max(1, self.steps // EVALUATIONS)
-        for batch in self.task.batches(self.step):
-            if self.step >= self.steps:
-                break
-            started = time.monotonic()
-            loss, norm, stop = self._update(batch)
-            self.step += 1
-            self.seconds += time.monotonic() - started
-            self.tokens += batch.batch.tokens.numel()
-            entry = {"step": self.step, "loss": loss, "gradient_norm": norm, "tokens": self.tokens}
-            entry["seconds"] = round(self.seconds, 2)
-            if self.step % evaluate_every == 0 and self.step < self.steps and not stop:
-                entry["validation"] = self.evaluate(quick=True)
-                self._report(entry, bar)
-            if self.processes.is_main and (
-                self.step % LOG_EVERY == 0 or "validation" in entry or self.step == self.steps
-            ):
-                self.run.log(entry)
-            bar.update()
-            bar.set_postfix_str(f"loss {loss:.3f}, {self.tokens / self.seconds:,.0f} tokens/s")
-            if stop:
-                self.save()
-                raise Interrupted
-            if time.monotonic() - self.last_save > self.save_seconds:
-                self.save()
-        bar.close()
-        self.save()
+        return final
 
-    def _update(self, batch: Any) -> tuple[float, float, bool]:
-        """One optimizer step: (mean loss, gradient norm before clipping, whether to stop after it)."""
+    def _step(self, batches: Iterator[Any], bar: tqdm) -> None:
+        with self._clock():
+            batch = next(batches)
+            loss, norm, stop = self._gradients(batch)
+        # Saved between gradients and update: these weights have just given a finite loss.
+        if stop or time.monotonic() - self.last_save > self.save_seconds:
+            self.save()
+        if stop:
+            raise Interrupted
+        with self._clock():
+            self._apply(norm)
+        self.step += 1
+        self.tokens += batch.tokens
+        entry = {"step": self.step, "loss": loss, "gradient_norm": norm if math.isfinite(norm) else None}
+        entry |= {"tokens": self.tokens, "seconds": round(self.seconds, 2)}
+        if self.step % max(1, self.steps // EVALUATIONS) == 0 and self.step < self.steps:
+            entry["validation"] = self.evaluate(quick=True)
+            self._report(entry, bar)
+        due = self.step % LOG_EVERY == 0 or "validation" in entry or self.step == self.steps
+        if due and self.processes.is_main:
+            self.run.log(entry)
+        bar.update()
+        speed = f"{self.tokens / self.seconds:,.0f} tokens/s"
+        bar.set_postfix_str(f"loss {loss:.3f} ({self.task.yardstick}), {speed}")
+
+    def _gradients(self, batch: Any) -> tuple[float, float, bool]:
+        """Fill p.grad: (mean loss, gradient norm before clipping, whether to stop here)."""
         # Dropout must not depend on where the run was resumed.
         torch.manual_seed((self.seed * 1_000_003 + self.step) * 1009 + self.processes.rank)
         total = torch.zeros(2)  # loss, and how many processes were asked to stop
+        self.scaler.scale(torch.zeros((), device=self.processes.device))  # wakes a scaler without parts
         parts = batch.split(self.processes.count * self.accumulate)
         for part in parts[self.processes.rank :: self.processes.count]:
             part = part.to(self.processes.device)
@@ -205,32 +197,40 @@ class Trainer:
         total[1] = self.interrupted
         self._sum_gradients()
         loss, stop = self.processes.sum(total).tolist()
-
         for optimizer in self.optimizer.parts:
             self.scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(self.parameters, MAX_GRADIENT_NORM).item()
-        if not math.isfinite(loss) or not (math.isfinite(norm) or self.scaler.is_enabled()):
-            raise UserError(
-                f"the loss is {loss} and the gradient norm {norm} in step {self.step + 1}: stopped "
-                f"before it reached the weights; the last good checkpoint is in "
-                f"{self.run.state_path.parent}; try --resume with a lower --lr"
-            )
+        # Scaled float16 gradients may overflow now and then; the step is skipped and the scale lowered.
+        self._check(loss if self.scaler.is_enabled() else loss + norm)
+        return loss, norm, stop > 0
+
+    def _check(self, loss: float) -> None:
+        """Stop where there is nothing left to train."""
+        if not math.isfinite(loss):
+            saved = self.run.state_path.is_file()
+            where = f"the last good checkpoint is in {self.run.state_path.parent}" if saved else "none saved"
+            what = f"loss or gradient became {loss} after step {self.step}"
+            raise UserError(f"{what}; {where}; try --resume with a lower --lr")
+
+    def _apply(self, norm: float) -> None:
+        """Update the weights from p.grad, and clear it."""
         self.optimizer.set_rate(one_cycle(self.step, self.steps))
-        for optimizer in self.optimizer.parts:
-            self.scaler.step(optimizer)
+        if math.isfinite(norm):  # else float16 overflowed: skip every part, not only the one it hit
+            for optimizer in self.optimizer.parts:
+                self.scaler.step(optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
-        return loss, norm, stop > 0
 
     def _sum_gradients(self) -> None:
         """Add up the gradients of all processes, in one message."""
         if self.processes.count == 1:
             return
-        for p in self.parameters:
+        parameters = self.parameters
+        for p in parameters:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-        flat = self.processes.sum(torch.cat([p.grad.flatten() for p in self.parameters]))
-        for p, grad in zip(self.parameters, flat.split([p.numel() for p in self.parameters]), strict=True):
+        flat = self.processes.sum(torch.cat([p.grad.flatten() for p in parameters]))
+        for p, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             p.grad.copy_(grad.view_as(p))
 
     def evaluate(self, quick: bool = False) -> dict:
@@ -247,10 +247,17 @@ class Trainer:
             speed = self.tokens / self.seconds
             left = (self.steps - self.step) * self.seconds / self.step / 60
             validation = ", ".join(f"{k} {v:.3f}" for k, v in entry["validation"].items())
-            line = f"step {self.step:>6,} of {self.steps:,}   loss {entry['loss']:.3f}"
-            line += f"   validation {validation}   {speed:,.0f} tokens/s   {left:.1f} min left"
+            line = f"step {self.step:>6,} of {self.steps:,}   validation {validation}"
+            line += f" ({self.task.yardstick})   {speed:,.0f} tokens/s   {left:.1f} min left"
             bar.write(line, file=sys.stdout)
             sys.stdout.flush()
+
+    @contextlib.contextmanager
+    def _clock(self) -> Iterator[None]:
+        """Count this as time of training."""
+        started = time.monotonic()
+        yield
+        self.seconds += time.monotonic() - started
 
     @contextlib.contextmanager
     def _catching_interrupts(self) -> Iterator[None]:

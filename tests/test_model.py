@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from minitune.attention import BACKENDS
-from minitune.checkpoint import find_model, load_masked_lm
-from minitune.model import BertConfig, BertForMaskedLM, Layer, LayerNorm, PackedBatch
+from minitune.checkpoint import find_model, load_bert, load_masked_lm, read_config
+from minitune.model import Bert, BertConfig, BertForMaskedLM, Layer, LayerNorm, PackedBatch, Pooler
 from minitune.tokenizer import Tokenizer
 
 # Weights ten times BERT's initial ones, so that attention is far from uniform and every part matters.
@@ -257,3 +257,20 @@ def test_real_weights_give_the_hidden_states_of_transformers(oracle, backend):
             ours = hidden[case["positions"]][:, oracle["channels"]]
             difference = (ours - torch.tensor(case["hidden"][layer])).abs().max()
             assert difference <= 1e-5, f"layer {layer}, {case['text'][:50]}"
+
+
+class EncoderWithPooler(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.bert, self.pooler = Bert(config), Pooler(config)
+
+
+def test_real_weights_give_the_pooled_vectors_of_transformers(oracle):
+    directory = find_model("minilm")
+    model = EncoderWithPooler(read_config(directory)).eval()
+    assert load_bert(model, directory) == []
+    batch = PackedBatch.from_sequences([torch.tensor(case["ids"]) for case in oracle["cases"]])
+    with torch.no_grad():
+        pooled = model.pooler(model.bert(batch), batch)
+    expected = torch.tensor([case["pooled"] for case in oracle["cases"]])
+    assert (pooled[:, oracle["channels"]] - expected).abs().max() <= 1e-5

@@ -4,7 +4,7 @@
 
 Trains the tiny preset on the same IMDb batches, each way for the same time, and draws the training losses:
 
-    adamw        BERT's own initial weights, AdamW on everything
+    adamw        BERT's own initial weights (and, as in all, the log-frequency bias), AdamW on everything
     muon         the same weights, Muon on the hidden matrices
     sinusoids    Muon, and positions that start as small sinusoids
     neighbours   Muon, and heads that start by attending to the words next door: what train.py does
@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 
-from minitune.cli import keep_freed_memory
 from minitune.corpus import Corpus
 from minitune.data import Dataset
 from minitune.model import (
@@ -30,9 +29,9 @@ from minitune.model import (
     start_with_neighbours,
 )
 from minitune.optimizer import Optimizer
+from minitune.precision import Precision
 from minitune.pretraining import MaskedLanguageModelling
 from minitune.processes import Processes
-from minitune.training import Precision
 
 WAYS = {
     "adamw": "AdamW, random weights",
@@ -59,7 +58,6 @@ def main() -> None:
     options.add_argument("--out", type=Path, default=Path("runs/plateau"))
     args = options.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    keep_freed_memory()
     device = Processes("cpu").device
     precision = Precision.choose("auto", device)
     corpus = Corpus.open(Dataset("imdb"), None, 8192)

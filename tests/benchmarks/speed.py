@@ -18,14 +18,13 @@ from dataclasses import replace
 
 import torch
 
-from minitune.cli import keep_freed_memory
 from minitune.corpus import Corpus
 from minitune.data import Dataset
 from minitune.model import PRESETS, BertForMaskedLM
 from minitune.optimizer import Optimizer
+from minitune.precision import Precision
 from minitune.pretraining import Cloze, MaskedLanguageModelling
 from minitune.processes import Processes
-from minitune.training import Precision
 
 
 def flops(cloze: Cloze, config) -> float:
@@ -69,7 +68,6 @@ def main() -> None:
     options.add_argument("--optimizer", default="muon")
     options.add_argument("--rounds", type=int, default=5)
     args = options.parse_args()
-    keep_freed_memory()
     processes = Processes("cpu")
     precision = Precision.choose(args.precision, processes.device)
     corpus = Corpus.open(Dataset("imdb"), None, 8192)
@@ -92,8 +90,8 @@ def main() -> None:
     for round_number in range(args.rounds + 1):
         tokens = done = model_seconds = optimizer_seconds = 0.0
         for _ in range(8):
-            cloze = next(batches)
             started = time.perf_counter()
+            cloze = next(batches)
             with precision.autocast(processes.device):
                 loss = task.loss(model, cloze) / len(cloze)
             loss.backward()

@@ -63,11 +63,13 @@ def main() -> None:
     for index, text in enumerate(TEXTS):
         inputs = tokenizer(text, truncation=True, max_length=512, return_tensors="pt")
         with torch.no_grad():
-            states = model(**inputs, output_hidden_states=True).hidden_states
+            output = model(**inputs, output_hidden_states=True)
+        states = output.hidden_states
         ids = inputs["input_ids"][0].tolist()
         positions = evenly(len(ids), POSITIONS)
         kept = {str(layer): shortest(states[layer][0][positions][:, channels]) for layer in LAYERS}
-        cases.append({"text": text, "ids": ids, "positions": positions, "hidden": kept})
+        pooled = shortest(output.pooler_output[0][channels])
+        cases.append({"text": text, "ids": ids, "positions": positions, "hidden": kept, "pooled": pooled})
         full[f"ids{index}"] = np.array(ids)
         full |= {f"hidden{index}_{layer}": state[0].numpy() for layer, state in enumerate(states)}
     made = f"make_minilm.py, transformers {transformers.__version__}, torch {torch.__version__}"

@@ -1,0 +1,41 @@
+"""Mixed precision: which number format the matrix products run in."""
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+
+from minitune.errors import UserError
+
+
+@dataclass
+class Precision:
+    """"fp32", "bf16" or "fp16". The last two by autocast: weights, LayerNorm and loss stay float32."""
+
+    name: str
+    why: str = "as asked"
+
+    @classmethod
+    def choose(cls, asked: str, device: torch.device) -> "Precision":
+        """`auto` is bf16 where the hardware multiplies it, else fp32."""
+        if asked == "fp16" and device.type == "cpu":
+            raise UserError("--precision fp16 needs a CUDA device; on a CPU use bf16 or fp32")
+        if asked != "auto":
+            return cls(asked)
+        if device.type == "cuda":
+            has, where = torch.cuda.is_bf16_supported(including_emulation=False), "this GPU"
+        else:
+            abilities = torch.cpu.get_capabilities()
+            has = any(abilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+            where = "this processor"
+        return cls("bf16" if has else "fp32", f"{where} {'has' if has else 'has no'} bf16 products")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the matrix products."""
+        names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+        return names[self.name]
+
+    def autocast(self, device: torch.device) -> contextlib.AbstractContextManager:
+        """The context to run forward passes in."""
+        return torch.autocast(device.type, self.dtype, enabled=self.name != "fp32")

@@ -1,0 +1,193 @@
+"""The loop's parts: what is optimised how, what a batch in parts weighs, where training starts."""
+
+import copy
+import functools
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from minitune.errors import UserError
+from minitune.model import (
+    BertConfig,
+    BertForMaskedLM,
+    PackedBatch,
+    start_with_frequencies,
+    start_with_neighbours,
+)
+from minitune.optimizer import Optimizer, one_cycle
+from minitune.plots import plateau
+from minitune.precision import Precision
+from minitune.pretraining import Cloze, MaskedLanguageModelling
+from minitune.processes import Processes
+from minitune.runs import Run
+from minitune.training import Trainer
+
+CPU = torch.device("cpu")
+CONFIG = BertConfig(
+    vocab_size=90, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128
+)
+
+
+def small_model() -> BertForMaskedLM:
+    torch.manual_seed(0)
+    return BertForMaskedLM(CONFIG)
+
+
+def some_cloze(lengths=(5, 9, 30, 2, 17, 12)) -> Cloze:
+    generator = torch.Generator().manual_seed(1)
+    batch = PackedBatch.from_sequences([torch.randint(5, 90, (n,), generator=generator) for n in lengths])
+    # Crowded at one end: parts differ in how many blanks they have.
+    positions = torch.cat([torch.arange(0, 14), torch.tensor([40, 73])])
+    return Cloze(batch, positions, batch.tokens[positions])
+
+
+def trainer_for(model, tmp_path, accumulate=1) -> Trainer:
+    task = SimpleNamespace(loss=functools.partial(MaskedLanguageModelling.loss, None), yardstick="")
+    optimizer = Optimizer(model, "muon", 0.01, 0.001, 0.01)
+    precision = Precision("fp32")
+    run = Run(tmp_path)
+    return Trainer(model, optimizer, task, run, Processes("cpu"), precision, seed=0, accumulate=accumulate)
+
+
+def gradients(accumulate: int, tmp_path) -> tuple[float, dict]:
+    model = small_model()
+    trainer = trainer_for(model, tmp_path, accumulate)
+    loss, _, _ = trainer._gradients(some_cloze())
+    return loss, {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("accumulate", [2, 4, 50])
+def test_a_batch_in_parts_gives_the_gradients_of_the_whole(tmp_path, accumulate):
+    whole, in_parts = gradients(1, tmp_path), gradients(accumulate, tmp_path)
+    assert in_parts[0] == pytest.approx(whole[0], abs=1e-6)
+    for name, gradient in whole[1].items():
+        if gradient is None:  # token types but the first, positions not reached: nothing flows
+            assert in_parts[1][name] is None
+        else:
+            torch.testing.assert_close(in_parts[1][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_muon_has_the_hidden_matrices_and_only_matrices_decay():
+    model = small_model()
+    muon, adamw = Optimizer(model, "muon", 0.01, 0.001, 0.01).parts
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert {names[id(p)] for p in muon.param_groups[0]["params"]} == {
+        f"bert.layers.{layer}.{matrix}.weight"
+        for layer in range(2)
+        for matrix in ("attention.qkv", "attention.out", "feed_forward.up", "feed_forward.down")
+    }
+    decayed, free = adamw.param_groups
+    assert {names[id(p)] for p in decayed["params"]} == {
+        "bert.embeddings.word.weight",
+        "bert.embeddings.position.weight",
+        "bert.embeddings.token_type.weight",
+        "head.dense.weight",
+    }
+    assert free["weight_decay"] == 0 and all(p.ndim == 1 for p in free["params"])
+    assert sum(len(g["params"]) for part in (muon, adamw) for g in part.param_groups) == len(names)
+
+
+def test_the_optimizer_goes_on_from_its_state(tmp_path):
+    torch.manual_seed(0)
+    model = small_model()
+    trainer = trainer_for(model, tmp_path)
+    trainer.steps = 4
+
+    def step(trainer):
+        _, norm, _ = trainer._gradients(some_cloze())
+        trainer._apply(norm)
+        trainer.step += 1
+
+    step(trainer), step(trainer)
+    twin = trainer_for(copy.deepcopy(model), tmp_path)
+    state = {name: tensor.clone() for name, tensor in trainer.optimizer.state().items()}
+    twin.optimizer.load_state(state)
+    twin.step, twin.steps = 2, 4
+    step(trainer), step(twin)
+    for a, b in zip(trainer.model.parameters(), twin.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_schedule_rises_to_the_peak_and_ends_at_zero():
+    factors = [one_cycle(step, 100) for step in range(101)]
+    assert factors[4] == 1.0 and factors[0] == pytest.approx(0.2)
+    assert factors[100] == 0.0 and 0 < factors[99] < 0.02
+    assert factors[5:] == sorted(factors[5:], reverse=True)
+    assert one_cycle(0, 1) == 1.0
+
+
+def test_heads_start_by_attending_to_the_words_next_door():
+    torch.manual_seed(0)
+    config = BertConfig(num_hidden_layers=3)
+    model = BertForMaskedLM(config)
+    before = model.bert.layers[2].attention.qkv.weight.clone()
+    start_with_neighbours(model.bert)
+    batch = PackedBatch.from_sequences([torch.randint(5, config.vocab_size, (100,))])
+    x = model.bert.embeddings(batch)
+    q, k, _ = model.bert.layers[0].attention.qkv(x).view(100, 3, 4, 64).unbind(1)
+    weights = torch.einsum("ihd,jhd->hij", q / 8, k).softmax(-1)
+    for head, offset in enumerate([-1, 1, -2, 2]):
+        mass = {o: weights[head].diagonal(o).mean().item() for o in range(-5, 6)}
+        assert max(mass, key=mass.get) in (offset, offset - int(math.copysign(1, offset)))
+        assert sum(m for o, m in mass.items() if o * offset > 0) > 0.4  # on its own side
+    assert torch.equal(model.bert.layers[2].attention.qkv.weight, before)
+
+
+def test_a_fresh_head_guesses_words_by_their_frequency():
+    model = small_model()
+    counts = torch.arange(90)
+    start_with_frequencies(model.head, counts)
+    smoothed = (counts + 1) / (counts + 1).sum()
+    torch.testing.assert_close(model.head.bias.softmax(0), smoothed, rtol=1e-5, atol=1e-8)
+
+
+def test_evaluation_counts_every_blank_once():
+    task = MaskedLanguageModelling.__new__(MaskedLanguageModelling)
+    clozes = [some_cloze(), some_cloze((40, 40))]
+    task.validation = clozes
+    model = small_model().eval()
+    metrics = task.evaluate(model, Processes("cpu"))
+    with torch.no_grad():
+        logits = torch.cat([model(c.batch, c.positions) for c in clozes]).double()
+    labels = torch.cat([c.labels for c in clozes])
+    expected = -logits.log_softmax(-1)[range(len(labels)), labels].mean().item()
+    assert metrics["loss"] == pytest.approx(expected, rel=1e-6)
+    assert metrics["masked_accuracy"] == (logits.argmax(-1) == labels).double().mean().item()
+
+
+def test_auto_precision_says_why_and_a_cpu_refuses_fp16():
+    chosen = Precision.choose("auto", CPU)
+    assert chosen.name in ("bf16", "fp32") and "bf16" in chosen.why
+    assert Precision.choose("fp32", CPU).name == "fp32"
+    with pytest.raises(UserError, match="fp16"):
+        Precision.choose("fp16", CPU)
+
+
+def test_two_processes_cannot_train_in_one_directory(tmp_path):
+    first, second = Run(tmp_path), Run(tmp_path)
+    first.start({"corpus": "x"})
+    with pytest.raises(UserError, match="another process"):
+        second.start({"corpus": "x"})
+
+
+def test_a_log_cut_short_by_a_kill_can_be_read(tmp_path):
+    run = Run(tmp_path)
+    for step in (1, 2, 3):
+        run.log({"step": step})
+    path = tmp_path / "log.jsonl"
+    path.write_text(path.read_text()[:-4])
+    assert [entry["step"] for entry in run.read_log()] == [1, 2]
+    run.rewind_log(1)
+    assert json.loads(path.read_text()) == {"step": 1}
+
+
+def test_the_plateau_is_found_where_the_loss_stays_at_the_unigram_entropy():
+    minutes = list(np.linspace(0, 10, 101))
+    losses = [9 - 2.3 * m if m < 1 else 6.6 if m < 6 else 6.6 - (m - 6) for m in minutes]
+    start, stop = plateau(minutes, losses, unigram=6.68)
+    assert 0.5 < start < 2.5 and 6 < stop < 7.5
+    assert plateau(minutes, [3.0] * 101, unigram=6.68) == (0.0, 0.0)
