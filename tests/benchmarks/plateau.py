@@ -1,4 +1,4 @@
-"""The plateau of a from-scratch BERT, and three ways to meet it. Needs about 4 · MINUTES.
+"""The plateau of a from-scratch BERT, and four ways to meet it. Takes about 4 · MINUTES.
 
     python -m tests.benchmarks.plateau [--minutes 3] [--out runs/plateau]
 
@@ -112,7 +112,7 @@ def draw(curves: dict, unigram: float, path: Path) -> None:
         axes.plot(*zip(*points, strict=True), color=color, label=WAYS[way])
     axes.axhline(unigram, color="#636363", linestyle="--", linewidth=1)
     note = f"words by their frequency alone: {unigram:.2f}"
-    axes.text(0, unigram, note, va="bottom", fontsize=9, color="#636363")
+    axes.text(axes.get_xlim()[1], unigram, note, va="bottom", ha="right", fontsize=9, color="#636363")
     axes.set(xlabel="minutes on two CPU cores", ylabel="masked-LM loss (nats a token)")
     axes.set_title("The plateau, and the way out of it", loc="left")
     axes.legend(frameon=False, loc="lower left")
