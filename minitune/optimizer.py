@@ -1,9 +1,9 @@
 """Muon for the hidden matrices, AdamW for everything else.
 
-AdamW alone keeps a small BERT on the unigram plateau for a long time. Muon (Jordan et al. 2024)
-replaces the momentum of a matrix by the nearest orthogonal one, so that every direction moves, the
-rare ones too, and the plateau is left in minutes. Embeddings, biases and LayerNorms are no maps
-from vectors to vectors, and stay with AdamW (Loshchilov & Hutter 2019).
+Muon (Jordan et al. 2024) replaces the momentum of a matrix by the nearest orthogonal one, so that every
+direction moves by the same amount, the rare ones too. It is for maps from hidden vectors to hidden
+vectors; embeddings, the head, biases and LayerNorms stay with AdamW (Loshchilov & Hutter 2019). What
+leaves the plateau early is not Muon but where training starts: model.start_with_neighbours.
 """
 
 import torch
