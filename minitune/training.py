@@ -7,6 +7,7 @@ with the same bits as one that was not.
 
 import contextlib
 import copy
+import itertools
 import math
 import resource
 import signal
@@ -28,7 +29,7 @@ from minitune.runs import Run
 MAX_GRADIENT_NORM = 1.0
 LOG_EVERY = 10  # steps
 EVALUATIONS = 12  # quick ones, over a run
-REHEARSAL_STEPS = 8
+REHEARSAL_STEPS = 4  # twice: to warm up, and to measure
 
 
 class Task(Protocol):
@@ -90,18 +91,24 @@ class Trainer:
         rehearsal.model = copy.deepcopy(self.model).train()
         rehearsal.optimizer = self.optimizer.for_copy(rehearsal.model)
         rehearsal.scaler = copy.deepcopy(self.scaler)
-        rehearsal.steps, batches, tokens = 1, self.task.batches(0), 0
-        for i in range(REHEARSAL_STEPS):
-            if i == REHEARSAL_STEPS // 2:  # the first ones compile kernels and allocate memory
-                started, tokens = time.monotonic(), 0
-            batch = next(batches)
-            _, norm, _ = rehearsal._gradients(batch)
-            rehearsal._apply(norm)
-            tokens += batch.tokens
-        seconds_a_token = (time.monotonic() - started) / tokens
+        rehearsal.steps, batches = 1, self.task.batches(0)
+
+        def take_steps() -> int:
+            """Train for a few steps; how many tokens they read."""
+            tokens = 0
+            for batch in itertools.islice(batches, REHEARSAL_STEPS):
+                _, norm, _ = rehearsal._gradients(batch)
+                rehearsal._apply(norm)
+                tokens += batch.tokens
+            return tokens
+
+        take_steps()  # the first ones compile kernels and allocate memory
+        started = time.monotonic()
+        tokens = take_steps()
+        seconds = time.monotonic() - started
         # Evaluation is a forward pass, a third of the work of a step.
-        left = deadline - time.monotonic() - self.task.validation_tokens * seconds_a_token / 3
-        steps = left / seconds_a_token / tokens * (REHEARSAL_STEPS - REHEARSAL_STEPS // 2)
+        evaluations = self.task.validation_tokens * seconds / tokens / 3
+        steps = (deadline - time.monotonic() - evaluations) / (seconds / REHEARSAL_STEPS)
         return self.processes.agree(max(int(steps), 1))
 
     def restore(self, tensors: dict[str, Tensor], progress: dict) -> None:

@@ -171,7 +171,16 @@ def test_two_processes_cannot_train_in_one_directory(tmp_path):
     first, second = Run(tmp_path), Run(tmp_path)
     first.start({"corpus": "x"})
     with pytest.raises(UserError, match="another process"):
-        second.start({"corpus": "x"})
+        second.start({"corpus": "y"})
+    assert first.settings == {"corpus": "x"}
+    assert Run.open(tmp_path, resume=True).settings == {"corpus": "x"}
+
+
+def test_a_kill_before_the_settings_leaves_a_directory_that_can_be_used(tmp_path):
+    (tmp_path / "run.lock").touch()
+    (tmp_path / "settings.json.partial").write_text("{")
+    Run.open(tmp_path, resume=False).start({"corpus": "x"})
+    assert Run(tmp_path).settings == {"corpus": "x"}
 
 
 def test_a_log_cut_short_by_a_kill_can_be_read(tmp_path):

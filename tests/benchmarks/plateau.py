@@ -24,9 +24,9 @@ from minitune.data import Dataset
 from minitune.model import (
     PRESETS,
     BertForMaskedLM,
-    sinusoid_angles,
     start_with_frequencies,
     start_with_neighbours,
+    start_with_sinusoids,
 )
 from minitune.optimizer import Optimizer
 from minitune.precision import Precision
@@ -41,13 +41,10 @@ WAYS = {
 }
 
 
-@torch.no_grad()
 def prepare(model: BertForMaskedLM, way: str) -> None:
     """Give a randomly initialised model the initial weights of this way."""
     if way == "sinusoids":
-        weight = model.bert.embeddings.position.weight
-        angles = sinusoid_angles(torch.arange(len(weight)), weight.size(1))
-        weight[:, 0::2], weight[:, 1::2] = 0.02 * angles.sin(), 0.02 * angles.cos()
+        start_with_sinusoids(model.bert.embeddings.position, scale=0.02)
     if way == "neighbours":
         start_with_neighbours(model.bert)
 
@@ -97,7 +94,7 @@ def main() -> None:
 
 
 def draw(curves: dict, unigram: float, path: Path) -> None:
-    """Smoothed losses over minutes, each line named where it ends."""
+    """Smoothed losses over minutes."""
     import matplotlib
 
     matplotlib.use("Agg")

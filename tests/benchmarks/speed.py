@@ -30,7 +30,7 @@ from minitune.processes import Processes
 def flops(cloze: Cloze, config) -> float:
     """Of one training step, by the formula above."""
     d, L, V = config.hidden_size, config.num_hidden_layers, config.vocab_size
-    T, lengths = cloze.batch.tokens.numel(), cloze.batch.cu_seqlens.diff().double()
+    T, lengths = cloze.tokens, cloze.batch.cu_seqlens.diff().double()
     attention = L * 4 * d * (lengths**2).sum().item()
     return 3 * (T * L * 24 * d**2 + attention + len(cloze) * 2 * (d**2 + d * V))
 
@@ -102,7 +102,7 @@ def main() -> None:
             optimizer.zero_grad()
             optimizer_seconds += time.perf_counter() - middle
             model_seconds += middle - started
-            tokens += cloze.batch.tokens.numel()
+            tokens += cloze.tokens
             done += flops(cloze, config)
         peak = product_flops / statistics.median(multiply(operands) for _ in range(4))
         if round_number == 0:
