@@ -18,19 +18,22 @@ from pathlib import Path
 import torch
 
 from minitune.attention import choose
-from minitune.checkpoint import find_model, load_masked_lm, save_masked_lm
-from minitune.cli import Parser, add_machine_options, check_device, describe, real, run_script, whole
+from minitune.checkpoint import find_model, load_masked_lm, save_model
+from minitune.cli import Parser, add_machine_options, real, run_script, whole
 from minitune.corpus import Corpus
 from minitune.data import Dataset
 from minitune.errors import UserError
-from minitune.model import PRESETS, BertForMaskedLM, start_with_frequencies, start_with_neighbours
+from minitune.initialization import start_with_frequencies, start_with_neighbours
+from minitune.interrupts import Interrupted
+from minitune.machine import check_device, describe, peak_memory
+from minitune.model import PRESETS, BertForMaskedLM
 from minitune.optimizer import Optimizer
 from minitune.precision import Precision
 from minitune.pretraining import MaskedLanguageModelling, fill_examples
 from minitune.processes import Processes
 from minitune.runs import Run
 from minitune.tokenizer import Tokenizer
-from minitune.training import Interrupted, Trainer, peak_memory
+from minitune.training import Trainer
 
 STARTED = time.monotonic()
 
@@ -72,14 +75,7 @@ def read_arguments() -> tuple[argparse.Namespace, Run]:
     options = parser()
     args = options.parse_args()
     run = Run.open(args.out, args.resume)
-    if saved := run.settings:
-        options.set_defaults(**{key: value for key, value in saved.items() if key != "out"})
-        resumed = options.parse_args()
-        for key, value in saved.items():
-            if key not in MAY_CHANGE and getattr(resumed, key, value) != value:
-                flag = key.replace("_", "-")
-                raise UserError(f"--{flag} {getattr(resumed, key)}: the run in {args.out} has {value}")
-        args = resumed
+    args = options.resumed(run.settings, MAY_CHANGE, args.out)
     check_device(args.device)
     if args.batch_tokens < args.max_len:
         raise UserError(f"--batch-tokens {args.batch_tokens} is less than one text of --max-len")
@@ -192,7 +188,7 @@ def main() -> None:
         return
     for line in fill_examples(model, task, precision, processes.device):
         print(line)
-    save_masked_lm(model, corpus.tokenizer, args.out)
+    save_model(model, corpus.tokenizer, args.out)
     from minitune.plots import plot_pretraining  # matplotlib takes a second to import
 
     plot_pretraining(run.read_log(), task.uniform, task.unigram, final, args.out / "loss.png")

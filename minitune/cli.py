@@ -23,6 +23,16 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
 
+    def resumed(self, saved: dict, may_change: set[str], where: object) -> argparse.Namespace:
+        """The options, where those that are not given are a saved run's, and others must not differ."""
+        self.set_defaults(**{key: value for key, value in saved.items() if key != "out"})
+        args = self.parse_args()
+        for key, value in saved.items():
+            if key not in may_change and getattr(args, key, value) != value:
+                flag = key.replace("_", "-")
+                raise UserError(f"--{flag} {getattr(args, key)}: the run in {where} has {value}")
+        return args
+
     def error(self, message: str) -> None:
         raise UserError(message)
 
@@ -63,16 +73,14 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
                        help="of everything random")  # fmt: skip
 
 
-def check_device(name: str) -> None:
-    """Refuse a GPU that is not there."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch finds no CUDA device here")
-
-
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's `main`: 0, 2 with one line for what the user can put right, 130 for Ctrl-C."""
     try:
         main()
+        sys.stdout.flush()
+        status = 0
+    except BrokenPipeError:  # the reader, `head` for example, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
     except (UserError, OSError) as error:  # an OSError here: the disk is full, a path is forbidden
         if os.environ.get("RANK", "0") == "0":
@@ -86,11 +94,3 @@ def run_script(main: Callable[[], None]) -> None:
         status = 130
     sys.stdout.flush()
     sys.exit(status)
-
-
-def describe(device: torch.device) -> str:
-    """The device in words, for metrics.json and the first lines of a run."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = torch.cpu.get_capabilities().get("cpu_name", "CPU")
-    return f"{name}, {torch.get_num_threads()} threads"

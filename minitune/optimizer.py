@@ -3,7 +3,7 @@
 Muon (Jordan et al. 2024) replaces the momentum of a matrix by the nearest orthogonal one, so that every
 direction moves by the same amount, the rare ones too. It is for maps from hidden vectors to hidden
 vectors; embeddings, the head, biases and LayerNorms stay with AdamW (Loshchilov & Hutter 2019). What
-leaves the plateau early is not Muon but where training starts: model.start_with_neighbours.
+leaves the plateau early is not Muon but where training starts: initialization.py.
 """
 
 import torch

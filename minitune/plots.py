@@ -52,3 +52,58 @@ def plateau(minutes: list[float], losses: list[float], unigram: float) -> tuple[
         if unigram - 0.6 < smooth < unigram + 0.1:
             inside.append(minute)
     return (inside[0], inside[-1]) if inside else (0.0, 0.0)
+
+
+COLOURS = {"majority": "#bdbdbd", "nb-svm": "#969696", "scratch": "#fdae6b", "feature": "#9ecae1",
+           "adapter": "#3182bd", "full": "#08306b"}  # fmt: skip
+
+
+def plot_comparison(rows: list[dict], title: str, path: Path) -> None:
+    """The rows of comparison.summarise: bars for one number of training rows, curves for several."""
+    counts = sorted({row["train_examples"] for row in rows})
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    if len(counts) > 1:
+        _label_curves(axes, rows, counts)
+    else:
+        _bars(axes, rows)
+    axes.set_title(title, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _bars(axes: plt.Axes, rows: list[dict]) -> None:
+    """Accuracy of each method with its interval, and what it cost."""
+    for y, row in enumerate(rows):
+        accuracy, (low, high) = 100 * row["accuracy"], row["interval"]
+        error = [[accuracy - 100 * low], [100 * high - accuracy]]
+        axes.barh(y, accuracy, color=COLOURS[row["method"]], xerr=error, error_kw={"elinewidth": 1})
+        cost = ""
+        if "saved_bytes" in row:
+            share, saved = row["trainable_params"] / row["total_params"], row["saved_bytes"] / 1e6
+            cost = f"   trains {share:.1%}, saves {saved:,.1f} MB, {_time(row['train_seconds'])}"
+        elif "train_seconds" in row:
+            cost = f"   {_time(row['train_seconds'])}"
+        axes.text(100 * high + 0.5, y, f"{accuracy:.1f}%{cost}", va="center", fontsize=9)
+    axes.set_yticks(range(len(rows)), [row["method"] for row in rows])
+    axes.set(xlim=(min(45, 100 * min(row["accuracy"] for row in rows) - 5), 135), xticks=range(50, 101, 10))
+    axes.set_xlabel("test accuracy (%), with its 95% interval")
+
+
+def _label_curves(axes: plt.Axes, rows: list[dict], counts: list[int]) -> None:
+    """Accuracy against the number of labels; bars show the spread between seeds."""
+    for method in dict.fromkeys(row["method"] for row in rows):
+        own = [row for row in rows if row["method"] == method]
+        x = [row["train_examples"] for row in own]
+        y = [100 * row["accuracy"] for row in own]
+        spread = [100 * (row["spread"] or 0) for row in own]
+        axes.errorbar(x, y, yerr=spread, marker="o", markersize=4, capsize=2, color=COLOURS[method],
+                      label=method)  # fmt: skip
+    axes.set_xscale("log", base=4)
+    axes.set_xticks(counts, [f"{count:,}" for count in counts])
+    axes.set(xlabel="labelled reviews to train on", ylabel="test accuracy (%)")
+    axes.legend(frameon=False)
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds / 60:.1f} min" if seconds >= 90 else f"{seconds:.0f} s"

@@ -15,11 +15,11 @@ from minitune.masking import mask_tokens
 from minitune.model import BertForMaskedLM, PackedBatch
 from minitune.precision import Precision
 from minitune.processes import Processes
-from minitune.training import EVALUATIONS
 
 VALIDATION_RATE = 0.15  # whatever the training rate is, so that runs can be compared
 VALIDATION_TOKENS = 1 << 19  # of a large corpus, an evenly spread part is enough
-QUICK = 8  # while training, every 8th validation batch
+EVALUATIONS = 12  # quick ones, over a run
+QUICK = 8  # quick: every 8th validation batch
 
 
 @dataclass
@@ -113,6 +113,14 @@ class MaskedLanguageModelling:
         """Sum over the blanks of -log p(label), in nats and float32."""
         logits = model(cloze.batch, cloze.positions)
         return F.cross_entropy(logits.float(), cloze.labels, reduction="sum")
+
+    def evaluation_due(self, step: int, steps: int) -> bool:
+        """A few times in a run, whatever its length."""
+        return step % max(1, steps // EVALUATIONS) == 0 and step < steps
+
+    def score(self, metrics: dict) -> None:
+        """The last weights are kept: the rate has come down to zero with them."""
+        return None
 
     @torch.no_grad()
     def evaluate(self, model: BertForMaskedLM, processes: Processes, quick: bool = False) -> dict:

@@ -39,7 +39,7 @@ class Run:
         if directory.exists() and not directory.is_dir():
             raise UserError(f"--out {directory} is a file")
         names = {path.name for path in directory.glob("*") if path.suffix not in NOT_YET_A_RUN}
-        if names and "corpus" not in run.settings:
+        if names and not run.settings.keys() & {"corpus", "job"}:  # of train.py, of finetune.py
             raise UserError(f"--out {directory} holds something that is no run of minitune")
         if names and not resume:
             state = "a finished" if run.is_finished else "an unfinished"
@@ -50,6 +50,11 @@ class Run:
     def is_finished(self) -> bool:
         """Whether the run came to its end."""
         return (self.directory / "metrics.json").is_file()
+
+    @property
+    def metrics(self) -> dict:
+        """What a finished run measured."""
+        return read_json(self.directory / "metrics.json")
 
     @property
     def settings(self) -> dict:

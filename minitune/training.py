@@ -9,8 +9,6 @@ import contextlib
 import copy
 import itertools
 import math
-import resource
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -21,6 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minitune.errors import UserError
+from minitune.interrupts import Interrupted, Interrupts
 from minitune.optimizer import Optimizer, one_cycle
 from minitune.precision import Precision
 from minitune.processes import Processes
@@ -28,7 +27,7 @@ from minitune.runs import Run
 
 MAX_GRADIENT_NORM = 1.0
 LOG_EVERY = 10  # steps
-EVALUATIONS = 12  # quick ones, over a run
+REPORT_EVERY = 10  # seconds: small tasks have evaluations faster than anyone reads
 REHEARSAL_STEPS = 4  # twice: to warm up, and to measure
 
 
@@ -44,12 +43,14 @@ class Task(Protocol):
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """Summed, not averaged, over the predictions of a batch."""
 
+    def evaluation_due(self, step: int, steps: int) -> bool:
+        """Whether to evaluate, quickly, after this many of so many steps."""
+
     def evaluate(self, model: nn.Module, processes: Processes, quick: bool = False) -> dict:
         """Metrics on validation rows; `quick` on a part of them."""
 
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, after the checkpoint was saved."""
+    def score(self, metrics: dict) -> Any:
+        """If the weights with the best score are to be kept at the end, that; None keeps the last."""
 
 
 class Trainer:
@@ -65,22 +66,31 @@ class Trainer:
         precision: Precision,
         *,
         seed: int,
+        warmup: float = 0.05,
         accumulate: int = 1,
         save_minutes: float = 2.0,
     ):
         self.model, self.optimizer, self.task, self.run = model, optimizer, task, run
         self.processes, self.precision = processes, precision
-        self.seed, self.accumulate, self.save_seconds = seed, accumulate, 60 * save_minutes
+        self.seed, self.warmup, self.accumulate = seed, warmup, accumulate
+        self.save_seconds = 60 * save_minutes
         # float16 gradients underflow to zero unless the loss is scaled up (Micikevicius et al. 2018).
         self.scaler = torch.amp.GradScaler(enabled=precision.name == "fp16")
         self.step, self.steps, self.seconds, self.tokens = 0, 0, 0.0, 0
-        self.last_save = -math.inf
-        self.interrupted = False
+        self.last_save = self.last_report = -math.inf
+        self.interrupts = Interrupts()
+        # Of the best evaluation so far: {"score", "step", "metrics"}, and what was trained.
+        self.best: dict = {}
+        self.best_weights: dict[str, Tensor] = {}
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         """What is trained."""
-        return [p for p in self.model.parameters() if p.requires_grad]
+        return list(self.trained().values())
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What is trained, by name. Frozen weights are in no checkpoint."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def plan(self, deadline: float) -> int:
         """How many steps fit in before `deadline` (of time.monotonic), evaluations included.
@@ -113,11 +123,12 @@ class Trainer:
 
     def restore(self, tensors: dict[str, Tensor], progress: dict) -> None:
         """Go on from a checkpoint of `save`."""
-        parts = {"model": {}, "optimizer": {}}
+        parts = {"model": {}, "optimizer": {}, "best": {}}
         for name, tensor in tensors.items():
             part, _, name = name.partition("/")
             parts[part][name] = tensor
-        self.model.load_state_dict(parts["model"])
+        self._load(parts["model"])
+        self.best, self.best_weights = progress["best"], parts["best"]
         self.optimizer.load_state(parts["optimizer"])
         if progress["scaler"]:
             self.scaler.load_state_dict(progress["scaler"])
@@ -128,21 +139,30 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint from which `restore` goes on to the same bits."""
         if self.processes.is_main:
-            tensors = {f"model/{name}": tensor for name, tensor in self.model.state_dict().items()}
+            tensors = {f"model/{name}": tensor for name, tensor in self.trained().items()}
             state = self.optimizer.state().items()
             tensors |= {f"optimizer/{name}": tensor for name, tensor in state}
+            tensors |= {f"best/{name}": tensor for name, tensor in self.best_weights.items()}
             progress = {"step": self.step, "steps": self.steps, "seconds": self.seconds}
-            progress |= {"tokens": self.tokens, "scaler": self.scaler.state_dict()}
+            progress |= {"tokens": self.tokens, "scaler": self.scaler.state_dict(), "best": self.best}
             self.run.save(tensors, progress)
         self.last_save = time.monotonic()
+
+    @torch.no_grad()
+    def _load(self, weights: dict[str, Tensor]) -> None:
+        """Give everything that is trained these values."""
+        for name, parameter in self.trained().items():
+            parameter.copy_(weights[name])
 
     def train(self) -> dict:
         """From the current step to the last; returns the metrics on all validation rows.
 
+        Leaves the model with its best weights if the task has a score for them, else with the last.
+
         Raises Interrupted after Ctrl-C, and UserError when the loss is no number any more.
         """
         with (
-            self._catching_interrupts(),
+            self.interrupts,
             tqdm(
                 total=self.steps,
                 initial=self.step,
@@ -156,7 +176,9 @@ class Trainer:
             batches = self.task.batches(self.step)
             while self.step < self.steps:
                 self._step(batches, bar)
-        final = self.evaluate()
+        if self.best:
+            self._load(self.best_weights)
+        final = self.best.get("metrics") or self.evaluate()
         self._check(final["loss"])
         self.save()
         return final
@@ -176,9 +198,10 @@ class Trainer:
         self.tokens += batch.tokens
         entry = {"step": self.step, "loss": loss, "gradient_norm": norm if math.isfinite(norm) else None}
         entry |= {"tokens": self.tokens, "seconds": round(self.seconds, 2)}
-        if self.step % max(1, self.steps // EVALUATIONS) == 0 and self.step < self.steps:
+        if self.task.evaluation_due(self.step, self.steps):
             entry["validation"] = self.evaluate(quick=True)
             self._report(entry, bar)
+            self._keep_the_best(entry["validation"])
         due = self.step % LOG_EVERY == 0 or "validation" in entry or self.step == self.steps
         if due and self.processes.is_main:
             self.run.log(entry)
@@ -201,7 +224,7 @@ class Trainer:
                 loss = self.task.loss(self.model, part) / max(len(batch), 1)
             self.scaler.scale(loss).backward()
             total[0] += loss.detach().cpu()
-        total[1] = self.interrupted
+        total[1] = self.interrupts.asked
         self._sum_gradients()
         loss, stop = self.processes.sum(total).tolist()
         for optimizer in self.optimizer.parts:
@@ -221,7 +244,7 @@ class Trainer:
 
     def _apply(self, norm: float) -> None:
         """Update the weights from p.grad, and clear it."""
-        self.optimizer.set_rate(one_cycle(self.step, self.steps))
+        self.optimizer.set_rate(one_cycle(self.step, self.steps, self.warmup))
         if math.isfinite(norm):  # else float16 overflowed: skip every part, not only the one it hit
             for optimizer in self.optimizer.parts:
                 self.scaler.step(optimizer)
@@ -248,9 +271,17 @@ class Trainer:
         self.model.train()
         return metrics
 
+    def _keep_the_best(self, metrics: dict) -> None:
+        score = self.task.score(metrics)
+        if score is not None and (not self.best or list(score) > self.best["score"]):
+            self.best = {"score": list(score), "step": self.step, "metrics": metrics}
+            self.best_weights = {name: p.detach().clone() for name, p in self.trained().items()}
+
     def _report(self, entry: dict, bar: tqdm) -> None:
         """One line for people. tqdm's bar is for terminals; a log file gets only these lines."""
-        if self.processes.is_main:
+        due = time.monotonic() - self.last_report > REPORT_EVERY or self.step == self.steps
+        if due and self.processes.is_main:
+            self.last_report = time.monotonic()
             speed = self.tokens / self.seconds
             left = (self.steps - self.step) * self.seconds / self.step / 60
             validation = ", ".join(f"{k} {v:.3f}" for k, v in entry["validation"].items())
@@ -265,26 +296,3 @@ class Trainer:
         started = time.monotonic()
         yield
         self.seconds += time.monotonic() - started
-
-    @contextlib.contextmanager
-    def _catching_interrupts(self) -> Iterator[None]:
-        """The first Ctrl-C ends the run after the current step; the second ends it at once."""
-
-        def handle(number, frame):
-            self.interrupted = True
-            signal.signal(number, signal.default_int_handler)
-
-        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: of the GPU's memory that tensors took at most, or of this process's resident set."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from minitune.checkpoint import find_model, load_bert, load_masked_lm, read_config, save_masked_lm, to_bert
+from minitune.checkpoint import find_model, load_bert, load_masked_lm, read_config, save_model, to_bert
 from minitune.errors import UserError
 from minitune.model import BertConfig, BertForMaskedLM
 from minitune.tokenizer import Tokenizer
@@ -78,7 +78,7 @@ def tokenizer():
 def directory(model, tokenizer, tmp_path):
     path = tmp_path / "model"
     path.mkdir()
-    save_masked_lm(model, tokenizer, path)
+    save_model(model, tokenizer, path)
     return path
 
 
@@ -133,7 +133,7 @@ def test_each_name_means_what_it_says(model):
 
 def test_label_names_survive(model, tokenizer, directory):
     model.config.id2label = {0: "negative", 1: "positive"}
-    save_masked_lm(model, tokenizer, directory)
+    save_model(model, tokenizer, directory)
     loaded, _ = load_masked_lm(directory)
     assert loaded.config.id2label == {0: "negative", 1: "positive"}
 

@@ -11,7 +11,7 @@ import torch
 
 import minitune.corpus
 import train
-from minitune.checkpoint import save_masked_lm
+from minitune.checkpoint import save_model
 from minitune.cli import run_script
 from minitune.model import BertConfig, BertForMaskedLM
 from minitune.tokenizer import Tokenizer
@@ -275,7 +275,7 @@ def unfinished(train_py, folder, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "save_masked_lm", interrupt)
+        patch.setattr(train, "save_model", interrupt)
         assert train_py("--data", "good.txt", "--out", "run")[0] == 130
     assert (folder / "run" / "resume" / "state.safetensors").is_file()
     return folder / "run"
@@ -346,7 +346,7 @@ def model(folder):
     tokenizer = Tokenizer.train(TEXT.splitlines(), 100)
     config = BertConfig(vocab_size=tokenizer.vocab_size, max_position_embeddings=32, **SIZES)
     (folder / "model").mkdir()
-    save_masked_lm(BertForMaskedLM(config), tokenizer, folder / "model")
+    save_model(BertForMaskedLM(config), tokenizer, folder / "model")
     return folder / "model"
 
 

@@ -11,13 +11,8 @@ import pytest
 import torch
 
 from minitune.errors import UserError
-from minitune.model import (
-    BertConfig,
-    BertForMaskedLM,
-    PackedBatch,
-    start_with_frequencies,
-    start_with_neighbours,
-)
+from minitune.initialization import start_with_frequencies, start_with_neighbours
+from minitune.model import BertConfig, BertForMaskedLM, PackedBatch
 from minitune.optimizer import Optimizer, one_cycle
 from minitune.plots import plateau
 from minitune.precision import Precision

@@ -21,13 +21,8 @@ import torch
 
 from minitune.corpus import Corpus
 from minitune.data import Dataset
-from minitune.model import (
-    PRESETS,
-    BertForMaskedLM,
-    start_with_frequencies,
-    start_with_neighbours,
-    start_with_sinusoids,
-)
+from minitune.initialization import start_with_frequencies, start_with_neighbours, start_with_sinusoids
+from minitune.model import PRESETS, BertForMaskedLM
 from minitune.optimizer import Optimizer
 from minitune.precision import Precision
 from minitune.pretraining import MaskedLanguageModelling

@@ -1,0 +1,94 @@
+"""Bottleneck adapters (Houlsby et al. 2019, "Parameter-Efficient Transfer Learning for NLP").
+
+The pretrained network is frozen. Inside each sublayer of each layer stands an adapter: down to a few
+units, a nonlinearity, up again, and a skip connection around it. It begins as almost the identity, so
+training starts from what the pretrained network computes. Trained are the adapters, the LayerNorms of
+the layers, and the head; nothing else. As no trained tensor lies below the first adapter, the
+backward pass stops there, and frozen matrices need no gradient of their own.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minitune.model import Bert, BertConfig, BertForSequenceClassification, LayerNorm, Pooler
+
+
+class Adapter(nn.Module):
+    """x + up(gelu(down(x))), from C to `units` and back to C, for every token by itself."""
+
+    def __init__(self, hidden_size: int, units: int):
+        super().__init__()
+        self.down = nn.Linear(hidden_size, units)
+        self.up = nn.Linear(units, hidden_size)
+        for linear in (self.down, self.up):
+            # Nearly zero, so nearly the identity; not zero, or `down` would get no gradient.
+            nn.init.trunc_normal_(linear.weight, std=1e-3, a=-2e-3, b=2e-3)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.up(F.gelu(self.down(x)))
+
+
+def insert_adapters(bert: Bert, units: int) -> None:
+    """Put a new adapter of `units` units into both sublayers of every layer."""
+    for layer in bert.layers:
+        device = layer.attention_norm.weight.device
+        layer.attention_adapter = Adapter(bert.config.hidden_size, units).to(device)
+        layer.feed_forward_adapter = Adapter(bert.config.hidden_size, units).to(device)
+
+
+def remove_adapters(bert: Bert) -> None:
+    """Take them out again. The LayerNorms stay as they are: see AdapterSwitch for those."""
+    for layer in bert.layers:
+        layer.attention_adapter = nn.Identity()
+        layer.feed_forward_adapter = nn.Identity()
+
+
+def adapter_modules(model: BertForSequenceClassification) -> dict[str, nn.Module]:
+    """All that is trained with adapters, by its path in the model; the rest is frozen."""
+    paths = ["pooler", "classifier"]
+    for i in range(len(model.bert.layers)):
+        parts = ["attention_adapter", "attention_norm", "feed_forward_adapter", "feed_forward_norm"]
+        paths += [f"bert.layers.{i}.{part}" for part in parts]
+    return {path: model.get_submodule(path) for path in paths}
+
+
+def new_adapter_modules(config: BertConfig, units: int, labels: int) -> dict[str, nn.Module]:
+    """The same modules with nothing in them yet, to be filled from a file."""
+    C = config.hidden_size
+    modules = {"pooler": Pooler(config), "classifier": nn.Linear(C, labels)}
+    for i in range(config.num_hidden_layers):
+        modules |= {
+            f"bert.layers.{i}.attention_adapter": Adapter(C, units),
+            f"bert.layers.{i}.attention_norm": LayerNorm(C, eps=config.layer_norm_eps),
+            f"bert.layers.{i}.feed_forward_adapter": Adapter(C, units),
+            f"bert.layers.{i}.feed_forward_norm": LayerNorm(C, eps=config.layer_norm_eps),
+        }
+    return modules
+
+
+class AdapterSwitch:
+    """One base model in memory, and several sets of adapters that take turns in it, by name.
+
+    A set is all that was trained together: adapters, LayerNorms and head. Switching puts other
+    modules into the same places and copies nothing.
+    """
+
+    def __init__(self, model: BertForSequenceClassification):
+        self.model = model
+        self.sets: dict[str, dict[str, nn.Module]] = {}
+
+    def add(self, name: str, modules: dict[str, nn.Module]) -> None:
+        """Keep a set under this name: what `adapter_modules` gave, of a model with the same base."""
+        expected = adapter_modules(self.model)
+        if modules.keys() != expected.keys():
+            raise ValueError("these modules belong to a model with other layers")
+        self.sets[name] = modules
+
+    @torch.no_grad()
+    def use(self, name: str) -> BertForSequenceClassification:
+        """The model with this set in place. Raises KeyError for an unknown name."""
+        for path, module in self.sets[name].items():
+            self.model.set_submodule(path, module)
+        return self.model

@@ -1,0 +1,133 @@
+"""Feature extraction: a frozen encoder reads every text once, and a small head learns from what it said.
+
+A text becomes one vector: the hidden states of each layer, averaged over its tokens, side by side. The
+layers see different things, and which of them knows about sentiment is for the head to find out.
+"""
+
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from minitune.batching import filled
+from minitune.classification import Examples, Sequences
+from minitune.files import write_atomically
+from minitune.model import Bert, PackedBatch
+from minitune.precision import Precision
+from minitune.processes import Processes
+
+BLOCK = 1024  # texts in a file of features; a kill loses the work on one
+BATCH_TOKENS = 8192  # nothing is kept for a backward pass
+
+
+class Features:
+    """What a frozen encoder said of each text, as the input of a head."""
+
+    def __init__(self, matrix: Tensor):
+        self.matrix = matrix  # (N, F)
+        self.lengths = np.ones(len(matrix), dtype=np.int64)  # a batch of n "tokens" is n rows
+
+    def pack(self, indices: np.ndarray) -> Tensor:
+        """These rows."""
+        return self.matrix[torch.from_numpy(indices)]
+
+
+class FeatureHead(nn.Module):
+    """Standardised features, then one linear map: (B, F) to (B, labels)."""
+
+    def __init__(self, size: int, labels: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("std", torch.ones(size))
+        self.classifier = nn.Linear(size, labels)
+        nn.init.zeros_(self.classifier.weight)
+        nn.init.zeros_(self.classifier.bias)
+
+    def standardise(self, features: Tensor) -> None:
+        """Take mean and spread of every feature from the training rows."""
+        self.mean.copy_(features.mean(0))
+        self.std.copy_(features.std(0, correction=0).clamp_min(1e-6))
+
+    def forward(self, features: Tensor) -> Tensor:
+        with torch.autocast(features.device.type, enabled=False):  # cheap, so in float32
+            return self.classifier((features.float() - self.mean) / self.std)
+
+
+class FeatureClassifier(nn.Module):
+    """Frozen encoder and trained head as one: a packed batch in, logits (B, labels) out."""
+
+    def __init__(self, bert: Bert, labels: int):
+        super().__init__()
+        self.bert = bert
+        self.head = FeatureHead(feature_size(bert), labels)
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        return self.head(pooled_layers(self.bert, batch))
+
+
+def feature_size(bert: Bert) -> int:
+    """F, the numbers in a text's vector."""
+    return (len(bert.layers) + 1) * bert.config.hidden_size
+
+
+def pooled_layers(bert: Bert, batch: PackedBatch) -> Tensor:
+    """(B, F): embeddings and the output of each layer, averaged over the tokens of each text."""
+    lengths = batch.cu_seqlens.diff()
+    B, T = lengths.numel(), batch.tokens.numel()
+    owner = torch.arange(B, device=lengths.device).repeat_interleave(lengths, output_size=T)
+    x = bert.embeddings(batch)
+    pooled = [x]
+    for layer in bert.layers:
+        x = layer(x, batch)
+        pooled.append(x)
+    sums = [x.new_zeros(B, x.size(1)).index_add(0, owner, x) for x in pooled]
+    return torch.cat(sums, dim=1) / lengths[:, None]
+
+
+def extract(
+    bert: Bert, examples: dict[str, Examples], directory: Path, processes: Processes, precision: Precision
+) -> tuple[dict[str, Examples], float]:
+    """The examples of each split with features as inputs, and the seconds that took.
+
+    Blocks of texts that `directory` holds already are not done again: a killed run goes on.
+    """
+    bert.eval()
+    extracted, total = {}, 0.0
+    for split, own in examples.items():
+        matrix, seconds = _extract(bert, own.inputs, directory / f"{split}-features", processes, precision)
+        extracted[split] = Examples(Features(matrix), own.labels)
+        total += seconds
+    return extracted, total
+
+
+@torch.no_grad()
+def _extract(
+    bert: Bert, sequences: Sequences, prefix: Path, processes: Processes, precision: Precision
+) -> tuple[Tensor, float]:
+    """(N, F) features, and the seconds. Processes take turns in doing a block; each reads all of them."""
+    order = np.argsort(sequences.lengths, kind="stable")
+    blocks = [order[i : i + BLOCK] for i in range(0, len(order), BLOCK)]
+    paths = [prefix.with_name(f"{prefix.name}-{i:05d}.safetensors") for i in range(len(blocks))]
+    bar = tqdm(range(processes.rank, len(blocks), processes.count), desc=prefix.name, disable=None)
+    for i in bar:
+        if paths[i].is_file():
+            continue
+        started, parts = time.monotonic(), []
+        for indices in filled(blocks[i], sequences.lengths, BATCH_TOKENS):
+            batch = sequences.pack(indices).to(processes.device)
+            with precision.autocast(processes.device):
+                parts.append(pooled_layers(bert, batch).float().cpu())
+        seconds = str(time.monotonic() - started)
+        write_atomically(paths[i], save({"features": torch.cat(parts)}, metadata={"seconds": seconds}))
+    processes.agree(None)  # now all blocks are there
+    matrix, seconds = torch.empty(len(order), feature_size(bert)), 0.0
+    for path, block in zip(paths, blocks, strict=True):
+        with safe_open(path, "pt") as file:
+            matrix[torch.from_numpy(block)] = file.get_tensor("features")
+            seconds += float(file.metadata()["seconds"])
+    return matrix, seconds / processes.count

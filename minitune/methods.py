@@ -1,0 +1,101 @@
+"""What each fine-tuning method trains, and the defaults that suit it.
+
+    feature   the encoder is frozen and reads each text once; a linear head learns from what it says
+    adapter   small bottlenecks inside the frozen encoder, the LayerNorms of its layers, and the head
+    full      everything
+    scratch   everything, from random weights: what pretraining was worth
+
+Loop, data and evaluation are the same for all of them. A method is the list of parameters that
+`choose_trained` returns, and a row of METHODS.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import nn
+
+from minitune.adapters import adapter_modules, insert_adapters
+from minitune.checkpoint import load_for_classification, read_config
+from minitune.classification import Examples
+from minitune.features import FeatureClassifier
+from minitune.model import BertForSequenceClassification
+
+
+@dataclass(frozen=True)
+class Method:
+    """The defaults of a method, chosen on validation rows (tests/benchmarks/LOG.md)."""
+
+    summary: str
+    optimizer: str  # for the hidden matrices
+    lr: float  # peak, of that optimizer
+    adamw_lr: float  # peak, of AdamW beside Muon
+    passes: int  # over the training rows, where these are many
+    batch_rows: int  # average texts in a step
+    least_steps: int  # where training rows are few, there are more passes
+
+    def batch_tokens(self, train: Examples) -> int:
+        """The token budget of a batch."""
+        longest, mean = int(train.inputs.lengths.max()), train.tokens / len(train)
+        return max(min(round(self.batch_rows * mean), MOST_TOKENS), longest)
+
+    def epochs(self, train: Examples, batch_tokens: int) -> int:
+        """Passes over the training rows."""
+        steps = -(-train.tokens // batch_tokens)
+        return max(self.passes, -(-self.least_steps // steps))
+
+
+MOST_TOKENS = 4096  # in a batch, by default
+METHODS = {
+    "feature": Method(
+        "the encoder is frozen and reads each text once; a linear head learns from what it says",
+        "adamw", 1e-3, 1e-3, passes=20, batch_rows=256, least_steps=400,
+    ),
+    "adapter": Method(
+        "bottlenecks inside the frozen encoder, the LayerNorms of its layers, and the head",
+        "adamw", 2e-3, 2e-3, passes=1, batch_rows=32, least_steps=200,
+    ),
+    "full": Method("everything", "adamw", 3e-4, 3e-4, passes=1, batch_rows=32, least_steps=200),
+    "scratch": Method(
+        "everything, from random weights: what pretraining was worth",
+        "adamw", 3e-4, 3e-4, passes=1, batch_rows=32, least_steps=200,
+    ),
+}  # fmt: skip
+
+
+def build(
+    method: str, source: Path, labels: dict[int, str], adapter_size: int, attention: str
+) -> BertForSequenceClassification | FeatureClassifier:
+    """The pretrained model of a directory, ready for a method; what does not train is frozen."""
+    if method == "scratch":
+        model = BertForSequenceClassification(replace(read_config(source), id2label=labels), attention)
+    else:
+        model = load_for_classification(source, labels, attention)
+    if method == "feature":
+        model = FeatureClassifier(model.bert, len(labels))
+    elif method == "adapter":
+        insert_adapters(model.bert, adapter_size)
+    chosen = set(choose_trained(model, method))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in chosen)
+    return model
+
+
+def choose_trained(model: nn.Module, method: str) -> list[str]:
+    """The names of the parameters that train."""
+    if method == "feature":
+        return [f"head.{name}" for name, _ in model.head.named_parameters()]
+    if method == "adapter":
+        return [
+            f"{path}.{name}"
+            for path, module in adapter_modules(model).items()
+            for name, _ in module.named_parameters()
+        ]
+    return [name for name, _ in model.named_parameters()]
+
+
+def summary(names: Iterable[str]) -> str:
+    """Parameter names in a line: those of all layers as one, weight and bias as one."""
+    short = [re.sub(r"\.\d+\.", ".*.", name) for name in names]
+    return ", ".join(dict.fromkeys(re.sub(r"\.(weight|bias)$", "", name) for name in short))

@@ -1,0 +1,175 @@
+"""Fine-tuned models on disk, and new reviews labelled with them.
+
+Full fine-tuning leaves a whole BERT directory (checkpoint.py). The other methods leave what they trained
+and what it belongs to:
+
+    trained.safetensors   adapters, LayerNorms and head; or the head alone
+    trained.json          method, label names, longest text, and path and SHA-256 of the base model
+"""
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from minitune.adapters import adapter_modules, new_adapter_modules
+from minitune.batching import filled
+from minitune.checkpoint import (
+    find_model,
+    load_classifier,
+    load_for_classification,
+    read_config,
+    weights_hash,
+)
+from minitune.classification import Sequences
+from minitune.errors import UserError
+from minitune.features import FeatureClassifier
+from minitune.files import read_json, write_atomically, write_json
+from minitune.precision import Precision
+from minitune.tokenizer import Tokenizer
+
+BLOCK = 2048  # texts that are in memory at a time
+
+
+def save_trained(
+    directory: Path, method: str, model: nn.Module, labels: dict[int, str], base: str, max_len: int
+) -> Path:
+    """Write what an adapter or feature run trained, and return the weights' path.
+
+    `base` is the name of the pretrained model, as in --model.
+    """
+    if method == "adapter":
+        modules = adapter_modules(model)
+        extra = {"adapter_size": model.bert.layers[0].attention_adapter.down.out_features}
+    else:
+        modules, extra = {"head": model.head}, {}
+    tensors = {
+        f"{path}.{name}": tensor.detach().cpu().contiguous()
+        for path, module in modules.items()
+        for name, tensor in module.state_dict().items()
+    }
+    weights, source = directory / "trained.safetensors", find_model(base)
+    write_atomically(weights, save(tensors, metadata={"format": "pt"}))
+    where = {"path": str(source.resolve()) if Path(base).is_dir() else base, "sha256": weights_hash(source)}
+    description = {"method": method, "labels": list(labels.values()), "max_len": max_len, **extra}
+    write_json(directory / "trained.json", description | {"base": where})
+    return weights
+
+
+@dataclass
+class Trained:
+    """What `save_trained` wrote."""
+
+    method: str
+    labels: dict[int, str]
+    max_len: int
+    adapter_size: int | None
+    base: str
+    base_hash: str
+    tensors: dict[str, Tensor]
+
+    @classmethod
+    def read(cls, directory: Path) -> "Trained":
+        """Raises UserError where a file is missing or damaged."""
+        raw = read_json(directory / "trained.json")
+        try:
+            tensors = load_file(directory / "trained.safetensors")
+            labels = {i: str(label) for i, label in enumerate(raw["labels"])}
+            base, base_hash = str(raw["base"]["path"]), str(raw["base"]["sha256"])
+            return cls(
+                raw["method"], labels, int(raw["max_len"]), raw.get("adapter_size"), base, base_hash, tensors
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{directory}/trained.json is damaged: {error!r}") from error
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{directory}/trained.safetensors cannot be read: {error}") from error
+
+    def find_base(self, directory: Path) -> Path:
+        """The base model's directory, if it still holds the weights this was trained on."""
+        source = find_model(self.base)
+        if not (source / "model.safetensors").is_file():
+            raise UserError(f"{directory} needs its base model: {source} has no model.safetensors")
+        if weights_hash(source) != self.base_hash:
+            raise UserError(f"{directory} was trained on another base model than the one now in {source}")
+        return source
+
+    def adapter_modules(self, config) -> dict[str, nn.Module]:
+        """The trained modules, for adapters.AdapterSwitch or to put into a model."""
+        modules = new_adapter_modules(config, self.adapter_size, len(self.labels))
+        for path, module in modules.items():
+            fill(module, path, self.tensors)
+        return modules
+
+
+def fill(module: nn.Module, path: str, tensors: dict[str, Tensor]) -> None:
+    """Give a module its tensors out of those of a whole model."""
+    prefix = path + "."
+    module.load_state_dict(
+        {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    )
+
+
+@dataclass
+class Prediction:
+    """The answer for one text."""
+
+    text: str
+    label: str
+    probabilities: dict[str, float]
+    truncated: bool
+
+
+class Classifier:
+    """A fine-tuned model with its tokenizer and label names, ready for new texts."""
+
+    def __init__(self, model: nn.Module, tokenizer: Tokenizer, labels: dict[int, str], max_len: int):
+        self.model, self.tokenizer, self.labels, self.max_len = model.eval(), tokenizer, labels, max_len
+
+    @classmethod
+    def load(cls, name: str, attention: str = "auto") -> "Classifier":
+        """From the directory of any fine-tuning run, or a BertForSequenceClassification directory or id."""
+        directory = find_model(name)
+        if not (directory / "trained.json").is_file():
+            model = load_classifier(directory, attention)
+            settings = directory / "settings.json"
+            longest = model.config.max_position_embeddings
+            max_len = read_json(settings).get("max_len", longest) if settings.is_file() else longest
+            return cls(model, Tokenizer.load(directory), model.config.id2label, min(max_len, longest))
+        trained = Trained.read(directory)
+        base = trained.find_base(directory)
+        model = load_for_classification(base, trained.labels, attention)
+        try:
+            if trained.method == "adapter":
+                for path, module in trained.adapter_modules(read_config(base)).items():
+                    model.set_submodule(path, module)
+            else:
+                model = FeatureClassifier(model.bert, len(trained.labels))
+                fill(model.head, "head", trained.tensors)
+        except (RuntimeError, TypeError) as error:
+            raise UserError(f"{directory}/trained.safetensors does not fit its description") from error
+        return cls(model, Tokenizer.load(base), trained.labels, trained.max_len)
+
+    def predict(
+        self, texts: Iterable[str], device: torch.device, precision: Precision, batch_tokens: int
+    ) -> Iterator[Prediction]:
+        """One prediction a text, in the order of the texts; read and answered a block at a time."""
+        self.model.to(device)
+        texts = iter(texts)
+        while block := list(itertools.islice(texts, BLOCK)):
+            sequences = Sequences(block, self.tokenizer, self.max_len)
+            probabilities = torch.empty(len(block), len(self.labels))
+            order = np.argsort(sequences.lengths, kind="stable")
+            for indices in filled(order, sequences.lengths, batch_tokens):
+                with torch.inference_mode(), precision.autocast(device):
+                    logits = self.model(sequences.pack(indices).to(device))
+                probabilities[torch.from_numpy(indices)] = logits.float().softmax(-1).cpu()
+            for text, p, truncated in zip(block, probabilities.tolist(), sequences.truncated, strict=True):
+                label = max(range(len(p)), key=p.__getitem__)
+                by_name = {self.labels[i]: p[i] for i in range(len(p))}
+                yield Prediction(text, self.labels[label], by_name, truncated)
