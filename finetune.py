@@ -29,7 +29,7 @@ from minitune.checkpoint import (
     weights_hash,
 )
 from minitune.classification import Classification, Examples, Sequences, evaluate
-from minitune.cli import Parser, add_machine_options, real, run_script, whole
+from minitune.cli import Parser, add_machine_options, check_same, real, run_script, whole
 from minitune.comparison import simple_methods, summarise, table
 from minitune.data import Dataset
 from minitune.errors import UserError
@@ -101,7 +101,7 @@ def read_arguments() -> tuple[argparse.Namespace, list[Job]]:
     args = options.parse_args()
     if args.predict:
         return args, []
-    if args.resume and (found := list(args.out.glob("*/settings.json"))):
+    if args.resume and (found := list(args.out.rglob("settings.json"))):
         latest = max(found, key=lambda path: path.stat().st_mtime)
         args = options.resumed(Run(latest.parent).settings, MAY_CHANGE, args.out)
     check_device(args.device)
@@ -119,6 +119,7 @@ def read_arguments() -> tuple[argparse.Namespace, list[Job]]:
         if k:
             directory /= f"seed-{args.seed + k}"
         run = Run.open(directory, args.resume)
+        check_same(args, run.settings, MAY_CHANGE, directory)
         job = {"method": method, "train_examples": size, "seed": args.seed + k}
         if run.settings.get("job", job) != job:
             raise UserError(f"--resume: the run in {directory} is another: {run.settings['job']}")
@@ -247,8 +248,8 @@ def fine_tune(job: Job, common: Common) -> dict:
     task = Classification(
         examples["train"], examples["validation"], batch_tokens=batch_tokens, epochs=epochs, seed=job.seed
     )
-    lr = args.lr or recipe.lr
-    optimizer = Optimizer(learner, recipe.optimizer, lr, args.lr or recipe.adamw_lr, args.weight_decay)
+    lr = args.lr or recipe.learning_rate(model.bert.config.hidden_size)
+    optimizer = Optimizer(learner, recipe.optimizer, lr, recipe.adamw_lr or lr, args.weight_decay)
     trainer = Trainer(
         learner,
         optimizer,
@@ -315,8 +316,9 @@ def fine_tune(job: Job, common: Common) -> dict:
         else:
             names = common.reviews.names
             weights = save_trained(run.directory, job.method, model, names, common.name, args.max_len)
-        run.finish(metrics | {"saved_bytes": weights.stat().st_size, "trained": list(trainer.trained())})
-    return run.metrics
+        metrics |= {"saved_bytes": weights.stat().st_size, "trained": list(trainer.trained())}
+        run.finish(metrics)
+    return metrics
 
 
 if __name__ == "__main__":

@@ -7,11 +7,10 @@ the layers, and the head; nothing else. As no trained tensor lies below the firs
 backward pass stops there, and frozen matrices need no gradient of their own.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minitune.model import Bert, BertConfig, BertForSequenceClassification, LayerNorm, Pooler
+from minitune.model import Bert, BertConfig, BertForSequenceClassification, LayerNorm, MeanPooler
 
 
 class Adapter(nn.Module):
@@ -30,12 +29,17 @@ class Adapter(nn.Module):
         return x + self.up(F.gelu(self.down(x)))
 
 
-def insert_adapters(bert: Bert, units: int) -> None:
-    """Put a new adapter of `units` units into both sublayers of every layer."""
-    for layer in bert.layers:
-        device = layer.attention_norm.weight.device
-        layer.attention_adapter = Adapter(bert.config.hidden_size, units).to(device)
-        layer.feed_forward_adapter = Adapter(bert.config.hidden_size, units).to(device)
+def insert_adapters(model: BertForSequenceClassification, units: int) -> None:
+    """Put a new adapter of `units` units into both sublayers of every layer.
+
+    The classifier then reads the mean of all tokens. In a frozen network [CLS] gathers little: nothing
+    in masked-language modelling asks it to, and BERT's pooler for it would be a quarter of all that
+    a small model trains.
+    """
+    model.pooler = MeanPooler()
+    for layer in model.bert.layers:
+        layer.attention_adapter = Adapter(model.config.hidden_size, units)
+        layer.feed_forward_adapter = Adapter(model.config.hidden_size, units)
 
 
 def remove_adapters(bert: Bert) -> None:
@@ -47,7 +51,7 @@ def remove_adapters(bert: Bert) -> None:
 
 def adapter_modules(model: BertForSequenceClassification) -> dict[str, nn.Module]:
     """All that is trained with adapters, by its path in the model; the rest is frozen."""
-    paths = ["pooler", "classifier"]
+    paths = ["classifier"]
     for i in range(len(model.bert.layers)):
         parts = ["attention_adapter", "attention_norm", "feed_forward_adapter", "feed_forward_norm"]
         paths += [f"bert.layers.{i}.{part}" for part in parts]
@@ -57,7 +61,7 @@ def adapter_modules(model: BertForSequenceClassification) -> dict[str, nn.Module
 def new_adapter_modules(config: BertConfig, units: int, labels: int) -> dict[str, nn.Module]:
     """The same modules with nothing in them yet, to be filled from a file."""
     C = config.hidden_size
-    modules = {"pooler": Pooler(config), "classifier": nn.Linear(C, labels)}
+    modules = {"classifier": nn.Linear(C, labels)}
     for i in range(config.num_hidden_layers):
         modules |= {
             f"bert.layers.{i}.attention_adapter": Adapter(C, units),
@@ -71,24 +75,28 @@ def new_adapter_modules(config: BertConfig, units: int, labels: int) -> dict[str
 class AdapterSwitch:
     """One base model in memory, and several sets of adapters that take turns in it, by name.
 
-    A set is all that was trained together: adapters, LayerNorms and head. Switching puts other
-    modules into the same places and copies nothing.
+    A set is all that was trained together: adapters, LayerNorms and classifier. Switching puts other
+    modules into the same places and copies nothing. prediction.load_adapters makes one from runs.
     """
 
     def __init__(self, model: BertForSequenceClassification):
         self.model = model
-        self.sets: dict[str, dict[str, nn.Module]] = {}
+        self.model.pooler = MeanPooler()
+        self.sets: dict[str, tuple[dict[str, nn.Module], dict[int, str]]] = {}
 
-    def add(self, name: str, modules: dict[str, nn.Module]) -> None:
-        """Keep a set under this name: what `adapter_modules` gave, of a model with the same base."""
-        expected = adapter_modules(self.model)
-        if modules.keys() != expected.keys():
+    def add(self, name: str, modules: dict[str, nn.Module], labels: dict[int, str]) -> None:
+        """Keep a set, and the names of its labels, under this name.
+
+        `modules` are what `adapter_modules` gives of a model with the same base, else ValueError.
+        """
+        if modules.keys() != adapter_modules(self.model).keys():
             raise ValueError("these modules belong to a model with other layers")
-        self.sets[name] = modules
+        self.sets[name] = modules, labels
 
-    @torch.no_grad()
     def use(self, name: str) -> BertForSequenceClassification:
         """The model with this set in place. Raises KeyError for an unknown name."""
-        for path, module in self.sets[name].items():
+        modules, labels = self.sets[name]
+        for path, module in modules.items():
             self.model.set_submodule(path, module)
+        self.model.config.id2label = labels
         return self.model

@@ -27,14 +27,19 @@ class Parser(argparse.ArgumentParser):
         """The options, where those that are not given are a saved run's, and others must not differ."""
         self.set_defaults(**{key: value for key, value in saved.items() if key != "out"})
         args = self.parse_args()
-        for key, value in saved.items():
-            if key not in may_change and getattr(args, key, value) != value:
-                flag = key.replace("_", "-")
-                raise UserError(f"--{flag} {getattr(args, key)}: the run in {where} has {value}")
+        check_same(args, saved, may_change, where)
         return args
 
     def error(self, message: str) -> None:
         raise UserError(message)
+
+
+def check_same(args: argparse.Namespace, saved: dict, may_change: set[str], where: object) -> None:
+    """Raise UserError where an option differs from that of a saved run."""
+    for key, value in saved.items():
+        if key not in may_change and getattr(args, key, value) != value:
+            flag = key.replace("_", "-")
+            raise UserError(f"--{flag} {getattr(args, key)}: the run in {where} has {value}")
 
 
 def whole(low: int, high: float = math.inf) -> Callable[[str], int]:

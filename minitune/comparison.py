@@ -23,7 +23,7 @@ def simple_methods(reviews: Reviews, chosen: np.ndarray | None, seed: int) -> li
     answer = majority(labels[chosen], len(reviews.names))
     rows = [{"method": "majority", "accuracy": float((test == answer).mean()), **common}]
     started = time.monotonic()
-    bag = NBSVM.fit(texts, labels[chosen], len(reviews.names))
+    bag = NBSVM().fit(texts, labels[chosen], len(reviews.names))
     seconds = round(time.monotonic() - started, 1)
     accuracy = float((bag.predict(reviews.texts["test"]) == test).mean())
     return [*rows, {"method": "nb-svm", "accuracy": accuracy, "train_seconds": seconds, **common}]

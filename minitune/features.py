@@ -17,7 +17,7 @@ from tqdm import tqdm
 from minitune.batching import filled
 from minitune.classification import Examples, Sequences
 from minitune.files import write_atomically
-from minitune.model import Bert, PackedBatch
+from minitune.model import Bert, PackedBatch, mean_of_tokens
 from minitune.precision import Precision
 from minitune.processes import Processes
 
@@ -77,16 +77,12 @@ def feature_size(bert: Bert) -> int:
 
 def pooled_layers(bert: Bert, batch: PackedBatch) -> Tensor:
     """(B, F): embeddings and the output of each layer, averaged over the tokens of each text."""
-    lengths = batch.cu_seqlens.diff()
-    B, T = lengths.numel(), batch.tokens.numel()
-    owner = torch.arange(B, device=lengths.device).repeat_interleave(lengths, output_size=T)
     x = bert.embeddings(batch)
-    pooled = [x]
+    pooled = [mean_of_tokens(x, batch)]
     for layer in bert.layers:
         x = layer(x, batch)
-        pooled.append(x)
-    sums = [x.new_zeros(B, x.size(1)).index_add(0, owner, x) for x in pooled]
-    return torch.cat(sums, dim=1) / lengths[:, None]
+        pooled.append(mean_of_tokens(x, batch))
+    return torch.cat(pooled, dim=1)
 
 
 def extract(

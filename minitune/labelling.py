@@ -90,7 +90,7 @@ def _standard_input() -> Iterator[Row]:
 
 def _latest_run(out: Path) -> str:
     """The run of finetune.py that ended last."""
-    finished = [path for path in out.glob("*/metrics.json")]
+    finished = [path for path in out.rglob("metrics.json") if "scratch" not in path.parts]
     if not finished:
         raise UserError(f"no fine-tuned model in {out}: train one first, or name one with --model")
     return str(max(finished, key=lambda path: path.stat().st_mtime).parent)

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from minitune.adapters import adapter_modules, new_adapter_modules
+from minitune.adapters import AdapterSwitch, adapter_modules, new_adapter_modules
 from minitune.batching import filled
 from minitune.checkpoint import (
     find_model,
@@ -31,6 +31,7 @@ from minitune.classification import Sequences
 from minitune.errors import UserError
 from minitune.features import FeatureClassifier
 from minitune.files import read_json, write_atomically, write_json
+from minitune.model import BertConfig, MeanPooler
 from minitune.precision import Precision
 from minitune.tokenizer import Tokenizer
 
@@ -99,12 +100,32 @@ class Trained:
             raise UserError(f"{directory} was trained on another base model than the one now in {source}")
         return source
 
-    def adapter_modules(self, config) -> dict[str, nn.Module]:
+    def adapter_modules(self, config: BertConfig) -> dict[str, nn.Module]:
         """The trained modules, for adapters.AdapterSwitch or to put into a model."""
         modules = new_adapter_modules(config, self.adapter_size, len(self.labels))
         for path, module in modules.items():
             fill(module, path, self.tensors)
         return modules
+
+
+def load_adapters(runs: dict[str, str], attention: str = "auto") -> AdapterSwitch:
+    """One base model with the adapters of several runs, given as {name: directory}.
+
+    Raises UserError where a run holds no adapters, or they were trained on different bases.
+    """
+    switch, first = None, None
+    for name, run in runs.items():
+        directory = find_model(run)
+        trained = Trained.read(directory)
+        if trained.method != "adapter":
+            raise UserError(f"{directory} holds no adapters: it is a {trained.method} run")
+        if switch is None:
+            first, base = trained, trained.find_base(directory)
+            switch = AdapterSwitch(load_for_classification(base, trained.labels, attention).eval())
+        if trained.base_hash != first.base_hash:
+            raise UserError(f"{directory} was trained on another base model than the others")
+        switch.add(name, trained.adapter_modules(switch.model.config), trained.labels)
+    return switch
 
 
 def fill(module: nn.Module, path: str, tensors: dict[str, Tensor]) -> None:
@@ -146,6 +167,7 @@ class Classifier:
         model = load_for_classification(base, trained.labels, attention)
         try:
             if trained.method == "adapter":
+                model.pooler = MeanPooler()
                 for path, module in trained.adapter_modules(read_config(base)).items():
                     model.set_submodule(path, module)
             else:

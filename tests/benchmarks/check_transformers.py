@@ -1,6 +1,6 @@
-"""Check that a directory written by train.py is a BERT to `transformers` too, and the way back.
+"""Check that a directory written by minitune is a BERT to `transformers` too, and the way back.
 
-    PYTHONPATH=. python tests/benchmarks/check_transformers.py runs/pretrain
+    PYTHONPATH=. python tests/benchmarks/check_transformers.py runs/pretrain runs/finetune/full
 
 Run it in an environment that has `transformers` (checked with 4.57) beside minitune's own needs;
 minitune itself does not use it. Exit status 0 and one line for each thing that holds, or an
@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 import transformers
 
-from minitune.checkpoint import load_masked_lm
+from minitune.checkpoint import load_classifier, load_masked_lm
+from minitune.files import read_json
 from minitune.model import PackedBatch
 from minitune.tokenizer import Tokenizer
 
@@ -27,9 +28,10 @@ TEXTS = [
 ]
 
 
-def check_weights(directory: Path) -> transformers.BertForMaskedLM:
+def check_weights(directory: Path) -> transformers.BertPreTrainedModel:
     """Every tensor is asked for, and none is left over or of another shape."""
-    model, info = transformers.BertForMaskedLM.from_pretrained(
+    (architecture,) = read_json(directory / "config.json")["architectures"]
+    model, info = getattr(transformers, architecture).from_pretrained(
         directory, output_loading_info=True, attn_implementation="eager", dtype=torch.float32
     )
     problems = {kind: names for kind, names in info.items() if names}
@@ -52,15 +54,31 @@ def check_tokens(directory: Path, tokenizer: Tokenizer) -> list[list[int]]:
     return encoded
 
 
-@torch.no_grad()
-def check_logits(directory: Path, theirs: transformers.BertForMaskedLM, encoded: list[list[int]]) -> None:
-    """Ours for all texts in one packed batch, theirs for one text at a time."""
-    ours, has_head = load_masked_lm(directory)
+def load(directory: Path) -> torch.nn.Module:
+    """Our model, whichever it is."""
+    if read_json(directory / "config.json")["architectures"] == ["BertForSequenceClassification"]:
+        return load_classifier(directory)
+    model, has_head = load_masked_lm(directory)
     assert has_head, "minitune finds no masked-LM head"
+    return model
+
+
+@torch.no_grad()
+def check_logits(
+    directory: Path, theirs: transformers.BertPreTrainedModel, encoded: list[list[int]]
+) -> None:
+    """Ours for all texts in one packed batch, theirs for one text at a time."""
+    ours = load(directory)
     longest = ours.config.max_position_embeddings
     sequences = [torch.tensor(ids[:longest]) for ids in encoded]
     batch = PackedBatch.from_sequences(sequences)
-    logits = ours.eval()(batch, torch.arange(batch.tokens.numel())).split([len(s) for s in sequences])
+    if ours.config.id2label:
+        assert theirs.config.id2label == ours.config.id2label, f"labels: {theirs.config.id2label}"
+        assert theirs.config.label2id == {name: i for i, name in ours.config.id2label.items()}
+        print(f"labels: {ours.config.id2label} on both sides")
+        logits = ours(batch)
+    else:
+        logits = ours(batch, torch.arange(batch.tokens.numel())).split([len(s) for s in sequences])
     expected = [theirs(input_ids=sequence[None]).logits[0] for sequence in sequences]
     difference = max((a - b).abs().max().item() for a, b in zip(logits, expected, strict=True))
     largest = max(x.abs().max().item() for x in expected)
@@ -68,13 +86,12 @@ def check_logits(directory: Path, theirs: transformers.BertForMaskedLM, encoded:
     print(f"logits: largest difference {difference:.1e}, largest logit {largest:.1f}")
 
 
-def check_way_back(directory: Path, theirs: transformers.BertForMaskedLM) -> None:
+def check_way_back(directory: Path, theirs: transformers.BertPreTrainedModel) -> None:
     """What `save_pretrained` writes loads here as the very same tensors."""
     with tempfile.TemporaryDirectory() as saved:
         theirs.save_pretrained(saved)
-        back, has_head = load_masked_lm(Path(saved))
-    ours, _ = load_masked_lm(directory)
-    assert has_head, "saved by transformers: no masked-LM head"
+        back = load(Path(saved))
+    ours = load(directory)
     assert back.config == ours.config, f"saved by transformers: {back.config}"
     returned = back.state_dict()
     for name, tensor in ours.state_dict().items():
@@ -83,15 +100,15 @@ def check_way_back(directory: Path, theirs: transformers.BertForMaskedLM) -> Non
 
 
 def main() -> None:
-    """All checks on one directory."""
+    """All checks on each directory."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("directory", type=Path)
-    directory = parser.parse_args().directory
-    print(f"{directory}, transformers {transformers.__version__}, torch {torch.__version__}")
-    theirs = check_weights(directory)
-    encoded = check_tokens(directory, Tokenizer.load(directory))
-    check_logits(directory, theirs, encoded)
-    check_way_back(directory, theirs)
+    parser.add_argument("directory", type=Path, nargs="+")
+    for directory in parser.parse_args().directory:
+        print(f"{directory}, transformers {transformers.__version__}, torch {torch.__version__}")
+        theirs = check_weights(directory)
+        encoded = check_tokens(directory, Tokenizer.load(directory))
+        check_logits(directory, theirs, encoded)
+        check_way_back(directory, theirs)
 
 
 if __name__ == "__main__":
