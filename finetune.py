@@ -284,16 +284,18 @@ def fine_tune(job: Job, common: Common) -> dict:
     learner.eval()
     with precision.autocast(device):
         test = evaluate(learner, examples["test"], batch_tokens, processes)
-    say(f"validation accuracy {validation['accuracy']:.2%}, test accuracy {test['accuracy']:.2%}")
+    best = 1 + task.epoch_ends.index(trainer.best["step"])
+    say(f"best epoch {best} of {epochs}: validation accuracy {validation['accuracy']:.2%}")
+    say(f"test accuracy {test['accuracy']:.2%}")
     seconds = trainer.seconds + extraction_seconds
     metrics = {
         "method": job.method,
         **test,
         "validation_accuracy": validation["accuracy"],
         "validation_loss": validation["loss"],
-        "best_step": trainer.best["step"],
-        "steps": trainer.steps,
+        "best_epoch": best,
         "epochs": epochs,
+        "steps": trainer.steps,
         "trainable_params": trainable_params,
         "total_params": total_params,
         "train_seconds": round(seconds, 1),

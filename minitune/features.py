@@ -88,17 +88,17 @@ def pooled_layers(bert: Bert, batch: PackedBatch) -> Tensor:
 def extract(
     bert: Bert, examples: dict[str, Examples], directory: Path, processes: Processes, precision: Precision
 ) -> tuple[dict[str, Examples], float]:
-    """The examples of each split with features as inputs, and the seconds that took.
+    """The examples of each split with features as inputs, and the seconds that the training rows took.
 
     Blocks of texts that `directory` holds already are not done again: a killed run goes on.
     """
     bert.eval()
-    extracted, total = {}, 0.0
+    extracted, seconds = {}, {}
     for split, own in examples.items():
-        matrix, seconds = _extract(bert, own.inputs, directory / f"{split}-features", processes, precision)
+        prefix = directory / f"{split}-features"
+        matrix, seconds[split] = _extract(bert, own.inputs, prefix, processes, precision)
         extracted[split] = Examples(Features(matrix), own.labels)
-        total += seconds
-    return extracted, total
+    return extracted, seconds["train"]
 
 
 @torch.no_grad()
