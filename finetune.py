@@ -21,13 +21,7 @@ from pathlib import Path
 import torch
 
 from minitune.attention import choose
-from minitune.checkpoint import (
-    default_model,
-    find_model,
-    read_config,
-    save_model,
-    weights_hash,
-)
+from minitune.checkpoint import read_config, save_model, weights_hash
 from minitune.classification import Classification, Examples, Sequences, evaluate
 from minitune.cli import Parser, add_machine_options, check_same, real, run_script, whole
 from minitune.comparison import simple_methods, summarise, table
@@ -45,6 +39,7 @@ from minitune.prediction import save_trained
 from minitune.processes import Processes
 from minitune.reviews import SPLITS, Reviews
 from minitune.runs import Run
+from minitune.sources import default_model, find_model
 from minitune.tokenizer import Tokenizer
 from minitune.training import Trainer
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from minitune.attention import choose
-from minitune.checkpoint import find_model, load_masked_lm, save_model
+from minitune.checkpoint import load_masked_lm, save_model
 from minitune.cli import Parser, add_machine_options, real, run_script, whole
 from minitune.corpus import Corpus
 from minitune.data import Dataset
@@ -32,6 +32,7 @@ from minitune.precision import Precision
 from minitune.pretraining import MaskedLanguageModelling, fill_examples
 from minitune.processes import Processes
 from minitune.runs import Run
+from minitune.sources import find_model
 from minitune.tokenizer import Tokenizer
 from minitune.training import Trainer
 

@@ -42,7 +42,7 @@ class Matrix(NamedTuple):
 
 
 class NBSVM:
-    """Fit on texts and labels 0..num_labels-1, then predict. With more than two labels, one against the rest."""
+    """Fit on texts and labels 0..num_labels-1, then predict. More than two labels: one against the rest."""
 
     def fit(self, texts: list[str], labels: np.ndarray, num_labels: int) -> "NBSVM":
         """Learn one vector of weights a label: an entry for each feature, and last the bias."""
@@ -140,13 +140,17 @@ def train_svm(
         direction = keep * direction - steepest
         previous, decrease = gradient, steepest @ gradient
 
-        # How far: along a line the objective is a chain of parabolas, and Newton soon finds the lowest.
+        # How far: the slope along the line only rises. Newton's method, kept between the ends known so far.
         change = signs * matrix.times(scale * direction)
-        slope, bend, length = weights @ direction, direction @ direction, 0.0
-        for _ in range(10):
+        slope, bend = weights @ direction, direction @ direction
+        length, low, high = 0.0, 0.0, np.inf
+        for _ in range(20):
             slack = np.maximum(0, 1 - margins - length * change)
             downhill = 2 * cost * change @ slack - slope - length * bend
+            low, high = (length, high) if downhill > 0 else (low, length)
             length += downhill / (bend + 2 * cost * change**2 @ (slack > 0))
+            if not low <= length <= high:
+                length = (low + high) / 2
         weights += length * direction
         margins += length * change
     return weights

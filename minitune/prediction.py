@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from minitune.adapters import AdapterSwitch, adapter_modules, new_adapter_modules
 from minitune.batching import filled
 from minitune.checkpoint import (
-    find_model,
     load_classifier,
     load_for_classification,
     read_config,
@@ -33,6 +32,7 @@ from minitune.features import FeatureClassifier
 from minitune.files import read_json, write_atomically, write_json
 from minitune.model import BertConfig, MeanPooler
 from minitune.precision import Precision
+from minitune.sources import find_model
 from minitune.tokenizer import Tokenizer
 
 BLOCK = 2048  # texts that are in memory at a time

@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from minitune.checkpoint import find_model, load_bert, load_masked_lm, read_config, save_model, to_bert
+from minitune.checkpoint import load_bert, load_masked_lm, read_config, save_model, to_bert
 from minitune.errors import UserError
 from minitune.model import BertConfig, BertForMaskedLM
+from minitune.sources import find_model
 from minitune.tokenizer import Tokenizer
 
 CONFIG = BertConfig(

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from minitune.attention import BACKENDS
-from minitune.checkpoint import find_model, load_bert, load_masked_lm, read_config
+from minitune.checkpoint import load_bert, load_masked_lm, read_config
 from minitune.model import Bert, BertConfig, BertForMaskedLM, Layer, LayerNorm, PackedBatch, Pooler
+from minitune.sources import find_model
 from minitune.tokenizer import Tokenizer
 
 # Weights ten times BERT's initial ones, so that attention is far from uniform and every part matters.
