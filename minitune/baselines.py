@@ -122,35 +122,30 @@ def train_svm(
 ) -> np.ndarray:
     """The w that minimises |w|^2 / 2 + cost * sum max(0, 1 - signs * (x @ w))^2, where x is matrix * scale.
 
-    Conjugate gradients (Polak & Ribiere 1969), preconditioned by the diagonal of the Hessian so that rare
-    features learn as fast as frequent ones. What |w|^2 / 2 bends upwards bounds the error: no point is more
-    than |gradient|^2 / 2 above the lowest. It stops where that is the share `tolerance` of the objective.
+    Conjugate gradients (Polak & Ribiere 1969), each step to the lowest point along its line. |w|^2 / 2 alone
+    bends the objective so much that its minimum cannot lie more than |gradient|^2 / 2 lower: training stops
+    where that is the share `tolerance` of the objective.
     """
-    preconditioner = 1 / (1 + 2 * cost * scale**2 * matrix.transposed_times(np.ones(len(signs))))
-    weights, margins = np.zeros(matrix.shape[1]), np.zeros(len(signs))
-    direction, previous, decrease = 0.0, 0.0, np.inf
+    weights, direction = np.zeros(matrix.shape[1]), np.zeros(matrix.shape[1])
+    margins = np.zeros(len(signs))
+    previous, previous_square = 0.0, np.inf
     for _ in range(MOST_STEPS):
         slack = np.maximum(0, 1 - margins)
         gradient = weights - 2 * cost * scale * matrix.transposed_times(signs * slack)
-        objective = weights @ weights / 2 + cost * slack @ slack
-        if gradient @ gradient / 2 <= tolerance * objective:
+        square = gradient @ gradient
+        if square / 2 <= tolerance * (weights @ weights / 2 + cost * slack @ slack):
             break
-        steepest = preconditioner * gradient
-        keep = max(0.0, steepest @ (gradient - previous) / decrease)
-        direction = keep * direction - steepest
-        previous, decrease = gradient, steepest @ gradient
+        keep = max(0.0, gradient @ (gradient - previous) / previous_square)
+        direction = keep * direction - gradient
+        previous, previous_square = gradient, square
 
-        # How far: the slope along the line only rises. Newton's method, kept between the ends known so far.
+        # Along a line the objective is a chain of parabolas; Newton's method soon finds the lowest point.
         change = signs * matrix.times(scale * direction)
-        slope, bend = weights @ direction, direction @ direction
-        length, low, high = 0.0, 0.0, np.inf
-        for _ in range(20):
+        slope, bend, length = weights @ direction, direction @ direction, 0.0
+        for _ in range(10):
             slack = np.maximum(0, 1 - margins - length * change)
             downhill = 2 * cost * change @ slack - slope - length * bend
-            low, high = (length, high) if downhill > 0 else (low, length)
             length += downhill / (bend + 2 * cost * change**2 @ (slack > 0))
-            if not low <= length <= high:
-                length = (low + high) / 2
         weights += length * direction
         margins += length * change
     return weights

