@@ -57,11 +57,11 @@ LEAST_STEPS, MOST_PASSES = 400, 20  # in a run
 METHODS = {
     "feature": Method(
         "the encoder is frozen and reads each text once; a linear head learns from what it says",
-        "adamw", 1e-3, 1e-3, passes=20, batch_rows=256,
+        "adamw", 3e-4, 3e-4, passes=20, batch_rows=256,
     ),
     "adapter": Method(
         "bottlenecks inside the frozen encoder, the LayerNorms of its layers, and the head",
-        "muon", 1e-2, 2e-3, passes=1, batch_rows=32,
+        "muon", 2e-2, 4e-3, passes=1, batch_rows=32,
     ),
     "full": Method("everything", "adamw", None, None, passes=1, batch_rows=32),
     "scratch": Method(
