@@ -243,8 +243,9 @@ def fine_tune(job: Job, common: Common) -> dict:
     task = Classification(
         examples["train"], examples["validation"], batch_tokens=batch_tokens, epochs=epochs, seed=job.seed
     )
-    lr = args.lr or recipe.learning_rate(model.bert.config.hidden_size)
-    optimizer = Optimizer(learner, recipe.optimizer, lr, recipe.adamw_lr or lr, args.weight_decay)
+    width = model.bert.config.hidden_size
+    lr = args.lr or recipe.lr(width)
+    optimizer = Optimizer(learner, recipe.optimizer, lr, recipe.adamw_lr(width), args.weight_decay)
     trainer = Trainer(
         learner,
         optimizer,

@@ -49,7 +49,7 @@ class NBSVM:
         labels = np.asarray(labels, dtype=np.int64)
         self.words = {}  # word -> id
         rows, grams = self._grams(texts, learn=True)
-        self.features = np.unique(grams)
+        self.features = _distinct(grams)
         matrix = self._matrix(rows, grams, len(texts))
         if num_labels == 2:  # class 0 against the rest is class 1 against the rest, negated
             weights = _fit_one(matrix, labels == 1)
@@ -92,11 +92,17 @@ class NBSVM:
         width = len(self.features) + 1
         columns = np.searchsorted(self.features, grams)
         known = self.features.take(columns, mode="clip") == grams
-        places = np.unique(rows[known] * width + columns[known])
+        places = _distinct(rows[known] * width + columns[known])
         rows, columns = np.divmod(places, width)
         rows = np.concatenate([rows, np.arange(texts)])
         columns = np.concatenate([columns, np.full(texts, width - 1)])
         return Matrix(rows, columns, (texts, width))
+
+
+def _distinct(numbers: np.ndarray) -> np.ndarray:
+    """The numbers (none below zero) in order, each once. As np.unique, whose hashing is many times slower here."""
+    numbers = np.sort(numbers)
+    return numbers[np.diff(numbers, prepend=-1) > 0]
 
 
 def _fit_one(matrix: Matrix, positive: np.ndarray) -> np.ndarray:

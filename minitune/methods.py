@@ -10,7 +10,7 @@ Loop, data and evaluation are the same for all of them. A method is the list of 
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,15 +29,10 @@ class Method:
 
     summary: str
     optimizer: str  # for the hidden matrices
-    lr: float | None  # peak, of that optimizer; None: see learning_rate
-    adamw_lr: float | None  # peak, of AdamW for the rest, beside Muon
+    lr: Callable[[int], float]  # peak, of that optimizer, for a hidden size: a wider network wants less
+    adamw_lr: Callable[[int], float]  # peak, of AdamW for the rest, beside Muon
     passes: int  # over the training rows, where these are many
     batch_rows: int  # average texts in a batch, where training rows are many
-
-    def learning_rate(self, hidden_size: int) -> float:
-        """The peak. Where all weights train, a wider network wants less: 20 / C², so 3e-4 for 256, 1.4e-4
-        for 384, and for the 768 of BERT-base 3.4e-5, amid what its paper recommends (appendix A.3)."""
-        return self.lr or 20 / hidden_size**2
 
     def batch_tokens(self, train: Examples) -> int:
         """The token budget of a batch."""
@@ -54,19 +49,30 @@ class Method:
 MOST_TOKENS = 4096  # in a batch
 LEAST_BATCHES = 8  # in an epoch
 LEAST_STEPS, MOST_PASSES = 400, 20  # in a run
+
+
+def everything(hidden_size: int) -> float:
+    """Peak rate where all weights train: 3e-4 for 256, 1.4e-4 for 384, and for the 768 of BERT-base 3.4e-5,
+    amid what its paper recommends (Devlin et al. 2019, appendix A.3)."""
+    return 20 / hidden_size**2
+
+
 METHODS = {
     "feature": Method(
-        "the encoder is frozen and reads each text once; a linear head learns from what it says",
-        "adamw", 3e-4, 3e-4, passes=20, batch_rows=256,
+        summary="the encoder is frozen and reads each text once; a linear head learns from what it says",
+        optimizer="adamw", lr=lambda _: 3e-4, adamw_lr=lambda _: 3e-4, passes=20, batch_rows=256,
     ),
     "adapter": Method(
-        "bottlenecks inside the frozen encoder, the LayerNorms of its layers, and the head",
-        "muon", 2e-2, 4e-3, passes=1, batch_rows=32,
+        summary="bottlenecks inside the frozen encoder, the LayerNorms of its layers, and the head",
+        optimizer="muon", lr=lambda C: 5 / C, adamw_lr=lambda C: 1 / C, passes=1, batch_rows=32,
     ),
-    "full": Method("everything", "adamw", None, None, passes=1, batch_rows=32),
+    "full": Method(
+        summary="everything",
+        optimizer="adamw", lr=everything, adamw_lr=everything, passes=1, batch_rows=32,
+    ),
     "scratch": Method(
-        "everything, from random weights: what pretraining was worth",
-        "adamw", None, None, passes=1, batch_rows=32,
+        summary="everything, from random weights: what pretraining was worth",
+        optimizer="adamw", lr=everything, adamw_lr=everything, passes=1, batch_rows=32,
     ),
 }  # fmt: skip
 
