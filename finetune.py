@@ -77,7 +77,8 @@ def parser() -> Parser:
 
 
 MAY_CHANGE = {"out", "method", "seed", "seeds", "train_examples", "lr",
-              "device", "precision", "attention", "save_minutes"}  # fmt: skip
+              "device", "precision", "attention", "save_minutes",
+              "job", "base", "dataset"}  # fmt: skip  # no options: these are compared on their own
 
 
 @dataclass

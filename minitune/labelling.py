@@ -76,11 +76,16 @@ def _rows(arguments: list[str]) -> Iterator[Row]:
         elif not argument.strip():
             raise UserError("--predict: the text is empty")
         else:
+            try:
+                argument.encode()
+            except UnicodeEncodeError:  # Python hands over bytes that are no UTF-8 as half characters
+                raise UserError("--predict: the text is not UTF-8") from None
             yield Row(argument)
 
 
 def _standard_input() -> Iterator[Row]:
     try:
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")  # whatever the locale says
         for line in sys.stdin:
             if line.strip():
                 yield Row(line.strip())
@@ -90,7 +95,7 @@ def _standard_input() -> Iterator[Row]:
 
 def _latest_run(out: Path) -> str:
     """The run of finetune.py that ended last."""
-    finished = [path for path in out.rglob("metrics.json") if "scratch" not in path.parts]
+    finished = [path for path in out.rglob("metrics.json") if "scratch" not in path.relative_to(out).parts]
     if not finished:
         raise UserError(f"no fine-tuned model in {out}: train one first, or name one with --model")
     return str(max(finished, key=lambda path: path.stat().st_mtime).parent)

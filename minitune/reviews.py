@@ -70,9 +70,10 @@ class Reviews:
 def label_index(label: str, names: dict[int, str], numbers_too: bool) -> int | None:
     """Which label a name means, or where it may be a number, that number; None: neither."""
     for index, name in names.items():
-        if label == name or (numbers_too and label == str(index)):
+        if label == name:
             return index
-    return None
+    numbers = {str(index): index for index in names} if numbers_too else {}
+    return numbers.get(label)
 
 
 def _names(labels: list[str], known: dict[str, str], source: str) -> dict[int, str]:
@@ -84,7 +85,7 @@ def _names(labels: list[str], known: dict[str, str], source: str) -> dict[int, s
     if len(distinct) > MOST_LABELS:
         raise UserError(f"--data {source} has {len(distinct):,} different labels, {MOST_LABELS} at most")
     try:
-        ordered = sorted(distinct, key=float)
+        ordered = sorted(sorted(distinct), key=float)  # "1" and "1.0" in an order of their own
     except ValueError:
         ordered = sorted(distinct)
     return {index: known.get(label, label) for index, label in enumerate(ordered)}
