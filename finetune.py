@@ -106,6 +106,9 @@ def read_arguments() -> tuple[argparse.Namespace, list[Job]]:
     methods = [name for name in METHODS if name in args.method]
     if len(methods) > 1 and "scratch" not in methods:
         methods.append("scratch")  # methods are compared with what they start from, nothing
+    own = {*METHODS, "compare.json", "compare.json.partial", "compare.png"}
+    if strangers := [path for path in args.out.glob("*") if path.name not in own]:
+        raise UserError(f"--out {args.out} holds something that is no run of finetune.py: {strangers[0].name}")
     sizes = args.train_examples or [None]
     jobs = []
     for method, size, k in itertools.product(methods, sizes, range(args.seeds)):

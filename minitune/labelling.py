@@ -28,11 +28,15 @@ def label_new_reviews(args: argparse.Namespace) -> None:
     precision = Precision.choose(args.precision, device)
     say(f"model: {name}; labels: {', '.join(classifier.labels.values())}; precision: {precision.name}")
 
-    labels: list[str | None] = []  # of the rows, where they come with any
+    expected: list[str | None] = []  # the labels of the rows, where they come with any
 
     def texts() -> Iterator[str]:
-        for row in _rows(args.predict):
-            labels.append(row.label or None)
+        for number, row in enumerate(_rows(args.predict), start=1):
+            index = label_index(row.label, classifier.labels, numbers_too=True) if row.label else None
+            if row.label and index is None:
+                names = ", ".join(classifier.labels.values())
+                raise UserError(f"row {number}: the label {row.label} is none of the model's: {names}")
+            expected.append(classifier.labels.get(index))
             yield row.text
 
     table = csv.writer(sys.stdout, lineterminator="\n")
@@ -48,15 +52,11 @@ def label_new_reviews(args: argparse.Namespace) -> None:
             cells = [prediction.label, f"{p:.4f}", str(prediction.truncated).lower(), prediction.text]
             table.writerow(cells)
         cut += prediction.truncated
-        if label := labels[number]:
-            expected = label_index(label, classifier.labels, numbers_too=True)
-            if expected is None:
-                names = ", ".join(classifier.labels.values())
-                raise UserError(f"row {number + 1}: the label {label} is none of the model's: {names}")
-            known += 1
-            right += classifier.labels[expected] == prediction.label
+        known += expected[number] is not None
+        right += expected[number] == prediction.label
     if cut:
-        say(f"{cut:,} of {len(labels):,} had more than {classifier.max_len} tokens: their two ends were read")
+        count = f"{cut:,} of {len(expected):,}"
+        say(f"{count} had more than {classifier.max_len} tokens: their two ends were read")
     if known:
         say(f"accuracy: {right / known:.2%} of {known:,} labelled rows")
 

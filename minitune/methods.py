@@ -32,13 +32,14 @@ class Method:
     lr: Callable[[int], float]  # peak, of that optimizer, for a hidden size: a wider network wants less
     adamw_lr: Callable[[int], float]  # peak, of AdamW for the rest, beside Muon
     passes: int  # over the training rows, where these are many
-    batch_rows: int  # average texts in a batch, where training rows are many
+    batch_rows: int  # average texts in a batch, where training rows are many,
+    most_tokens: int = 4096  # and this many tokens at most
 
     def batch_tokens(self, train: Examples) -> int:
         """The token budget of a batch."""
         rows = max(1, min(self.batch_rows, len(train) // LEAST_BATCHES))
         longest, mean = int(train.inputs.lengths.max()), train.tokens / len(train)
-        return max(min(round(rows * mean), MOST_TOKENS), longest)
+        return max(min(round(rows * mean), self.most_tokens), longest)
 
     def epochs(self, train: Examples, batch_tokens: int) -> int:
         """Passes over the training rows: more of them where rows are few, for enough steps."""
@@ -46,7 +47,6 @@ class Method:
         return max(self.passes, min(-(-LEAST_STEPS // steps), MOST_PASSES))
 
 
-MOST_TOKENS = 4096  # in a batch
 LEAST_BATCHES = 8  # in an epoch
 LEAST_STEPS, MOST_PASSES = 400, 20  # in a run
 
@@ -64,7 +64,8 @@ METHODS = {
     ),
     "adapter": Method(
         summary="bottlenecks inside the frozen encoder, the LayerNorms of its layers, and the head",
-        optimizer="muon", lr=lambda C: 5 / C, adamw_lr=lambda C: 1 / C, passes=1, batch_rows=32,
+        optimizer="muon", lr=lambda C: 1.8 / C, adamw_lr=lambda C: 0.5 / C, passes=1, batch_rows=32,
+        most_tokens=2048,
     ),
     "full": Method(
         summary="everything",

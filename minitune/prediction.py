@@ -83,9 +83,10 @@ class Trained:
             tensors = load_file(directory / "trained.safetensors")
             labels = {i: str(label) for i, label in enumerate(raw["labels"])}
             base, base_hash = str(raw["base"]["path"]), str(raw["base"]["sha256"])
-            return cls(
-                raw["method"], labels, int(raw["max_len"]), raw.get("adapter_size"), base, base_hash, tensors
-            )
+            method, max_len = raw["method"], int(raw["max_len"])
+            if method not in ("adapter", "feature") or max_len < 3:
+                raise ValueError(f"method {method}, max_len {max_len}")
+            return cls(method, labels, max_len, raw.get("adapter_size"), base, base_hash, tensors)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{directory}/trained.json is damaged: {error!r}") from error
         except (SafetensorError, OSError) as error:

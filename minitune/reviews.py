@@ -1,5 +1,6 @@
 """Labelled texts in memory: what fine-tuning learns from, chooses by, and is scored on."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,24 +28,26 @@ class Reviews:
         """All labelled rows. Raises UserError where there are too few, or labels make no sense."""
         raw = {split: [] for split in SPLITS}
         texts = {split: [] for split in SPLITS}
-        unlabelled = 0
+        unlabelled = Counter()
         for split in SPLITS:
             for row in dataset.rows(split):
                 if row.label:
                     texts[split].append(row.text)
                     raw[split].append(row.label)
                 else:
-                    unlabelled += 1
+                    unlabelled[split] += 1
         known = dataset.name in PACKAGED or _is_acl_imdb(dataset)
         if unlabelled and not known:  # the aclImdb tree has unlabelled reviews on purpose
-            raise UserError(f"--data {dataset.name}: {unlabelled:,} rows have no label")
+            # In --data they give no test rows.
+            option = "--test" if unlabelled["test"] else f"--data {dataset.name}"
+            raise UserError(f"{option}: {unlabelled.total():,} rows have no label (in a column label)")
         names = _names(raw["train"], SENTIMENT if known else {}, dataset.name)
         reviews = cls(names, texts)
         for split in SPLITS:
             labels = [label_index(label, names, known) for label in raw[split]]
             if None in labels:
                 wrong = raw[split][labels.index(None)]
-                raise UserError(f"{split} rows of {dataset.name}: the label {wrong} is not in the train rows")
+                raise UserError(f"{split} rows: the label {wrong} is not in the train rows of {dataset.name}")
             reviews.labels[split] = torch.tensor(labels, dtype=torch.int64)
             if not labels:
                 raise UserError(f"--data {dataset.name} has too few rows: none is left for {split}")
@@ -79,6 +82,10 @@ def label_index(label: str, names: dict[int, str], numbers_too: bool) -> int | N
 def _names(labels: list[str], known: dict[str, str], source: str) -> dict[int, str]:
     """Index to name, of the distinct labels in the train rows: sorted, numbers by value."""
     distinct = set(labels)
+    try:
+        "".join(distinct).encode()
+    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
+        raise UserError(f"--data {source}: a label holds half of a character (a lone surrogate)") from None
     if len(distinct) < 2:
         what = f"one label only, {distinct.pop()}" if distinct else "no labelled row to train on"
         raise UserError(f"--data {source} has {what}: there is nothing to tell apart")
