@@ -64,7 +64,7 @@ METHODS = {
     ),
     "adapter": Method(
         summary="bottlenecks inside the frozen encoder, the LayerNorms of its layers, and the head",
-        optimizer="muon", lr=lambda C: 1.8 / C, adamw_lr=lambda C: 0.5 / C, passes=1, batch_rows=32,
+        optimizer="muon", lr=lambda _: 7e-3, adamw_lr=lambda _: 2e-3, passes=1, batch_rows=32,
         most_tokens=2048,
     ),
     "full": Method(
