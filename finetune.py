@@ -247,9 +247,8 @@ def fine_tune(job: Job, common: Common) -> dict:
     task = Classification(
         examples["train"], examples["validation"], batch_tokens=batch_tokens, epochs=epochs, seed=job.seed
     )
-    width = model.bert.config.hidden_size
-    lr = args.lr or recipe.lr(width)
-    optimizer = Optimizer(learner, recipe.optimizer, lr, recipe.adamw_lr(width), args.weight_decay)
+    lr = args.lr or recipe.lr(model.bert.config.hidden_size, task.steps)
+    optimizer = Optimizer(learner, recipe.optimizer, lr, recipe.adamw_lr, args.weight_decay)
     trainer = Trainer(
         learner,
         optimizer,

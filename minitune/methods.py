@@ -28,18 +28,17 @@ class Method:
     """The defaults of a method, chosen on validation rows (tests/benchmarks/LOG.md)."""
 
     summary: str
-    optimizer: str  # for the hidden matrices
-    lr: Callable[[int], float]  # peak, of that optimizer, for a hidden size: a wider network wants less
-    adamw_lr: Callable[[int], float]  # peak, of AdamW for the rest, beside Muon
+    optimizer: str  # for the hidden matrices: "muon", or "adamw" for these and the rest
+    lr: Callable[[int, int], float]  # peak, of that optimizer, for a hidden size and a number of steps
+    adamw_lr: float | None  # peak, of AdamW for the rest, beside Muon
     passes: int  # over the training rows, where these are many
-    batch_rows: int  # average texts in a batch, where training rows are many,
-    most_tokens: int = 4096  # and this many tokens at most
+    batch_rows: int  # average texts in a batch, where training rows are many
 
     def batch_tokens(self, train: Examples) -> int:
         """The token budget of a batch."""
         rows = max(1, min(self.batch_rows, len(train) // LEAST_BATCHES))
         longest, mean = int(train.inputs.lengths.max()), train.tokens / len(train)
-        return max(min(round(rows * mean), self.most_tokens), longest)
+        return max(min(round(rows * mean), MOST_TOKENS), longest)
 
     def epochs(self, train: Examples, batch_tokens: int) -> int:
         """Passes over the training rows: more of them where rows are few, for enough steps."""
@@ -47,33 +46,39 @@ class Method:
         return max(self.passes, min(-(-LEAST_STEPS // steps), MOST_PASSES))
 
 
+MOST_TOKENS = 4096  # in a batch
 LEAST_BATCHES = 8  # in an epoch
 LEAST_STEPS, MOST_PASSES = 400, 20  # in a run
 
 
-def everything(hidden_size: int) -> float:
-    """Peak rate where all weights train: 3e-4 for 256, 1.4e-4 for 384, and for the 768 of BERT-base 3.4e-5,
-    amid what its paper recommends (Devlin et al. 2019, appendix A.3)."""
+def for_all_weights(hidden_size: int, steps: int) -> float:
+    """A wider network wants less: 3e-4 for 256, 1.4e-4 for 384, and for the 768 of BERT-base 3.4e-5, amid
+    what its paper recommends (Devlin et al. 2019, appendix A.3)."""
     return 20 / hidden_size**2
+
+
+def for_adapters(hidden_size: int, steps: int) -> float:
+    """Muon moves a matrix by the same amount at every step, so rate times steps is how far an adapter gets
+    from the almost nothing that it starts as."""
+    return min(4.5 / steps, 0.02)
 
 
 METHODS = {
     "feature": Method(
         summary="the encoder is frozen and reads each text once; a linear head learns from what it says",
-        optimizer="adamw", lr=lambda _: 3e-4, adamw_lr=lambda _: 3e-4, passes=20, batch_rows=256,
+        optimizer="adamw", lr=lambda *_: 3e-4, adamw_lr=None, passes=20, batch_rows=256,
     ),
     "adapter": Method(
         summary="bottlenecks inside the frozen encoder, the LayerNorms of its layers, and the head",
-        optimizer="muon", lr=lambda _: 7e-3, adamw_lr=lambda _: 2e-3, passes=1, batch_rows=32,
-        most_tokens=2048,
+        optimizer="muon", lr=for_adapters, adamw_lr=2e-3, passes=1, batch_rows=32,
     ),
     "full": Method(
         summary="everything",
-        optimizer="adamw", lr=everything, adamw_lr=everything, passes=1, batch_rows=32,
+        optimizer="adamw", lr=for_all_weights, adamw_lr=None, passes=1, batch_rows=32,
     ),
     "scratch": Method(
         summary="everything, from random weights: what pretraining was worth",
-        optimizer="adamw", lr=everything, adamw_lr=everything, passes=1, batch_rows=32,
+        optimizer="adamw", lr=for_all_weights, adamw_lr=None, passes=1, batch_rows=32,
     ),
 }  # fmt: skip
 
