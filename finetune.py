@@ -109,7 +109,7 @@ def read_arguments() -> tuple[argparse.Namespace, list[Job]]:
     own = {*METHODS, "compare.json", "compare.json.partial", "compare.png"}
     if strangers := [path for path in args.out.glob("*") if path.name not in own]:
         raise UserError(f"--out {args.out} holds what is no run of finetune.py: {strangers[0].name}")
-    sizes = args.train_examples or [None]
+    sizes = list(dict.fromkeys(args.train_examples or [None]))
     jobs = []
     for method, size, k in itertools.product(methods, sizes, range(args.seeds)):
         directory = args.out / method
@@ -120,8 +120,8 @@ def read_arguments() -> tuple[argparse.Namespace, list[Job]]:
         run = Run.open(directory, args.resume)
         check_same(args, run.settings, MAY_CHANGE, directory)
         job = {"method": method, "train_examples": size, "seed": args.seed + k}
-        if run.settings.get("job", job) != job:
-            raise UserError(f"--resume: the run in {directory} is another: {run.settings['job']}")
+        if run.settings and run.settings.get("job") != job:
+            raise UserError(f"--resume: the run in {directory} is another: {run.settings.get('job')}")
         jobs.append(Job(**job, run=run))
     return args, jobs
 
@@ -141,7 +141,7 @@ def main() -> None:
     # 1. A pretrained model.
     name, why = (args.model, "as asked") if args.model else default_model()
     source = find_model(name)
-    config, tokenizer = read_config(source), Tokenizer.load(source)
+    config, base, tokenizer = read_config(source), weights_hash(source), Tokenizer.load(source)
     say(f"model: {name} ({why}), {config.num_hidden_layers} layers of {config.hidden_size}")
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(f"{source}: the tokenizer has more entries than the model has embeddings")
@@ -167,7 +167,7 @@ def main() -> None:
 
     # 3. Train each method from the same weights, on the same rows.
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "predict", "json")}
-    settings |= {"base": weights_hash(source), "dataset": dataset.fingerprint()}
+    settings |= {"base": base, "dataset": dataset.fingerprint()}
     common = Common(args, settings, name, source, tokenizer, reviews, examples, processes, precision, say)
     results = []
     for job in jobs:
@@ -178,7 +178,8 @@ def main() -> None:
     processes.close()
     if not processes.is_main:
         return
-    for size, seed in dict.fromkeys((job.train_examples, job.seed) for job in jobs):
+    # All rows are the same rows whatever the seed, and these methods have nothing else random in them.
+    for size, seed in dict.fromkeys((job.train_examples, job.train_examples and job.seed) for job in jobs):
         chosen = reviews.choose("train", size, seed) if size else None
         results += simple_methods(reviews, chosen, seed)
     rows = summarise(results, len(reviews.texts["test"]))
@@ -198,6 +199,12 @@ class Common:
     settings: dict
     name: str  # of the pretrained model, as given
     source: Path  # its directory
+
+    @property
+    def path(self) -> str:
+        """Where it will be found again, from any directory."""
+        return str(self.source.resolve()) if Path(self.name).is_dir() else self.name
+
     tokenizer: Tokenizer
     reviews: Reviews
     examples: dict[str, Examples]
@@ -211,6 +218,9 @@ def fine_tune(job: Job, common: Common) -> dict:
     args, run, processes, precision = common.args, job.run, common.processes, common.precision
     say, recipe, device = common.say, METHODS[job.method], processes.device
     say(f"\n{job.method}: {recipe.summary}")
+    for key in ("base", "dataset"):
+        if run.settings and run.settings[key] != common.settings[key]:
+            raise UserError(f"the {key} of the run in {run.directory} has changed since it began")
     if run.is_finished:
         run.clean_up()  # killed between its last two lines
         say(f"{run.directory} is finished")
@@ -218,11 +228,9 @@ def fine_tune(job: Job, common: Common) -> dict:
     started = time.monotonic()
     forget_peak_memory(device)
     checkpoint = run.load()
-    for key in ("base", "dataset"):
-        if run.settings and run.settings[key] != common.settings[key]:
-            raise UserError(f"the {key} of the run in {run.directory} has changed since it began")
     if processes.is_main:
         run.start(common.settings | {"job": {k: v for k, v in vars(job).items() if k != "run"}})
+    processes.agree(None)  # the directory is there, and this job's
 
     # The rows it learns from. With few labels, as few choose the best epoch: no more would be at hand.
     examples = dict(common.examples)
@@ -242,13 +250,17 @@ def fine_tune(job: Job, common: Common) -> dict:
         examples, extraction_seconds = extract(model.bert, examples, directory, processes, precision)
         learner, precision = model.head, Precision("fp32")
         learner.standardise(examples["train"].inputs.matrix)
-    batch_tokens = args.batch_tokens or recipe.batch_tokens(examples["train"])
+    # The head of "feature" reads vectors, one a text, so that its budget counts texts.
+    asked = args.batch_tokens if learner is model else None
+    batch_tokens = asked or recipe.batch_tokens(examples["train"])
     epochs = args.epochs or recipe.epochs(examples["train"], batch_tokens)
     task = Classification(
         examples["train"], examples["validation"], batch_tokens=batch_tokens, epochs=epochs, seed=job.seed
     )
-    lr = args.lr or recipe.lr(model.bert.config.hidden_size, task.steps)
-    optimizer = Optimizer(learner, recipe.optimizer, lr, recipe.adamw_lr, args.weight_decay)
+    default_lr = recipe.lr(model.bert.config.hidden_size, task.steps)
+    lr = args.lr or default_lr
+    adamw_lr = recipe.adamw_lr and recipe.adamw_lr * lr / default_lr  # the two go up and down together
+    optimizer = Optimizer(learner, recipe.optimizer, lr, adamw_lr, args.weight_decay)
     trainer = Trainer(
         learner,
         optimizer,
@@ -264,8 +276,10 @@ def fine_tune(job: Job, common: Common) -> dict:
     trainer.steps = task.steps
     total_params = sum(p.numel() for p in model.parameters())
     trainable_params = sum(p.numel() for p in trainer.parameters)
-    say(f"trains {trainable_params:,} of {total_params:,} parameters: {summary(trainer.trained())}")
-    say(f"{epochs} epochs, {task.steps:,} steps of at most {batch_tokens:,} tokens, learning rate {lr:g}")
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    say(f"trains {trainable_params:,} of {total_params:,} parameters: {summary(trained)}")
+    rate = f"{recipe.optimizer} at {lr:.2g}" + (f", adamw at {adamw_lr:.2g} for the rest" if adamw_lr else "")
+    say(f"{epochs} epochs, {task.steps:,} steps of at most {batch_tokens:,} {task.unit}, {rate}")
 
     # Train; the best epoch by validation stays.
     if checkpoint:
@@ -315,9 +329,11 @@ def fine_tune(job: Job, common: Common) -> dict:
             save_model(model, common.tokenizer, run.directory)
             weights = run.directory / "model.safetensors"
         else:
-            names = common.reviews.names
-            weights = save_trained(run.directory, job.method, model, names, common.name, args.max_len)
-        metrics |= {"saved_bytes": weights.stat().st_size, "trained": list(trainer.trained())}
+            names, base_hash = common.reviews.names, common.settings["base"]
+            weights = save_trained(
+                run.directory, job.method, model, names, common.path, base_hash, args.max_len
+            )
+        metrics |= {"saved_bytes": weights.stat().st_size, "trained": trained}
         run.finish(metrics)
     return metrics
 

@@ -37,7 +37,7 @@ def insert_adapters(bert: Bert, units: int) -> None:
 
 
 def remove_adapters(bert: Bert) -> None:
-    """Take them out again. The LayerNorms stay as they are: see AdapterSwitch for those."""
+    """Take them out again. LayerNorms stay as trained; the base's own are in its directory."""
     for layer in bert.layers:
         layer.attention_adapter = nn.Identity()
         layer.feed_forward_adapter = nn.Identity()
@@ -90,7 +90,8 @@ class AdapterSwitch:
     def use(self, name: str) -> BertForSequenceClassification:
         """The model with this set in place. Raises KeyError for an unknown name."""
         modules, labels = self.sets[name]
+        device = self.model.bert.embeddings.word.weight.device
         for path, module in modules.items():
-            self.model.set_submodule(path, module)
+            self.model.set_submodule(path, module.to(device))
         self.model.config.id2label = labels
         return self.model

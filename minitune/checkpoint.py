@@ -74,11 +74,7 @@ def load_bert(model: nn.Module, directory: Path, optional: tuple[str, ...] = ())
     Only names that begin with one of `optional` may be missing; they keep their initial values.
     Raises UserError where another is missing, a shape differs, or the file cannot be read.
     """
-    path = directory / "model.safetensors"
-    if not path.is_file():
-        pickled = (directory / "pytorch_model.bin").is_file()
-        why = "only a pickled pytorch_model.bin, which is never read" if pickled else "no such file"
-        raise UserError(f"{path}: {why}")
+    path = weights_file(directory)
     tensors = _read_tensors(path)
     state, missing = model.state_dict(), []
     for name, ours in state.items():
@@ -96,6 +92,16 @@ def load_bert(model: nn.Module, directory: Path, optional: tuple[str, ...] = ())
         state[name] = torch.cat([tensors[part].float() for part in parts])
     model.load_state_dict(state)
     return missing
+
+
+def weights_file(directory: Path) -> Path:
+    """The weights of a model directory, or a UserError that says why there are none."""
+    path = directory / "model.safetensors"
+    if not path.is_file():
+        pickled = (directory / "pytorch_model.bin").is_file()
+        why = "only a pickled pytorch_model.bin, which is never read" if pickled else "no such file"
+        raise UserError(f"{path}: {why}")
+    return path
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
@@ -201,7 +207,7 @@ def load_classifier(directory: Path, attention: str = "auto") -> BertForSequence
     """A fine-tuned classifier with its label names, written here or by `transformers`."""
     config = read_config(directory)
     if not config.id2label:  # transformers leaves names out where they are LABEL_0, LABEL_1
-        tensors = _read_tensors(directory / "model.safetensors")
+        tensors = _read_tensors(weights_file(directory))
         if "classifier.weight" not in tensors:
             raise UserError(f"{directory} is no classifier: fine-tune it first (python finetune.py)")
         config.id2label = {i: f"LABEL_{i}" for i in range(len(tensors["classifier.weight"]))}
@@ -214,5 +220,5 @@ def load_classifier(directory: Path, attention: str = "auto") -> BertForSequence
 
 def weights_hash(directory: Path) -> str:
     """SHA-256 of the weights file, which tells one base model from another."""
-    with open(directory / "model.safetensors", "rb") as file:
+    with open(weights_file(directory), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

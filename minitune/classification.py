@@ -26,7 +26,8 @@ HEAD_SHARE = 0.25  # of a text that is cut, this much from its beginning and the
 class Inputs(Protocol):
     """What a classifier reads, one entry a text."""
 
-    lengths: np.ndarray  # (N,) tokens an entry counts in a batch
+    lengths: np.ndarray  # (N,) how much each entry counts in a batch
+    unit: str  # of that
 
     def pack(self, indices: np.ndarray) -> PackedBatch | Tensor:
         """These entries as the model's input."""
@@ -38,6 +39,8 @@ class Sequences:
     A longer text keeps its beginning and its end, where reviewers say what they think (Sun et al.
     2019, "How to Fine-Tune BERT for Text Classification?", section 5.3.1).
     """
+
+    unit = "tokens"
 
     def __init__(self, texts: Sequence[str], tokenizer: Tokenizer, max_len: int):
         room = max_len - 2
@@ -127,8 +130,10 @@ class Classification:
     ):
         self.train, self.validation = train, validation
         self.batch_tokens, self.seed = batch_tokens, seed
-        counts = torch.bincount(validation.labels)
-        self.yardstick = f"always the same answer: {counts.max() / len(validation):.3f}"
+        shares = torch.bincount(validation.labels) / len(validation)
+        entropy = -(shares[shares > 0] * shares[shares > 0].log()).sum()
+        self.yardstick = f"always the same answer: accuracy {shares.max():.3f}, loss {entropy:.3f}"
+        self.unit = train.inputs.unit
         self.validation_tokens = int(validation.inputs.lengths.sum()) * epochs
         # An epoch has not always the same number of batches: they are filled anew from shuffled rows.
         self.epoch_ends, step = [], 0

@@ -47,7 +47,7 @@ class Dataset:
     """
 
     def __init__(self, name: str, test: str | None = None, option: str = "--data"):
-        self.name = name
+        self.name, self.test = name, test
         self.files, self.read = _source(name, option)  # errors name the option
         if test:
             files, read_test = _source(test, "--test")
@@ -62,8 +62,8 @@ class Dataset:
     def _counts(self) -> Counter:
         """Rows of each label, and "test" if the source marks test rows itself. One pass."""
         counts = Counter("test" if row.split else (row.label,) for row in self.read())
-        if not counts:
-            raise UserError(f"{self.name} holds no text")
+        if not counts or (self.test and not counts["test"]):
+            raise UserError(f"{self.test if counts else self.name} holds no text")
         return counts
 
     def rows(self, split: str) -> Iterator[Row]:
@@ -203,7 +203,7 @@ def _row(cells: dict, where: str) -> Row:
         text.encode()
     except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
         raise UserError(f"{where}: the text holds half of a character (a lone surrogate)") from None
-    return Row(text, None if label is None else str(label).strip())
+    return Row(text, None if label is None else str(label).strip() or None)
 
 
 @contextmanager

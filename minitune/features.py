@@ -29,6 +29,8 @@ BATCH_TOKENS = 8192  # nothing is kept for a backward pass
 class Features:
     """What a frozen encoder said of each text, as the input of a head."""
 
+    unit = "texts"
+
     def __init__(self, matrix: Tensor):
         self.matrix = matrix  # (N, F)
         self.lengths = np.ones(len(matrix), dtype=np.int64)  # a batch of n "tokens" is n rows
@@ -115,7 +117,8 @@ def _extract(
     order = np.argsort(sequences.lengths, kind="stable")
     blocks = [order[i : i + BLOCK] for i in range(0, len(order), BLOCK)]
     paths = [prefix.with_name(f"{prefix.name}-{i:05d}.safetensors") for i in range(len(blocks))]
-    bar = tqdm(range(processes.rank, len(blocks), processes.count), desc=prefix.name, disable=None)
+    mine = range(processes.rank, len(blocks), processes.count)
+    bar = tqdm(mine, desc=prefix.name, disable=None if processes.is_main else True)
     for i in bar:
         if paths[i].is_file():
             continue

@@ -3,6 +3,7 @@
 import argparse
 import csv
 import json
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -22,6 +23,7 @@ BATCH_TOKENS = 8192
 def label_new_reviews(args: argparse.Namespace) -> None:
     """Read texts, print one line for each; what is not an answer goes to stderr."""
     check_device(args.device)
+    sys.stdout.reconfigure(encoding="utf-8")  # as every file, whatever the locale says
     name = args.model or _latest_run(args.out)
     classifier = Classifier.load(name, args.attention)
     device = Processes(args.device).device
@@ -47,7 +49,7 @@ def label_new_reviews(args: argparse.Namespace) -> None:
     for number, prediction in enumerate(predictions):
         p = prediction.probabilities[prediction.label]
         if args.json:
-            print(json.dumps(asdict(prediction) | {"label": prediction.label}, ensure_ascii=False))
+            print(json.dumps(asdict(prediction), ensure_ascii=False))
         else:
             cells = [prediction.label, f"{p:.4f}", str(prediction.truncated).lower(), prediction.text]
             table.writerow(cells)
@@ -71,7 +73,7 @@ def _rows(arguments: list[str]) -> Iterator[Row]:
     for argument in arguments:
         if argument == "-":
             yield from _standard_input()
-        elif Path(argument).suffix in SUFFIXES and (Path(argument).is_file() or " " not in argument):
+        elif os.path.isfile(argument) or (Path(argument).suffix in SUFFIXES and " " not in argument):
             yield from Dataset(argument, option="--predict").read()
         elif not argument.strip():
             raise UserError("--predict: the text is empty")
@@ -85,7 +87,7 @@ def _rows(arguments: list[str]) -> Iterator[Row]:
 
 def _standard_input() -> Iterator[Row]:
     try:
-        sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")  # whatever the locale says
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")
         for line in sys.stdin:
             if line.strip():
                 yield Row(line.strip())

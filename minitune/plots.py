@@ -1,11 +1,22 @@
 """The pictures that runs leave behind."""
 
+import io
 from pathlib import Path
 
 import matplotlib
 
+from minitune.files import write_atomically
+
 matplotlib.use("Agg")  # a file, no window
 import matplotlib.pyplot as plt  # noqa: E402
+
+
+def save(figure: plt.Figure, path: Path) -> None:
+    """Write the picture, whole or not at all."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=150)
+    plt.close(figure)
+    write_atomically(path, content.getvalue())
 
 
 def plot_pretraining(log: list[dict], uniform: float, unigram: float, final: dict, path: Path) -> None:
@@ -40,8 +51,7 @@ def plot_pretraining(log: list[dict], uniform: float, unigram: float, final: dic
     axes.set_title("Learning to fill blanks", loc="left")
     axes.legend(loc="upper right", bbox_to_anchor=(1, 0.72), frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    save(figure, path)
 
 
 def plateau(minutes: list[float], losses: list[float], unigram: float) -> tuple[float, float]:
@@ -68,8 +78,7 @@ def plot_comparison(rows: list[dict], title: str, path: Path) -> None:
         _bars(axes, rows)
     axes.set_title(title, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    save(figure, path)
 
 
 def _bars(axes: plt.Axes, rows: list[dict]) -> None:

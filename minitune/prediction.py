@@ -39,11 +39,17 @@ BLOCK = 2048  # texts that are in memory at a time
 
 
 def save_trained(
-    directory: Path, method: str, model: nn.Module, labels: dict[int, str], base: str, max_len: int
+    directory: Path,
+    method: str,
+    model: nn.Module,
+    labels: dict[int, str],
+    base: str,
+    base_hash: str,
+    max_len: int,
 ) -> Path:
     """Write what an adapter or feature run trained, and return the weights' path.
 
-    `base` is the name of the pretrained model, as in --model.
+    `base` is the pretrained model's name or directory, `base_hash` the checkpoint.weights_hash of it.
     """
     if method == "adapter":
         modules = adapter_modules(model)
@@ -55,11 +61,10 @@ def save_trained(
         for path, module in modules.items()
         for name, tensor in module.state_dict().items()
     }
-    weights, source = directory / "trained.safetensors", find_model(base)
+    weights = directory / "trained.safetensors"
     write_atomically(weights, save(tensors, metadata={"format": "pt"}))
-    where = {"path": str(source.resolve()) if Path(base).is_dir() else base, "sha256": weights_hash(source)}
     description = {"method": method, "labels": list(labels.values()), "max_len": max_len, **extra}
-    write_json(directory / "trained.json", description | {"base": where})
+    write_json(directory / "trained.json", description | {"base": {"path": base, "sha256": base_hash}})
     return weights
 
 
@@ -94,18 +99,22 @@ class Trained:
 
     def find_base(self, directory: Path) -> Path:
         """The base model's directory, if it still holds the weights this was trained on."""
-        source = find_model(self.base)
-        if not (source / "model.safetensors").is_file():
-            raise UserError(f"{directory} needs its base model: {source} has no model.safetensors")
+        try:
+            source = find_model(self.base)
+        except UserError as error:
+            raise UserError(f"{directory} needs its base model: {error}") from error
         if weights_hash(source) != self.base_hash:
             raise UserError(f"{directory} was trained on another base model than the one now in {source}")
         return source
 
     def adapter_modules(self, config: BertConfig) -> dict[str, nn.Module]:
         """The trained modules, for adapters.AdapterSwitch or to put into a model."""
-        modules = new_adapter_modules(config, self.adapter_size, len(self.labels))
-        for path, module in modules.items():
-            fill(module, path, self.tensors)
+        try:
+            modules = new_adapter_modules(config, self.adapter_size, len(self.labels))
+            for path, module in modules.items():
+                fill(module, path, self.tensors)
+        except (RuntimeError, TypeError) as error:
+            raise UserError("the tensors of the adapters do not fit their description") from error
         return modules
 
 

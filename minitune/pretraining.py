@@ -63,6 +63,8 @@ class Cloze:
 class MaskedLanguageModelling:
     """Guess the hidden words of a corpus."""
 
+    unit = "tokens"
+
     def __init__(
         self, corpus: Corpus, *, max_len: int, batch_tokens: int, rate: float, whole_word: bool, seed: int
     ):

@@ -37,8 +37,8 @@ class Reviews:
                 else:
                     unlabelled[split] += 1
         known = dataset.name in PACKAGED or _is_acl_imdb(dataset)
-        if unlabelled and not known:  # the aclImdb tree has unlabelled reviews on purpose
-            # In --data they give no test rows.
+        # The aclImdb tree has unlabelled reviews on purpose, and none of them to test.
+        if unlabelled["test"] or (unlabelled and not known):
             option = "--test" if unlabelled["test"] else f"--data {dataset.name}"
             raise UserError(f"{option}: {unlabelled.total():,} rows have no label (in a column label)")
         names = _names(raw["train"], SENTIMENT if known else {}, dataset.name)
@@ -71,12 +71,16 @@ class Reviews:
 
 
 def label_index(label: str, names: dict[int, str], numbers_too: bool) -> int | None:
-    """Which label a name means, or where it may be a number, that number; None: neither."""
+    """Which label a name means, or its number where that may stand for it; None: neither.
+
+    Where names are numbers themselves, "1" is a name and never a number.
+    """
     for index, name in names.items():
         if label == name:
             return index
-    numbers = {str(index): index for index in names} if numbers_too else {}
-    return numbers.get(label)
+    if not numbers_too or any(name.isdigit() for name in names.values()):
+        return None
+    return next((index for index in names if label == str(index)), None)
 
 
 def _names(labels: list[str], known: dict[str, str], source: str) -> dict[int, str]:

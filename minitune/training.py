@@ -36,6 +36,7 @@ class Task(Protocol):
 
     validation_tokens: int  # read by one full evaluation and all quick ones of a run
     yardstick: str  # what a loss is to be compared with
+    unit: str  # of a batch's size, "tokens" as a rule
 
     def batches(self, first_step: int) -> Iterator[Any]:
         """The batch of each step, from `first_step` on."""
@@ -181,6 +182,8 @@ class Trainer:
         final = self.best.get("metrics") or self.evaluate()
         self._check(final["loss"])
         self.save()
+        if self.processes.sum(torch.tensor([float(self.interrupts.asked)])) > 0:
+            raise Interrupted  # asked for during the last step; nothing is left but to write the results
         return final
 
     def _step(self, batches: Iterator[Any], bar: tqdm) -> None:
@@ -206,7 +209,7 @@ class Trainer:
         if due and self.processes.is_main:
             self.run.log(entry)
         bar.update()
-        speed = f"{self.tokens / self.seconds:,.0f} tokens/s"
+        speed = f"{self.tokens / self.seconds:,.0f} {self.task.unit}/s"
         bar.set_postfix_str(f"loss {loss:.3f} ({self.task.yardstick}), {speed}")
 
     def _gradients(self, batch: Any) -> tuple[float, float, bool]:
@@ -286,7 +289,7 @@ class Trainer:
             left = (self.steps - self.step) * self.seconds / self.step / 60
             validation = ", ".join(f"{k} {v:.3f}" for k, v in entry["validation"].items())
             line = f"step {self.step:>6,} of {self.steps:,}   validation {validation}"
-            line += f" ({self.task.yardstick})   {speed:,.0f} tokens/s   {left:.1f} min left"
+            line += f" ({self.task.yardstick})   {speed:,.0f} {self.task.unit}/s   {left:.1f} min left"
             bar.write(line, file=sys.stdout)
             sys.stdout.flush()
 

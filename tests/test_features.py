@@ -1,0 +1,275 @@
+"""Feature extraction: what a text's vector is, that the encoder stays as it was, blocks on disk, the head."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from minitune import features
+from minitune.checkpoint import load_for_classification, save_model, weights_hash
+from minitune.classification import Classification, Examples, Sequences
+from minitune.features import FeatureHead, Features, extract, feature_size, pooled_layers
+from minitune.methods import build
+from minitune.model import Bert, BertConfig, BertForMaskedLM, PackedBatch
+from minitune.optimizer import Optimizer
+from minitune.precision import Precision
+from minitune.prediction import Classifier, save_trained
+from minitune.processes import Processes
+from minitune.runs import Run
+from minitune.tokenizer import Tokenizer
+from minitune.training import Trainer
+
+CONFIG = BertConfig(
+    vocab_size=60,
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=24,
+    max_position_embeddings=32,
+    initializer_range=0.2,
+)
+NAMES = {0: "negative", 1: "positive"}
+TEXTS = [
+    "An awful, awful film!", "Two hours of pure joy.", "a bad joke", "so good", "so bad", "joy",
+    "Was that a joke, or two hours of film, or a café?", "pure joy, so pure", "awful", "good good film",
+]  # fmt: skip
+LABELS = torch.tensor([0, 1, 0, 1, 0, 1, 0, 1, 0, 1])
+FP32 = Precision("fp32")
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def tokenizer():
+    return Tokenizer.train(TEXTS, vocab_size=CONFIG.vocab_size)
+
+
+@pytest.fixture
+def base(tmp_path, tokenizer):
+    """The directory of a pretrained model."""
+    directory = tmp_path / "base"
+    directory.mkdir()
+    save_model(BertForMaskedLM(CONFIG), tokenizer, directory)
+    return directory
+
+
+@pytest.fixture
+def examples(tokenizer):
+    whole = Examples(Sequences(TEXTS, tokenizer, 32), LABELS)
+    return {"train": whole, "validation": whole.select(np.array([7, 2, 5]))}
+
+
+@pytest.fixture
+def directory(tmp_path):
+    path = tmp_path / "resume"
+    path.mkdir()
+    return path
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Four texts to a file and few to a batch: 3 files for the training rows, 1 for the validation rows."""
+    monkeypatch.setattr(features, "BLOCK", 4)
+    monkeypatch.setattr(features, "BATCH_TOKENS", 20)
+
+
+def one_by_one(bert: Bert, inputs: Sequences) -> torch.Tensor:
+    """(N, F) features in float64, one text and one layer after another."""
+    rows = []
+    for i in range(len(inputs.lengths)):
+        batch, parts = inputs.pack(np.array([i])), []
+        x = bert.embeddings(batch)
+        for layer in [*bert.layers, None]:
+            wide = x.double()
+            mean = wide.sum(0) / len(wide)
+            parts += [mean, ((wide - mean).square().sum(0) / len(wide)).sqrt()]
+            x = layer(x, batch) if layer else None
+        rows.append(torch.cat(parts))
+    return torch.stack(rows).detach()
+
+
+def assert_alike(features, expected):
+    """Deviations by their squares: near zero the root makes much of a last digit."""
+    both = []
+    for pooled in (features, expected):
+        means, deviations = pooled.double().view(len(pooled), -1, 2, CONFIG.hidden_size).unbind(2)
+        both.append(torch.stack([means, deviations.square()]))
+    torch.testing.assert_close(*both, rtol=0, atol=1e-5)
+
+
+def assert_unchanged(module, before):
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def count_texts(bert) -> list[int]:
+    """A list that grows by the number of texts whenever the encoder reads a batch."""
+    read = []
+    bert.embeddings.register_forward_hook(lambda _, inputs, __: read.append(len(inputs[0].cu_seqlens) - 1))
+    return read
+
+
+# A text's vector
+
+
+def test_features_are_mean_and_deviation_of_the_embeddings_and_of_each_layer(examples):
+    bert, inputs = Bert(CONFIG), examples["train"].inputs
+    pooled = pooled_layers(bert, inputs.pack(np.arange(len(TEXTS))))
+    assert pooled.shape == (len(TEXTS), feature_size(bert)) and feature_size(bert) == 2 * 3 * 16
+    assert_alike(pooled, one_by_one(bert, inputs))
+
+
+def test_features_of_a_text_do_not_depend_on_the_batch():
+    bert = Bert(CONFIG)
+    texts = [torch.randint(60, (length,)) for length in (5, 1, 16, 3)]
+    before = pooled_layers(bert, PackedBatch.from_sequences(texts))
+    for changed in range(len(texts)):
+        others = [(text + 1) % 60 if i == changed else text for i, text in enumerate(texts)]
+        after = pooled_layers(bert, PackedBatch.from_sequences(others))
+        for i in range(len(texts)):
+            assert torch.equal(before[i], after[i]) == (i != changed), f"text {i} after changing {changed}"
+    for i, text in enumerate(texts):
+        alone = pooled_layers(bert, PackedBatch.from_sequences([text]))
+        assert_alike(alone, before[i : i + 1])
+
+
+# Extraction
+
+
+def test_extracted_rows_stand_in_the_order_of_the_texts(examples, directory):
+    bert = Bert(CONFIG)
+    extracted, seconds = extract(bert, examples, directory, Processes("cpu"), FP32)
+    assert seconds > 0
+    for split, own in examples.items():
+        matrix = extracted[split].inputs.matrix
+        assert_alike(matrix, one_by_one(bert, own.inputs))
+        assert torch.equal(extracted[split].labels, own.labels)
+        assert not matrix.requires_grad
+
+
+def test_blocks_that_are_there_are_not_done_again(examples, directory):
+    bert = Bert(CONFIG)
+    read = count_texts(bert)
+    first, first_seconds = extract(bert, examples, directory, Processes("cpu"), FP32)
+    assert sum(read) == len(TEXTS) + 3 and len(list(directory.iterdir())) == 4
+    read.clear()
+    again, seconds = extract(bert, examples, directory, Processes("cpu"), FP32)
+    assert read == [] and seconds == first_seconds  # of the work, not of reading it back
+    for split in examples:
+        assert torch.equal(again[split].inputs.matrix, first[split].inputs.matrix)
+
+
+def test_a_killed_extraction_goes_on_with_what_is_missing(examples, directory):
+    bert = Bert(CONFIG)
+    first, _ = extract(bert, examples, directory, Processes("cpu"), FP32)
+    (directory / "train-features-00001.safetensors").unlink()
+    (directory / "train-features-00001.safetensors.partial").write_bytes(b"half a block")
+    read = count_texts(bert)
+    again, _ = extract(bert, examples, directory, Processes("cpu"), FP32)
+    assert sum(read) == 4
+    for split in examples:
+        assert torch.equal(again[split].inputs.matrix, first[split].inputs.matrix)
+
+
+def test_two_processes_share_the_blocks_and_both_have_all(examples, directory, tmp_path):
+    bert, train = Bert(CONFIG), {"train": examples["train"]}
+    whole, _ = extract(bert, train, directory, Processes("cpu"), FP32)
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    read, cpu = count_texts(bert), torch.device("cpu")
+    matrices = {}
+
+    def second(_):  # the first process waits for the others: here, by being them
+        own = SimpleNamespace(rank=1, count=2, device=cpu, agree=lambda _: None)
+        matrices[1] = extract(bert, train, shared, own, FP32)[0]["train"].inputs.matrix
+
+    first = SimpleNamespace(rank=0, count=2, device=cpu, agree=second)
+    matrices[0] = extract(bert, train, shared, first, FP32)[0]["train"].inputs.matrix
+    assert sum(read) == len(TEXTS)
+    for matrix in matrices.values():
+        assert torch.equal(matrix, whole["train"].inputs.matrix)
+
+
+# The head
+
+
+def test_the_head_sees_features_of_mean_0_and_spread_1():
+    head, matrix = FeatureHead(4, 4), torch.randn(50, 4) * torch.tensor([1e-3, 1.0, 50.0, 0.0]) + 7
+    torch.nn.init.eye_(head.classifier.weight)
+    head.standardise(matrix)
+    seen = head(matrix)
+    torch.testing.assert_close(seen.mean(0), torch.zeros(4), rtol=0, atol=1e-3)
+    spread = torch.tensor([1.0, 1.0, 1.0, 0.0])  # a feature that never changes says nothing
+    torch.testing.assert_close(seen.std(0, correction=0), spread, rtol=1e-3, atol=1e-6)
+    others = torch.randn(5, 4)  # by the same mean and spread, whatever is in their batch
+    assert torch.equal(head(others)[:2], head(others[:2]))
+
+
+def test_an_untrained_head_has_no_opinion():
+    head = FeatureHead(6, 3)
+    assert head(torch.randn(5, 6)).eq(0).all()
+
+
+def test_the_head_computes_in_float32_under_autocast():
+    head, matrix = FeatureHead(6, 3), torch.randn(5, 6)
+    torch.nn.init.normal_(head.classifier.weight)
+    expected = head(matrix)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(head(matrix), expected)
+
+
+def test_features_are_packed_by_row():
+    matrix = torch.randn(6, 3)
+    inputs = Features(matrix)
+    assert torch.equal(inputs.pack(np.array([4, 0, 4])), matrix[[4, 0, 4]])
+    assert inputs.lengths.tolist() == [1] * 6
+
+
+# All of it
+
+
+def fine_tuned(base, examples, run):
+    """A feature classifier after extraction and training, as finetune.py does it."""
+    model = build("feature", base, NAMES, 64, "auto")
+    run.start({})
+    extracted, _ = extract(model.bert, examples, run.state_path.parent, Processes("cpu"), FP32)
+    model.head.standardise(extracted["train"].inputs.matrix)
+    task = Classification(extracted["train"], extracted["validation"], batch_tokens=4, epochs=30, seed=0)
+    optimizer = Optimizer(model.head, "adamw", 0.05, 0.05, 0.0)
+    trainer = Trainer(model.head, optimizer, task, run, Processes("cpu"), FP32, seed=0)
+    trainer.steps = task.steps
+    trainer.train()
+    return model, extracted
+
+
+def test_the_encoder_stays_as_it_was_bit_for_bit(base, examples, tmp_path):
+    before = load_for_classification(base, NAMES).bert.state_dict()
+    model, _ = fine_tuned(base, examples, Run(tmp_path / "run"))
+    assert_unchanged(model.bert, before)
+    assert all(p.grad is None for p in model.bert.parameters())
+    assert model.head.classifier.weight.abs().max() > 0.05
+
+
+def test_what_the_head_learned_from_features_holds_for_texts(base, examples, tmp_path):
+    model, extracted = fine_tuned(base, examples, Run(tmp_path / "run"))
+    train = examples["train"]
+    with torch.no_grad():
+        of_features = model.head(extracted["train"].inputs.matrix)
+        of_texts = model(train.inputs.pack(np.arange(len(TEXTS))))
+    torch.testing.assert_close(of_texts, of_features, rtol=0, atol=1e-4)
+    assert of_texts.argmax(-1).tolist() == LABELS.tolist()
+
+
+def test_saved_and_reloaded_it_gives_the_same_bits(base, examples, tmp_path):
+    model, _ = fine_tuned(base, examples, Run(tmp_path / "run"))
+    save_trained(tmp_path / "run", "feature", model, NAMES, str(base), weights_hash(base), max_len=32)
+    loaded = Classifier.load(str(tmp_path / "run"))
+    batch = examples["train"].inputs.pack(np.arange(len(TEXTS)))
+    with torch.no_grad():
+        assert torch.equal(loaded.model(batch), model.eval()(batch))
+    predictions = list(loaded.predict(TEXTS, torch.device("cpu"), FP32, 100))
+    assert [p.label for p in predictions] == [NAMES[label] for label in LABELS.tolist()]
