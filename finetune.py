@@ -199,12 +199,6 @@ class Common:
     settings: dict
     name: str  # of the pretrained model, as given
     source: Path  # its directory
-
-    @property
-    def path(self) -> str:
-        """Where it will be found again, from any directory."""
-        return str(self.source.resolve()) if Path(self.name).is_dir() else self.name
-
     tokenizer: Tokenizer
     reviews: Reviews
     examples: dict[str, Examples]
@@ -331,7 +325,7 @@ def fine_tune(job: Job, common: Common) -> dict:
         else:
             names, base_hash = common.reviews.names, common.settings["base"]
             weights = save_trained(
-                run.directory, job.method, model, names, common.path, base_hash, args.max_len
+                run.directory, job.method, model, names, common.name, base_hash, args.max_len
             )
         metrics |= {"saved_bytes": weights.stat().st_size, "trained": trained}
         run.finish(metrics)

@@ -118,7 +118,7 @@ def _extract(
     blocks = [order[i : i + BLOCK] for i in range(0, len(order), BLOCK)]
     paths = [prefix.with_name(f"{prefix.name}-{i:05d}.safetensors") for i in range(len(blocks))]
     mine = range(processes.rank, len(blocks), processes.count)
-    bar = tqdm(mine, desc=prefix.name, disable=None if processes.is_main else True)
+    bar = tqdm(mine, desc=prefix.name, disable=None if processes.rank == 0 else True)
     for i in bar:
         if paths[i].is_file():
             continue

@@ -23,7 +23,6 @@ from minitune.batching import filled
 from minitune.checkpoint import (
     load_classifier,
     load_for_classification,
-    read_config,
     weights_hash,
 )
 from minitune.classification import Sequences
@@ -64,7 +63,8 @@ def save_trained(
     weights = directory / "trained.safetensors"
     write_atomically(weights, save(tensors, metadata={"format": "pt"}))
     description = {"method": method, "labels": list(labels.values()), "max_len": max_len, **extra}
-    write_json(directory / "trained.json", description | {"base": {"path": base, "sha256": base_hash}})
+    path = str(Path(base).resolve()) if Path(base).is_dir() else base  # found again from any directory
+    write_json(directory / "trained.json", description | {"base": {"path": path, "sha256": base_hash}})
     return weights
 
 
@@ -101,20 +101,21 @@ class Trained:
         """The base model's directory, if it still holds the weights this was trained on."""
         try:
             source = find_model(self.base)
+            found = weights_hash(source)
         except UserError as error:
             raise UserError(f"{directory} needs its base model: {error}") from error
-        if weights_hash(source) != self.base_hash:
+        if found != self.base_hash:
             raise UserError(f"{directory} was trained on another base model than the one now in {source}")
         return source
 
-    def adapter_modules(self, config: BertConfig) -> dict[str, nn.Module]:
+    def adapter_modules(self, config: BertConfig, directory: Path) -> dict[str, nn.Module]:
         """The trained modules, for adapters.AdapterSwitch or to put into a model."""
         try:
             modules = new_adapter_modules(config, self.adapter_size, len(self.labels))
             for path, module in modules.items():
                 fill(module, path, self.tensors)
         except (RuntimeError, TypeError) as error:
-            raise UserError("the tensors of the adapters do not fit their description") from error
+            raise UserError(f"{directory}/trained.safetensors does not fit its description") from error
         return modules
 
 
@@ -134,7 +135,7 @@ def load_adapters(runs: dict[str, str], attention: str = "auto") -> AdapterSwitc
             switch = AdapterSwitch(load_for_classification(base, trained.labels, attention).eval())
         if trained.base_hash != first.base_hash:
             raise UserError(f"{directory} was trained on another base model than the others")
-        switch.add(name, trained.adapter_modules(switch.model.config), trained.labels)
+        switch.add(name, trained.adapter_modules(switch.model.config, directory), trained.labels)
     return switch
 
 
@@ -175,16 +176,16 @@ class Classifier:
         trained = Trained.read(directory)
         base = trained.find_base(directory)
         model = load_for_classification(base, trained.labels, attention)
-        try:
-            if trained.method == "adapter":
-                model.pooler = MeanPooler()
-                for path, module in trained.adapter_modules(read_config(base)).items():
-                    model.set_submodule(path, module)
-            else:
-                model = FeatureClassifier(model.bert, len(trained.labels))
+        if trained.method == "adapter":
+            model.pooler = MeanPooler()
+            for path, module in trained.adapter_modules(model.config, directory).items():
+                model.set_submodule(path, module)
+        else:
+            model = FeatureClassifier(model.bert, len(trained.labels))
+            try:
                 fill(model.head, "head", trained.tensors)
-        except (RuntimeError, TypeError) as error:
-            raise UserError(f"{directory}/trained.safetensors does not fit its description") from error
+            except RuntimeError as error:
+                raise UserError(f"{directory}/trained.safetensors does not fit its description") from error
         return cls(model, Tokenizer.load(base), trained.labels, trained.max_len)
 
     def predict(

@@ -322,7 +322,7 @@ def test_saved_is_under_five_percent_of_the_full_model(tmp_path):
     parameters = list(model.parameters())
     whole = sum(p.numel() * p.element_size() for p in parameters)
     trained = sum(p.numel() for p in parameters if p.requires_grad)
-    weights = save_to(tmp_path / "run", model, "minilm")
+    weights = save_to(tmp_path / "run", model, find_model("minilm"))
     assert sum(path.stat().st_size for path in weights.parent.iterdir()) < 0.05 * whole
     assert trained <= 0.04 * sum(p.numel() for p in parameters)
 

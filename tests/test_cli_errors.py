@@ -16,7 +16,7 @@ import torch
 import finetune
 import minitune.corpus
 import train
-from minitune.checkpoint import read_config, save_model
+from minitune.checkpoint import read_config, save_model, weights_hash
 from minitune.cli import run_script
 from minitune.methods import build
 from minitune.model import BertConfig, BertForMaskedLM, BertForSequenceClassification
@@ -797,7 +797,8 @@ def tuned(model, folder):
     for method in ("feature", "adapter"):
         directory = folder / "runs" / "finetune" / method
         directory.mkdir(parents=True)
-        save_trained(directory, method, build(method, model, labels, 4, "auto"), labels, "model", 16)
+        network = build(method, model, labels, 4, "auto")
+        save_trained(directory, method, network, labels, "model", weights_hash(model), 16)
         (directory / "metrics.json").write_text('{"method": "feature"}')
     directory = folder / "runs" / "finetune" / "full"
     directory.mkdir()

@@ -1,0 +1,569 @@
+"""Fine-tuning from end to end: one command, all methods, new reviews; nothing lost, nothing else touched."""
+
+import contextlib
+import csv
+import io
+import json
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import finetune
+from minitune.checkpoint import load_classifier, save_model
+from minitune.cli import run_script
+from minitune.model import BertConfig, BertForMaskedLM
+from minitune.reviews import label_index
+from minitune.runs import Run
+from minitune.tokenizer import Tokenizer
+
+ROOT = Path(__file__).parents[1]
+# One word decides. The labels are not alike in anything: not in length, not in number, and one wants quotes.
+WORDS = {"works": ["superb", "charming", "thrilling"], "falls flat, alas": ["dull", "clumsy", "tedious"]}
+LABELS = ["falls flat, alas", "works"]  # their order: the alphabet's
+OTHERS = ["the", "a", "film", "story", "cast", "hour", "with", "of", "its", "and", "café"]
+ROWS, TEST_ROWS, EPOCHS = 240, 40, 5
+TINY = [
+    *("--epochs", str(EPOCHS), "--max-len", "32", "--batch-tokens", "256", "--lr", "3e-3"),
+    *("--adapter-size", "8", "--precision", "fp32", "--device", "cpu"),
+]
+METHODS = ["feature", "adapter", "full"]
+TRAINED = [*METHODS, "scratch"]
+KEYS = {
+    "method", "accuracy", "loss", "trainable_params", "total_params", "train_seconds", "tokens_per_second",
+    "peak_memory_bytes", "saved_bytes", "train_examples", "seed", "device", "precision", "attention",
+}  # fmt: skip
+
+
+# What there is to learn from
+
+
+def reviews(count: int, seed: int) -> list[dict[str, str]]:
+    """Rows with a text and a label. In some texts the word that matters stands at the end of many."""
+    rng, rows = random.Random(seed), []
+    for i in range(count):
+        label = LABELS[i % 5 > 1]  # 60% "works"
+        is_long = i % 10 in (1, 7)
+        words = [rng.choice(OTHERS) for _ in range(40 if is_long else rng.randint(4, 8))]
+        words.insert(40 if is_long else rng.randint(0, 4), rng.choice(WORDS[label]))
+        rows.append({"text": " ".join(words).capitalize() + f', "{i}"', "label": label})
+    rng.shuffle(rows)
+    return rows
+
+
+def write_csv(path: Path, rows: list[dict[str, str]]) -> None:
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(file, list(rows[0]))
+        table.writeheader()
+        table.writerows(rows)
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """All files under a directory."""
+    paths = [path for path in directory.rglob("*") if path.is_file()]
+    return {str(path.relative_to(directory)): path.read_bytes() for path in paths}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A directory with the model `base`, data.csv and test.csv; at the end nothing in it has changed."""
+    folder = tmp_path_factory.mktemp("fine-tuning")
+    rows = reviews(ROWS, seed=0)
+    write_csv(folder / "data.csv", rows)
+    write_csv(folder / "test.csv", reviews(TEST_ROWS, seed=1))
+    tokenizer = Tokenizer.train([row["text"] for row in rows], 300)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=tokenizer.vocab_size, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=64, max_position_embeddings=64,
+    )  # fmt: skip
+    model, direction = BertForMaskedLM(config), torch.randn(config.hidden_size)
+    for sign, label in zip((-1, 1), LABELS, strict=True):  # as if pretrained: it knows which words are alike
+        [ids] = zip(*tokenizer.encode(WORDS[label]), strict=True)
+        model.bert.embeddings.word.weight.data[list(ids)] += sign * 0.1 * direction
+    (folder / "base").mkdir()
+    save_model(model, tokenizer, folder / "base")
+    before = contents(folder)
+    yield folder
+    assert contents(folder) == before
+
+
+def options(folder: Path, out: Path, *more: str) -> list[str]:
+    """Of a command that trains. Later options win."""
+    data = ["--model", folder / "base", "--data", folder / "data.csv", "--test", folder / "test.csv"]
+    return [str(word) for word in (*data, *TINY, "--out", out, *more)]
+
+
+# Ways to run it
+
+
+def run(*words: object, stdin: bytes = b"") -> SimpleNamespace:
+    """`finetune.py WORDS` in this process: its status, out and err."""
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), "latin-1", newline="")) as out,
+        contextlib.redirect_stderr(io.StringIO()) as err,
+        pytest.raises(SystemExit) as ended,
+    ):
+        patch.setattr(sys, "argv", ["finetune.py", *map(str, words)])
+        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
+        run_script(finetune.main)
+    out.flush()
+    return SimpleNamespace(status=ended.value.code, out=out.buffer.getvalue().decode(), err=err.getvalue())
+
+
+def succeed(*words: object, stdin: bytes = b"") -> SimpleNamespace:
+    done = run(*words, stdin=stdin)
+    assert done.status == 0, done.err
+    return done
+
+
+def assert_refused(*words: object, naming: object = "") -> None:
+    done = run(*words)
+    assert done.status == 2
+    assert done.err.startswith("error: ") and done.err.count("\n") == 1
+    assert str(naming) in done.err
+
+
+# Processes to be killed come from a server that has imported everything once: importing torch takes
+# longer than what is tested here.
+KILLABLE = multiprocessing.get_context("forkserver")
+KILLABLE.set_forkserver_preload(["torch", "tests.test_finetune", "minitune.plots"])
+
+
+def run_apart(words: list[str], notes: Path, processor_seconds: float = 0) -> int | None:
+    """`finetune.py WORDS` in a process of its own, killed after so many seconds; returns its exit code.
+
+    Seconds of the processor, not of the clock, so that a busy machine kills at the same moments.
+    """
+    process = KILLABLE.Process(target=_apart, args=(words, notes, processor_seconds))
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def _apart(words: list[str], notes: Path, processor_seconds: float) -> None:
+    torch.set_num_threads(1)
+    sys.argv = ["finetune.py", *words]
+    # Nothing handles SIGPROF: the system ends the process there and then, as with kill -9.
+    signal.setitimer(signal.ITIMER_PROF, processor_seconds)
+    with open(notes, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        try:
+            run_script(finetune.main)
+        finally:
+            print(f"processor seconds: {time.process_time()}")
+
+
+# What was written
+
+
+def metrics(run_directory: Path) -> dict:
+    return json.loads((run_directory / "metrics.json").read_text())
+
+
+def log(run_directory: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_directory / "log.jsonl").read_text().splitlines()]
+
+
+def weights(run_directory: Path) -> dict[str, torch.Tensor]:
+    [path] = run_directory.glob("*.safetensors")
+    return load_file(path)
+
+
+def assert_same_bits(one: Path, other: Path) -> None:
+    a, b = weights(one), weights(other)
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+def assert_picture(path: Path) -> None:
+    pixels = matplotlib.image.imread(path)
+    height, width = pixels.shape[:2]
+    assert height > 300 and width > 500
+    assert len(np.unique(pixels.reshape(height * width, -1), axis=0)) > 10  # there is something in it
+
+
+def table(out: str) -> list[str]:
+    """The lines of the comparison on stdout, without the heading."""
+    [heading] = re.findall(r"^[\d,]+ test rows of .*:$", out, re.MULTILINE)
+    lines = out.partition(heading)[2].strip().splitlines()
+    assert lines[0].startswith("method") and lines[-1].startswith("wrote ")
+    return lines[1:-1]
+
+
+def rows_of_networks(out: str) -> list[str]:
+    """Those whose figures are kept in runs; the others are measured anew."""
+    return [line for line in table(out) if line.split()[0] in TRAINED]
+
+
+# One command, one table
+
+
+@pytest.fixture(scope="module")
+def compared(folder, tmp_path_factory):
+    """All methods in one command: (OUT, what it printed)."""
+    out = tmp_path_factory.mktemp("compared") / "finetune"
+    done = succeed(*options(folder, out, "--method", *METHODS))
+    assert done.err == ""
+    return out, done.out
+
+
+def test_it_prints_one_table_of_all_methods_and_three_to_beat(compared, folder):
+    out, printed = compared
+    assert printed.startswith(f"model: {folder / 'base'} (as asked)")
+    rows = [line.split() for line in table(printed)]
+    assert [row[0] for row in rows] == ["majority", "nb-svm", "scratch", "feature", "adapter", "full"]
+    assert {row[1] for row in rows} == {"228"}  # of 240; 5% choose the best epoch
+    accuracy = {row[0]: row[2] for row in rows}
+    assert accuracy["majority"] == "60.0%"
+    assert {name: f"{metrics(out / name)['accuracy']:.1%}" for name in TRAINED}.items() <= accuracy.items()
+
+
+def test_it_compares_in_json_and_in_a_picture_too(compared):
+    out, _ = compared
+    compare = json.loads((out / "compare.json").read_text())
+    assert [row["method"] for row in compare["rows"]][2:] == ["scratch", *METHODS]
+    assert all(row["interval"][0] <= row["accuracy"] <= row["interval"][1] for row in compare["rows"])
+    assert [entry["method"] for entry in compare["runs"]][:4] == TRAINED
+    assert compare["runs"][:4] == [metrics(out / name) for name in TRAINED]
+    assert_picture(out / "compare.png")
+    assert {path.name for path in out.iterdir()} == {"compare.json", "compare.png", *TRAINED}
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_metrics_and_log(compared, folder, method):
+    out, printed = compared
+    figures = metrics(out / method)
+    assert figures.keys() >= KEYS
+    assert (figures["method"], figures["seed"], figures["precision"]) == (method, 0, "fp32")
+    assert 0 <= figures["accuracy"] <= 1 and figures["loss"] > 0
+    assert figures["saved_bytes"] == next((out / method).glob("*.safetensors")).stat().st_size
+    share = figures["trainable_params"] / figures["total_params"]
+    assert share == 1 if method in ("full", "scratch") else 0 < share < 0.5
+    count, total = f"{figures['trainable_params']:,}", f"{figures['total_params']:,}"
+    assert f"trains {count} of {total} parameters" in printed
+    entries = log(out / method)
+    steps = [entry["step"] for entry in entries]
+    assert steps == sorted(set(steps)) and steps[-1] == figures["steps"]
+    validated = [entry for entry in entries if "validation" in entry]
+    assert len(validated) == figures["epochs"] == EPOCHS
+    assert figures["validation_accuracy"] == max(e["validation"]["accuracy"] for e in validated)
+    best = validated[figures["best_epoch"] - 1]["validation"]
+    assert (best["accuracy"], best["loss"]) == (figures["validation_accuracy"], figures["validation_loss"])
+    assert not (out / method / "resume").exists()
+
+
+def test_it_learns(compared):
+    for name in METHODS:
+        losses = [e["validation"]["loss"] for e in log(compared[0] / name) if "validation" in e]
+        assert losses[-1] < losses[0]
+    accuracy = {name: metrics(compared[0] / name)["accuracy"] for name in METHODS}
+    assert accuracy["full"] >= 0.9
+    assert accuracy["feature"] > 0.7  # always saying "works" gives 0.6
+
+
+def test_full_leaves_a_bert_with_its_labels(compared, folder):
+    out, _ = compared
+    config = json.loads((out / "full" / "config.json").read_text())
+    assert config["architectures"] == ["BertForSequenceClassification"]
+    assert config["id2label"] == {str(i): name for i, name in enumerate(LABELS)}
+    assert config["label2id"] == {name: i for i, name in enumerate(LABELS)}
+    assert load_classifier(out / "full").config.id2label == dict(enumerate(LABELS))
+    assert contents(out / "full").keys() - contents(folder / "base").keys() == {
+        "log.jsonl", "metrics.json", "settings.json"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["feature", "adapter"])
+def test_the_others_leave_only_what_they_trained(compared, folder, method):
+    directory = compared[0] / method
+    files = {"trained.safetensors", "trained.json", "settings.json", "metrics.json", "log.jsonl"}
+    assert contents(directory).keys() == files
+    tensors, figures = weights(directory), metrics(directory)
+    statistics = {"head.mean", "head.std"} if method == "feature" else set()  # measured, not trained
+    trained = {name.removeprefix("head."): t for name, t in tensors.items() if name not in statistics}
+    assert sorted(trained) == sorted(name.removeprefix("head.") for name in figures["trained"])
+    assert sum(tensor.numel() for tensor in trained.values()) == figures["trainable_params"]
+    description = json.loads((directory / "trained.json").read_text())
+    assert (description["method"], description["labels"]) == (method, LABELS)
+    assert description["base"]["path"] == str(folder / "base")
+    assert description["base"]["sha256"]
+
+
+def test_seeds_and_numbers_of_labels(folder, tmp_path):
+    out = tmp_path / "out"
+    command = options(folder, out, "--method", "feature", "--train-examples", "16", "8", "--seeds", "2")
+    done = succeed(*command)
+    rows = [line.split() for line in table(done.out)]
+    assert [row[:2] for row in rows] == [
+        [method, count] for count in ("8", "16") for method in ("majority", "nb-svm", "feature")
+    ]
+    assert all(row[3] == "±" for row in rows if row[0] == "feature")
+    runs = [metrics(out / "feature" / path) for path in ("16", "16/seed-1", "8", "8/seed-1")]
+    assert [(run["train_examples"], run["seed"]) for run in runs] == [(16, 0), (16, 1), (8, 0), (8, 1)]
+    compare = json.loads((out / "compare.json").read_text())
+    [row] = [r for r in compare["rows"] if (r["method"], r["train_examples"]) == ("feature", 8)]
+    assert row["seeds"] == 2 and row["spread"] is not None
+    assert row["accuracy"] == pytest.approx((runs[2]["accuracy"] + runs[3]["accuracy"]) / 2)
+    assert_picture(out / "compare.png")
+    again = succeed("--resume", "--out", out)
+    assert rows_of_networks(again.out) == rows_of_networks(done.out)
+
+
+def test_seeds_alone(folder, tmp_path):
+    succeed(*options(folder, tmp_path / "out", "--method", "feature", "--seeds", "2", "--seed", "5"))
+    one, two = (metrics(tmp_path / "out" / "feature" / path) for path in ("", "seed-6"))
+    assert (one["seed"], two["seed"]) == (5, 6)
+
+
+def test_without_a_model_the_last_run_of_train_py_is_taken(folder, tmp_path, monkeypatch):
+    for age, (name, method) in enumerate([("x", "pretrain"), ("older", "pretrain"), ("tuned", "full")]):
+        shutil.copytree(folder / "base", tmp_path / "runs" / name)
+        path = tmp_path / "runs" / name / "metrics.json"
+        path.write_text(json.dumps({"method": method}))
+        now = time.time()
+        os.utime(path, (now - age, now - age + 10 * (name == "tuned")))
+    monkeypatch.chdir(tmp_path)
+    words = options(folder, Path("runs/finetune"), "--method", "feature", "--epochs", "1")[2:]
+    done = succeed(*words)
+    assert done.out.splitlines()[0].startswith("model: runs/x (the last run of train.py)")
+    assert metrics(tmp_path / "runs" / "finetune" / "feature")["model"] == "runs/x"
+    assert contents(tmp_path / "runs" / "x").keys() - {"metrics.json"} == contents(folder / "base").keys()
+
+
+# New reviews
+
+
+def answers(*words: object, stdin: bytes = b"") -> list[dict]:
+    done = succeed("--predict", *words, "--json", "--precision", "fp32", "--device", "cpu", stdin=stdin)
+    return [json.loads(line) for line in done.out.splitlines()]
+
+
+def texts_of(folder: Path) -> list[str]:
+    with open(folder / "test.csv", encoding="utf-8", newline="") as file:
+        return [row["text"] for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_predicting_the_test_rows_gives_the_accuracy_of_the_run(compared, folder, method):
+    directory = compared[0] / method
+    words = ["--model", directory, "--predict", folder / "test.csv", "--precision", "fp32"]
+    done = succeed(*words, "--device", "cpu")
+    assert f"accuracy: {metrics(directory)['accuracy']:.2%} of {TEST_ROWS} labelled rows" in done.err
+    assert "accuracy" not in done.out
+    table = list(csv.reader(io.StringIO(done.out)))
+    assert table[0] == ["label", "probability", "truncated", "text"]
+    assert [row[3] for row in table[1:]] == texts_of(folder)  # the order of the file
+    cut = sum(row[2] == "true" for row in table[1:])
+    assert cut == sum(len(text.split()) > 40 for text in texts_of(folder))
+    assert f"{cut} of {TEST_ROWS} had more than 32 tokens" in done.err
+    if method == "full":
+        assert "full" in done.err.splitlines()[0]  # says which model it is
+
+    objects = answers(folder / "test.csv", "--model", directory)
+    for answer, (label, probability, truncated, text) in zip(objects, table[1:], strict=True):
+        assert list(answer) == ["text", "label", "probabilities", "truncated"]
+        assert (answer["text"], answer["label"]) == (text, label)
+        assert list(answer["probabilities"]) == LABELS
+        assert sum(answer["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+        assert label == max(LABELS, key=answer["probabilities"].get)
+        assert f"{answer['probabilities'][label]:.4f}" == probability
+        assert answer["truncated"] is (truncated == "true")
+
+
+def test_all_ways_to_hand_over_texts_give_the_same_answers(compared, folder, tmp_path):
+    texts = texts_of(folder)[:12]
+    lines = "\n".join(texts).encode()
+    (tmp_path / "a.txt").write_bytes(lines)
+    write_csv(tmp_path / "a.csv", [{"id": str(i), "text": text} for i, text in enumerate(texts)])
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    model = ["--model", compared[0] / "feature"]
+    expected = answers(*texts, *model)
+    assert [answer["text"] for answer in expected] == texts
+    assert len({answer["label"] for answer in expected}) == 2
+    for name in ("a.txt", "a.csv", "a.jsonl"):
+        assert answers(tmp_path / name, *model) == expected
+    assert answers("-", *model, stdin=lines) == expected
+    assert answers(texts[0], tmp_path / "a.txt", *model) == [expected[0], *expected]
+    # Batches of one text each: what stands beside a text does not change its answer.
+    alone = answers(*texts, *model, "--batch-tokens", "8")
+    for answer, other in zip(alone, expected, strict=True):
+        assert answer["probabilities"] == pytest.approx(other["probabilities"], abs=1e-5)
+
+
+def test_json_is_one_object_a_line_in_utf8(compared):
+    text = 'Café: "superb",\nsaid one; a second line\u2028and \N{CLAPPER BOARD}.'
+    done = succeed("--predict", text, "--json", "--model", compared[0] / "full")
+    assert done.out.count("\n") == 1 and "Café" in done.out
+    assert json.loads(done.out)["text"] == text
+
+
+def test_rows_without_a_label_do_not_count(compared, folder, tmp_path):
+    rows = [{"text": f"A {word} film.", "label": label} for label in LABELS for word in WORDS[label]]
+    wrong = dict(rows[0], label=rows[-1]["label"])
+    write_csv(tmp_path / "a.csv", [*rows, wrong, dict(rows[0], label="")])
+    done = succeed("--predict", tmp_path / "a.csv", "--model", compared[0] / "full", "--precision", "fp32")
+    found = answers(tmp_path / "a.csv", "--model", compared[0] / "full")
+    right = sum(a["label"] == row["label"] for a, row in zip(found, [*rows, wrong], strict=False))
+    assert f"accuracy: {right / 7:.2%} of 7 labelled rows" in done.err
+    assert right >= 5  # it has learned these words
+    write_csv(tmp_path / "b.csv", [dict(row, label="") for row in rows])
+    assert "accuracy" not in succeed("--predict", tmp_path / "b.csv", "--model", compared[0] / "full").err
+
+
+def test_a_label_that_is_a_number_is_first_a_name():
+    names = {0: "-1", 1: "0", 2: "1"}
+    assert [label_index(label, names, numbers_too=True) for label in ("-1", "0", "1")] == [0, 1, 2]
+
+
+def test_without_a_model_the_newest_run_answers(compared, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    now = time.time()
+    for age, name in enumerate(["scratch", "adapter", "feature"]):  # a comparison ends with scratch
+        shutil.copytree(compared[0] / name, tmp_path / "runs" / "finetune" / name)
+        os.utime(tmp_path / "runs" / "finetune" / name / "metrics.json", (now, now - age))
+    done = succeed("--predict", "A superb film.")
+    assert done.err.startswith("model: runs/finetune/adapter;")
+    os.utime(tmp_path / "runs" / "finetune" / "feature" / "metrics.json")
+    shutil.copytree(tmp_path / "runs" / "finetune", tmp_path / "scratch" / "mine")
+    os.utime(tmp_path / "scratch" / "mine" / "feature" / "metrics.json", (now + 9, now + 9))
+    done = succeed("--predict", "A superb film.", "--out", "scratch/mine")
+    assert done.err.startswith("model: scratch/mine/feature;")
+
+
+# Nothing is lost
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_killed_at_random_moments_it_ends_with_the_same_bits(folder, tmp_path, method):
+    undisturbed, killed, notes = tmp_path / "undisturbed", tmp_path / "killed", tmp_path / "notes"
+    more = ["--method", method, "--batch-tokens", "128", "--epochs", "1"]
+    assert run_apart(options(folder, undisturbed, *more), notes) == 0
+    seconds = float(notes.read_text().rpartition("processor seconds: ")[2])
+
+    rng, kills = random.Random(method), 0
+    # A checkpoint after every step, so that many of the kills fall into the middle of one.
+    again = options(folder, killed, *more, "--save-minutes", "1e-9", "--resume")
+    while not (killed / method / "metrics.json").exists():
+        code = run_apart(again, notes, rng.uniform(0.2, 1) * seconds)
+        assert code in (0, -signal.SIGPROF), notes.read_text()
+        kills += code != 0
+        assert kills < 100, "it makes no progress"
+    assert kills >= 2
+    assert run_apart(again, notes) == 0  # the last kill may have hit the clean-up, or the comparison
+    assert_same_bits(undisturbed / method, killed / method)
+    steps = [[entry["step"] for entry in log(out / method)] for out in (undisturbed, killed)]
+    assert steps[0] == steps[1]  # no step twice, none missing
+    assert contents(undisturbed).keys() == contents(killed).keys()
+
+
+def test_ctrl_c_saves_and_resume_goes_on_with_all_methods(compared, folder, tmp_path, monkeypatch):
+    undisturbed, printed = compared
+    out, write_line = tmp_path / "out", Run.log
+
+    def log_and_interrupt(run, entry):
+        write_line(run, entry)
+        if run.directory.name == "adapter":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "log", log_and_interrupt)
+        stopped = run(*options(folder, out, "--method", *METHODS))
+    assert stopped.status == 130 and "Traceback" not in stopped.err
+    assert f"--resume --out {out}" in stopped.out
+    assert (out / "feature" / "metrics.json").exists()
+    assert (out / "adapter" / "resume" / "state.safetensors").exists()
+    assert not (out / "adapter" / "metrics.json").exists() and not (out / "full").exists()
+
+    done = succeed("--resume", "--out", out)  # everything else is as it was asked for
+    assert "resumed at step" in done.out
+    for method in TRAINED:
+        assert_same_bits(undisturbed / method, out / method)
+    assert [line.split()[:3] for line in table(done.out)] == [line.split()[:3] for line in table(printed)]
+
+
+def test_a_finished_command_only_prints_its_table_again(compared):
+    out, printed = compared
+    before = contents(out)
+    again = succeed("--resume", "--out", out)
+    assert rows_of_networks(again.out) == rows_of_networks(printed)
+    after = contents(out)
+    for name in ("compare.json", "compare.png"):  # these are made anew
+        assert before.pop(name) and after.pop(name)
+    assert after == before
+
+
+def test_a_finished_command_is_not_overwritten(compared, folder):
+    out, _ = compared
+    before = contents(out)
+    for method in TRAINED:
+        assert_refused(*options(folder, out, "--method", method), naming=out / method)
+    assert contents(out) == before
+
+
+@pytest.fixture
+def unfinished(folder, tmp_path, monkeypatch):
+    """OUT of a run of copies of everything, interrupted after its last step."""
+    for name in ("base", "data.csv", "test.csv"):
+        copy = shutil.copytree if name == "base" else shutil.copy2
+        copy(folder / name, tmp_path / name)
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "save_model", interrupt)
+        words = options(tmp_path, tmp_path / "out", "--method", "full", "--epochs", "1")
+        assert run(*words).status == 130
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize("changed", ["base/model.safetensors", "data.csv", "test.csv"])
+def test_resume_notices_that_the_base_or_the_data_changed(unfinished, tmp_path, changed):
+    path = tmp_path / changed
+    content = bytearray(path.read_bytes())
+    content[-10 if path.suffix == ".safetensors" else 20] ^= 1  # a letter of a text becomes another one
+    path.write_bytes(content)
+    before = contents(unfinished)
+    assert_refused("--resume", "--out", unfinished, naming="changed")
+    assert contents(unfinished) == before
+
+
+def test_a_finished_run_is_not_compared_on_other_test_rows(unfinished, tmp_path):
+    succeed("--resume", "--out", unfinished)
+    write_csv(tmp_path / "test.csv", reviews(20, seed=2))
+    assert_refused("--resume", "--out", unfinished, naming="changed")
+
+
+# Two processes
+
+
+def test_two_processes_do_what_one_does(compared, folder, tmp_path):
+    one, printed = compared
+    two = tmp_path / "two"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launch, "finetune.py", *options(folder, two, "--method", *METHODS)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in table(done.stdout)] == [line.split()[0] for line in table(printed)]
+    for method in TRAINED:
+        entries = [log(out / method) for out in (one, two)]
+        # One writer: every line once.
+        assert [entry["step"] for entry in entries[1]] == [entry["step"] for entry in entries[0]]
+        losses = [[entry["loss"] for entry in of_one] for of_one in entries]
+        assert losses[1] == pytest.approx(losses[0], rel=1e-3, abs=1e-4)
+    assert contents(two).keys() == contents(one).keys()
