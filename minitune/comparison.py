@@ -75,5 +75,10 @@ def _cells(row: dict) -> tuple[str, ...]:
     cells.append(f"{row['train_seconds']:,.0f}" if "train_seconds" in row else "")
     cells.append(f"{row['tokens_per_second']:,.0f}" if "tokens_per_second" in row else "")
     for key in ("peak_memory_bytes", "saved_bytes"):
-        cells.append(f"{row[key] / 1e6:,.1f} MB" if key in row else "")
+        cells.append(in_bytes(row[key]) if key in row else "")
     return tuple(cells)
+
+
+def in_bytes(number: float) -> str:
+    """A size in words."""
+    return f"{number / 1e6:,.1f} MB" if number >= 1e5 else f"{number / 1e3:,.0f} kB"

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import matplotlib
 
+from minitune.comparison import in_bytes
 from minitune.files import write_atomically
 
 matplotlib.use("Agg")  # a file, no window
@@ -89,8 +90,8 @@ def _bars(axes: plt.Axes, rows: list[dict]) -> None:
         axes.barh(y, accuracy, color=COLOURS[row["method"]], xerr=error, error_kw={"elinewidth": 1})
         cost = ""
         if "saved_bytes" in row:
-            share, saved = row["trainable_params"] / row["total_params"], row["saved_bytes"] / 1e6
-            cost = f"   trains {share:.1%}, saves {saved:,.1f} MB, {_time(row['train_seconds'])}"
+            share, saved = row["trainable_params"] / row["total_params"], in_bytes(row["saved_bytes"])
+            cost = f"   trains {share:.1%}, saves {saved}, {_time(row['train_seconds'])}"
         elif "train_seconds" in row:
             cost = f"   {_time(row['train_seconds'])}"
         axes.text(100 * high + 0.5, y, f"{accuracy:.1f}%{cost}", va="center", fontsize=9)

@@ -39,7 +39,7 @@ class Reviews:
         known = dataset.name in PACKAGED or _is_acl_imdb(dataset)
         # The aclImdb tree has unlabelled reviews on purpose, and none of them to test.
         if unlabelled["test"] or (unlabelled and not known):
-            option = "--test" if unlabelled["test"] else f"--data {dataset.name}"
+            option = "--test" if dataset.test and unlabelled["test"] else f"--data {dataset.name}"
             raise UserError(f"{option}: {unlabelled.total():,} rows have no label (in a column label)")
         names = _names(raw["train"], SENTIMENT if known else {}, dataset.name)
         reviews = cls(names, texts)

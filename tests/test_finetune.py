@@ -122,7 +122,8 @@ def run(*words: object, stdin: bytes = b"") -> SimpleNamespace:
         patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
         run_script(finetune.main)
     out.flush()
-    return SimpleNamespace(status=ended.value.code, out=out.buffer.getvalue().decode(), err=err.getvalue())
+    printed = out.buffer.getvalue().decode(out.encoding)
+    return SimpleNamespace(status=ended.value.code, out=printed, err=err.getvalue())
 
 
 def succeed(*words: object, stdin: bytes = b"") -> SimpleNamespace:
@@ -450,7 +451,8 @@ def test_without_a_model_the_newest_run_answers(compared, tmp_path, monkeypatch)
 @pytest.mark.parametrize("method", METHODS)
 def test_killed_at_random_moments_it_ends_with_the_same_bits(folder, tmp_path, method):
     undisturbed, killed, notes = tmp_path / "undisturbed", tmp_path / "killed", tmp_path / "notes"
-    more = ["--method", method, "--batch-tokens", "128", "--epochs", "1"]
+    size = ("32", "3") if method == "feature" else ("128", "1")  # of a feature run the tokens are its rows
+    more = ["--method", method, "--batch-tokens", size[0], "--epochs", size[1]]
     assert run_apart(options(folder, undisturbed, *more), notes) == 0
     seconds = float(notes.read_text().rpartition("processor seconds: ")[2])
 
@@ -458,11 +460,11 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(folder, tmp_path, m
     # A checkpoint after every step, so that many of the kills fall into the middle of one.
     again = options(folder, killed, *more, "--save-minutes", "1e-9", "--resume")
     while not (killed / method / "metrics.json").exists():
-        code = run_apart(again, notes, rng.uniform(0.2, 1) * seconds)
+        code = run_apart(again, notes, rng.uniform(0.1, 0.8) * seconds)
         assert code in (0, -signal.SIGPROF), notes.read_text()
         kills += code != 0
         assert kills < 100, "it makes no progress"
-    assert kills >= 2
+    assert kills >= 2, "it is killed too late to prove anything"
     assert run_apart(again, notes) == 0  # the last kill may have hit the clean-up, or the comparison
     assert_same_bits(undisturbed / method, killed / method)
     steps = [[entry["step"] for entry in log(out / method)] for out in (undisturbed, killed)]
