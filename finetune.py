@@ -222,6 +222,10 @@ def fine_tune(job: Job, common: Common) -> dict:
     started = time.monotonic()
     forget_peak_memory(device)
     checkpoint = run.load()
+    # The model comes first: where its file is damaged, no directory is left behind.
+    torch.manual_seed(job.seed)
+    model = build(job.method, common.source, common.reviews.names, args.adapter_size, args.attention)
+    model.to(device)
     if processes.is_main:
         run.start(common.settings | {"job": {k: v for k, v in vars(job).items() if k != "run"}})
     processes.agree(None)  # the directory is there, and this job's
@@ -234,10 +238,7 @@ def fine_tune(job: Job, common: Common) -> dict:
             examples[split] = examples[split].select(common.reviews.choose(split, few, job.seed))
     tokens = examples["train"].tokens
 
-    # The model, and the part of it that trains.
-    torch.manual_seed(job.seed)
-    model = build(job.method, common.source, common.reviews.names, args.adapter_size, args.attention)
-    model.to(device)
+    # The part of it that learns.
     learner, extraction_seconds = model, 0.0
     if job.method == "feature":
         directory = run.state_path.parent

@@ -62,8 +62,10 @@ class Dataset:
     def _counts(self) -> Counter:
         """Rows of each label, and "test" if the source marks test rows itself. One pass."""
         counts = Counter("test" if row.split else (row.label,) for row in self.read())
-        if not counts or (self.test and not counts["test"]):
-            raise UserError(f"{self.test if counts else self.name} holds no text")
+        if not counts:
+            raise UserError(f"{self.name} holds no text")
+        if self.test and not counts["test"]:
+            raise UserError(f"--test {self.test} holds no text")
         return counts
 
     def rows(self, split: str) -> Iterator[Row]:

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from minitune.batching import filled
 from minitune.classification import Examples, Sequences
+from minitune.errors import UserError
 from minitune.files import write_atomically
 from minitune.model import Bert, PackedBatch, mean_of_tokens
 from minitune.precision import Precision
@@ -132,7 +133,10 @@ def _extract(
     processes.agree(None)  # now all blocks are there
     matrix, seconds = torch.empty(len(order), feature_size(bert)), 0.0
     for path, block in zip(paths, blocks, strict=True):
-        with safe_open(path, "pt") as file:
-            matrix[torch.from_numpy(block)] = file.get_tensor("features")
-            seconds += float(file.metadata()["seconds"])
+        try:
+            with safe_open(path, "pt") as file:
+                matrix[torch.from_numpy(block)] = file.get_tensor("features")
+                seconds += float(file.metadata()["seconds"])
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise UserError(f"{path} is damaged: delete it, and --resume makes it anew") from error
     return matrix, seconds / processes.count

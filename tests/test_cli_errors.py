@@ -592,7 +592,7 @@ BAD_TESTS = {
     "no labels in a txt": ("b.txt", TEXT, ["--test", "label"]),
     "no column text": ("b.csv", "review,label\na film,fine\n", ["b.csv", "review"]),
     "an empty text": ("b.csv", "text,label\n,fine\n", ["b.csv", "line 2"]),
-    "nothing": ("b.csv", "", ["--test b.csv"]),
+    "nothing": ("b.csv", "", ["b.csv holds no text"]),
 }
 
 
