@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from minitune.attention import choose
-from minitune.checkpoint import read_config, save_model, weights_hash
+from minitune.checkpoint import load_tokenizer, read_config, save_model, weights_hash
 from minitune.classification import Classification, Examples, Sequences, evaluate
 from minitune.cli import Parser, add_machine_options, check_same, real, run_script, whole
 from minitune.comparison import simple_methods, summarise, table
@@ -141,10 +141,9 @@ def main() -> None:
     # 1. A pretrained model.
     name, why = (args.model, "as asked") if args.model else default_model()
     source = find_model(name)
-    config, base, tokenizer = read_config(source), weights_hash(source), Tokenizer.load(source)
+    config, base = read_config(source), weights_hash(source)
     say(f"model: {name} ({why}), {config.num_hidden_layers} layers of {config.hidden_size}")
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(f"{source}: the tokenizer has more entries than the model has embeddings")
+    tokenizer = load_tokenizer(source, config)
     if args.max_len > config.max_position_embeddings:
         raise UserError(f"--max-len {args.max_len}: the model has {config.max_position_embeddings} positions")
 

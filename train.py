@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from minitune.attention import choose
-from minitune.checkpoint import load_masked_lm, save_model
+from minitune.checkpoint import load_masked_lm, load_tokenizer, save_model
 from minitune.cli import Parser, add_machine_options, real, run_script, whole
 from minitune.corpus import Corpus
 from minitune.data import Dataset
@@ -33,7 +33,6 @@ from minitune.pretraining import MaskedLanguageModelling, fill_examples
 from minitune.processes import Processes
 from minitune.runs import Run
 from minitune.sources import find_model
-from minitune.tokenizer import Tokenizer
 from minitune.training import Trainer
 
 STARTED = time.monotonic()
@@ -106,10 +105,8 @@ def main() -> None:
     if args.init:
         source = find_model(args.init)
         model, has_head = load_masked_lm(source, args.attention)
-        tokenizer = Tokenizer.load(source)
-        if tokenizer.vocab_size > model.config.vocab_size:
-            raise UserError(f"{source}: the tokenizer has more entries than the model has embeddings")
         config = model.config
+        tokenizer = load_tokenizer(source, config)
         say(f"model: {args.init} ({source}), its masked-LM head {'too' if has_head else 'new'}")
     else:
         config = PRESETS[args.preset]

@@ -37,6 +37,11 @@ def shuffled_batches(
         epoch += 1
 
 
+def sorted_batches(lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
+    """All sequences once, sorted by length: for reading them when their order does not matter."""
+    return filled(np.argsort(lengths, kind="stable"), lengths, batch_tokens)
+
+
 def filled(order: np.ndarray, lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
     """Cut a sequence of indices into batches of at most `batch_tokens` tokens, dropping none."""
     batches, first, total = [], 0, 0

@@ -218,6 +218,14 @@ def load_classifier(directory: Path, attention: str = "auto") -> BertForSequence
     return model.eval()
 
 
+def load_tokenizer(directory: Path, config: BertConfig) -> Tokenizer:
+    """The tokenizer of a model directory; UserError where it has ids that the model has no embedding for."""
+    tokenizer = Tokenizer.load(directory)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(f"{directory}: the tokenizer has more entries than the model has embeddings")
+    return tokenizer
+
+
 def weights_hash(directory: Path) -> str:
     """SHA-256 of the weights file, which tells one base model from another."""
     with open(weights_file(directory), "rb") as file:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minitune.batching import filled, shuffled_batches
+from minitune.batching import shuffled_batches, sorted_batches
 from minitune.model import PackedBatch
 from minitune.processes import Processes
 from minitune.tokenizer import Tokenizer
@@ -91,8 +91,7 @@ class Examples:
 
     def batches(self, batch_tokens: int) -> list["Batch"]:
         """All examples once, sorted by length."""
-        order = np.argsort(self.inputs.lengths, kind="stable")
-        return [self.batch(indices) for indices in filled(order, self.inputs.lengths, batch_tokens)]
+        return [self.batch(indices) for indices in sorted_batches(self.inputs.lengths, batch_tokens)]
 
 
 @dataclass

@@ -70,14 +70,17 @@ class Dataset:
 
     def rows(self, split: str) -> Iterator[Row]:
         """The rows of "train", "validation" or "test", in the order of the source."""
+        return (row for row in self.split_rows() if row.split == split)
+
+    def split_rows(self) -> Iterator[Row]:
+        """Every row with its split, in the order of the source. One pass, beside that for the counts."""
         seen = Counter()
         for row in self.read():
             if row.split is None:
                 index = seen[row.label]
                 seen[row.label] += 1
                 row = row._replace(split=self._block(index, row.label))
-            if row.split == split:
-                yield row
+            yield row
 
     def _block(self, index: int, label: str | None) -> str:
         count = self._counts[(label,)]

@@ -12,24 +12,19 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from minitune.adapters import AdapterSwitch, adapter_modules, new_adapter_modules
-from minitune.batching import filled
-from minitune.checkpoint import (
-    load_classifier,
-    load_for_classification,
-    weights_hash,
-)
+from minitune.batching import sorted_batches
+from minitune.checkpoint import load_classifier, load_for_classification, weights_hash
 from minitune.classification import Sequences
 from minitune.errors import UserError
 from minitune.features import FeatureClassifier
 from minitune.files import read_json, write_atomically, write_json
-from minitune.model import BertConfig, MeanPooler
+from minitune.model import BertConfig
 from minitune.precision import Precision
 from minitune.sources import find_model
 from minitune.tokenizer import Tokenizer
@@ -177,9 +172,9 @@ class Classifier:
         base = trained.find_base(directory)
         model = load_for_classification(base, trained.labels, attention)
         if trained.method == "adapter":
-            model.pooler = MeanPooler()
-            for path, module in trained.adapter_modules(model.config, directory).items():
-                model.set_submodule(path, module)
+            switch = AdapterSwitch(model)
+            switch.add(name, trained.adapter_modules(model.config, directory), trained.labels)
+            model = switch.use(name)
         else:
             model = FeatureClassifier(model.bert, len(trained.labels))
             try:
@@ -197,8 +192,7 @@ class Classifier:
         while block := list(itertools.islice(texts, BLOCK)):
             sequences = Sequences(block, self.tokenizer, self.max_len)
             probabilities = torch.empty(len(block), len(self.labels))
-            order = np.argsort(sequences.lengths, kind="stable")
-            for indices in filled(order, sequences.lengths, batch_tokens):
+            for indices in sorted_batches(sequences.lengths, batch_tokens):
                 with torch.inference_mode(), precision.autocast(device):
                     logits = self.model(sequences.pack(indices).to(device))
                 probabilities[torch.from_numpy(indices)] = logits.float().softmax(-1).cpu()

@@ -29,13 +29,12 @@ class Reviews:
         raw = {split: [] for split in SPLITS}
         texts = {split: [] for split in SPLITS}
         unlabelled = Counter()
-        for split in SPLITS:
-            for row in dataset.rows(split):
-                if row.label:
-                    texts[split].append(row.text)
-                    raw[split].append(row.label)
-                else:
-                    unlabelled[split] += 1
+        for row in dataset.split_rows():
+            if row.label:
+                texts[row.split].append(row.text)
+                raw[row.split].append(row.label)
+            else:
+                unlabelled[row.split] += 1
         known = dataset.name in PACKAGED or _is_acl_imdb(dataset)
         # The aclImdb tree has unlabelled reviews on purpose, and none of them to test.
         if unlabelled["test"] or (unlabelled and not known):

@@ -23,7 +23,6 @@ from minitune.prediction import Classifier, load_adapters, save_trained
 from minitune.processes import Processes
 from minitune.runs import Run
 from minitune.sources import find_model
-from minitune.tokenizer import Tokenizer
 from minitune.training import Trainer
 
 # Weights ten times BERT's initial ones, so that attention is far from uniform and every part matters.
@@ -92,16 +91,7 @@ TRAINED = {
 }
 
 each_method = pytest.mark.parametrize("method", METHODS)
-
-
-@pytest.fixture(autouse=True)
-def fixed_seed():
-    torch.manual_seed(0)
-
-
-@pytest.fixture
-def tokenizer():
-    return Tokenizer.train(TEXTS, vocab_size=CONFIG.vocab_size)
+pytestmark = pytest.mark.usefixtures("fixed_seed")
 
 
 @pytest.fixture

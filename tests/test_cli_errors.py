@@ -286,15 +286,17 @@ def finished(train_py, folder):
     return folder / "run"
 
 
+def interrupted(*arguments):
+    """In place of a function during which Ctrl-C comes."""
+    raise KeyboardInterrupt
+
+
 @pytest.fixture
 def unfinished(train_py, folder, monkeypatch):
     """OUT of a run that was interrupted after its only step, with a checkpoint to resume from."""
 
-    def interrupt(*arguments):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr(train, "save_model", interrupt)
+        patch.setattr(train, "save_model", interrupted)
         assert train_py("--data", "good.txt", "--out", "run")[0] == 130
     assert (folder / "run" / "resume" / "state.safetensors").is_file()
     return folder / "run"
@@ -721,11 +723,8 @@ def finished_too(finetune_py, folder):
 def unfinished_too(finetune_py, folder, monkeypatch):
     """OUT of a run of finetune.py that was interrupted after its last step."""
 
-    def interrupt(*arguments):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr(finetune, "save_trained", interrupt)
+        patch.setattr(finetune, "save_trained", interrupted)
         assert finetune_py()[0] == 130
     assert (folder / "run" / "feature" / "resume" / "state.safetensors").is_file()
     return folder / "run"

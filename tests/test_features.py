@@ -7,17 +7,16 @@ import pytest
 import torch
 
 from minitune import features
-from minitune.checkpoint import load_for_classification, save_model, weights_hash
+from minitune.checkpoint import load_for_classification, weights_hash
 from minitune.classification import Classification, Examples, Sequences
 from minitune.features import FeatureHead, Features, extract, feature_size, pooled_layers
 from minitune.methods import build
-from minitune.model import Bert, BertConfig, BertForMaskedLM, PackedBatch
+from minitune.model import Bert, BertConfig, PackedBatch
 from minitune.optimizer import Optimizer
 from minitune.precision import Precision
 from minitune.prediction import Classifier, save_trained
 from minitune.processes import Processes
 from minitune.runs import Run
-from minitune.tokenizer import Tokenizer
 from minitune.training import Trainer
 
 CONFIG = BertConfig(
@@ -36,25 +35,7 @@ TEXTS = [
 ]  # fmt: skip
 LABELS = torch.tensor([0, 1, 0, 1, 0, 1, 0, 1, 0, 1])
 FP32 = Precision("fp32")
-
-
-@pytest.fixture(autouse=True)
-def fixed_seed():
-    torch.manual_seed(0)
-
-
-@pytest.fixture
-def tokenizer():
-    return Tokenizer.train(TEXTS, vocab_size=CONFIG.vocab_size)
-
-
-@pytest.fixture
-def base(tmp_path, tokenizer):
-    """The directory of a pretrained model."""
-    directory = tmp_path / "base"
-    directory.mkdir()
-    save_model(BertForMaskedLM(CONFIG), tokenizer, directory)
-    return directory
+pytestmark = pytest.mark.usefixtures("fixed_seed")
 
 
 @pytest.fixture

@@ -31,11 +31,7 @@ EQUAL = [12, 12, 12, 12]
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_shape = pytest.mark.parametrize("lengths", [RAGGED, EQUAL], ids=["ragged", "equal"])
-
-
-@pytest.fixture(autouse=True)
-def fixed_seed():
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("fixed_seed")
 
 
 def random_sequences(lengths):

@@ -16,10 +16,9 @@ from minitune.classification import Sequences
 from minitune.errors import UserError
 from minitune.features import FeatureClassifier
 from minitune.methods import build
-from minitune.model import BertConfig, BertForMaskedLM, BertForSequenceClassification
+from minitune.model import BertConfig, BertForSequenceClassification
 from minitune.precision import Precision
 from minitune.prediction import Classifier, Trained, save_trained
-from minitune.tokenizer import Tokenizer
 
 CPU = torch.device("cpu")
 CONFIG = BertConfig(
@@ -40,25 +39,7 @@ TEXTS = [
 METHODS = ("feature", "adapter", "full")
 
 each_method = pytest.mark.parametrize("method", METHODS)
-
-
-@pytest.fixture(autouse=True)
-def fixed_seed():
-    torch.manual_seed(0)
-
-
-@pytest.fixture
-def tokenizer():
-    return Tokenizer.train(TEXTS, vocab_size=CONFIG.vocab_size)
-
-
-@pytest.fixture
-def base(tmp_path, tokenizer):
-    """The directory of a pretrained model."""
-    directory = tmp_path / "base"
-    directory.mkdir()
-    save_model(BertForMaskedLM(CONFIG), tokenizer, directory)
-    return directory
+pytestmark = pytest.mark.usefixtures("fixed_seed")
 
 
 def head_of(model):
