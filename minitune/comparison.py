@@ -53,12 +53,15 @@ HEADER = ("method", "labels", "test accuracy", "95% interval", "trained", "share
 
 def table(rows: list[dict]) -> str:
     """The rows as text, one line each."""
-    lines = [HEADER, *(_cells(row) for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
-    return "\n".join(
-        line[0].ljust(widths[0]) + "".join(f"  {c:>{w}}" for c, w in zip(line[1:], widths[1:], strict=True))
-        for line in lines
-    )
+    return aligned([HEADER, *(_cells(row) for row in rows)])
+
+
+def aligned(lines: list[tuple[str, ...]], left: int = 1) -> str:
+    """Cells in columns, the first `left` of which begin at the left."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    align = [str.ljust] * left + [str.rjust] * (len(widths) - left)
+    padded = [[f(*cell) for f, *cell in zip(align, line, widths, strict=True)] for line in lines]
+    return "\n".join("  ".join(line) for line in padded)
 
 
 def _cells(row: dict) -> tuple[str, ...]:

@@ -1,11 +1,11 @@
-"""`finetune.py --predict`: new reviews in, labels out, in the same order."""
+"""New reviews in, labels out, in the same order: `finetune.py --predict`, and the texts of `prompt.py`."""
 
 import argparse
 import csv
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from minitune.data import SUFFIXES, Dataset, Row
 from minitune.errors import UserError
 from minitune.machine import check_device
 from minitune.precision import Precision
-from minitune.prediction import Classifier
+from minitune.prediction import Classifier, Prediction
 from minitune.processes import Processes
 from minitune.reviews import label_index
 
@@ -21,44 +21,62 @@ BATCH_TOKENS = 8192
 
 
 def label_new_reviews(args: argparse.Namespace) -> None:
-    """Read texts, print one line for each; what is not an answer goes to stderr."""
+    """`finetune.py --predict`, from its options to the last answer."""
     check_device(args.device)
-    sys.stdout.reconfigure(encoding="utf-8")  # as every file, whatever the locale says
     name = args.model or _latest_run(args.out)
     classifier = Classifier.load(name, args.attention)
     device = Processes(args.device).device
     precision = Precision.choose(args.precision, device)
     say(f"model: {name}; labels: {', '.join(classifier.labels.values())}; precision: {precision.name}")
 
+    def predict(texts: Iterator[str]) -> Iterator[Prediction]:
+        return classifier.predict(texts, device, precision, args.batch_tokens or BATCH_TOKENS)
+
+    cut = f"had more than {classifier.max_len} tokens: their two ends were read"
+    print_answers(args.predict, "--predict", classifier.labels, predict, args.json, cut)
+
+
+def print_answers(
+    arguments: list[str],
+    option: str,
+    labels: dict[int, str],
+    predict: Callable[[Iterator[str]], Iterator[Prediction]],
+    as_json: bool,
+    cut: str,
+) -> None:
+    """Read texts, print one line for each; what is not an answer goes to stderr.
+
+    `arguments` are texts, files or -, given to `option`; `cut` says what happened to texts that are too long.
+    """
+    sys.stdout.reconfigure(encoding="utf-8")  # as every file, whatever the locale says
     expected: list[str | None] = []  # the labels of the rows, where they come with any
 
     def texts() -> Iterator[str]:
-        for number, row in enumerate(_rows(args.predict), start=1):
-            index = label_index(row.label, classifier.labels, numbers_too=True) if row.label else None
+        for number, row in enumerate(_rows(arguments, option), start=1):
+            index = label_index(row.label, labels, numbers_too=True) if row.label else None
             if row.label and index is None:
-                names = ", ".join(classifier.labels.values())
+                names = ", ".join(labels.values())
                 raise UserError(f"row {number}: the label {row.label} is none of the model's: {names}")
-            expected.append(classifier.labels.get(index))
+            expected.append(labels.get(index))
             yield row.text
 
     table = csv.writer(sys.stdout, lineterminator="\n")
-    if not args.json:
-        table.writerow(["label", "probability", "truncated", "text"])
-    right, known, cut = 0, 0, 0
-    predictions = classifier.predict(texts(), device, precision, args.batch_tokens or BATCH_TOKENS)
-    for number, prediction in enumerate(predictions):
-        p = prediction.probabilities[prediction.label]
-        if args.json:
+    right, known, truncated = 0, 0, 0
+    for number, prediction in enumerate(predict(texts())):
+        if as_json:
             print(json.dumps(asdict(prediction), ensure_ascii=False))
         else:
-            cells = [prediction.label, f"{p:.4f}", str(prediction.truncated).lower(), prediction.text]
-            table.writerow(cells)
-        cut += prediction.truncated
+            cells = prediction.cells()
+            if number == 0:
+                table.writerow(cells)
+            table.writerow(cells.values())
+        truncated += prediction.truncated
         known += expected[number] is not None
         right += expected[number] == prediction.label
-    if cut:
-        count = f"{cut:,} of {len(expected):,}"
-        say(f"{count} had more than {classifier.max_len} tokens: their two ends were read")
+    if not expected:
+        raise UserError(f"{option}: there is no text in what was given")
+    if truncated:
+        say(f"{truncated:,} of {len(expected):,} {cut}")
     if known:
         say(f"accuracy: {right / known:.2%} of {known:,} labelled rows")
 
@@ -68,20 +86,20 @@ def say(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def _rows(arguments: list[str]) -> Iterator[Row]:
+def _rows(arguments: list[str], option: str) -> Iterator[Row]:
     """Each argument is a file by its name, - for the lines of standard input, or else a text."""
     for argument in arguments:
         if argument == "-":
             yield from _standard_input()
         elif os.path.isfile(argument) or (Path(argument).suffix in SUFFIXES and " " not in argument):
-            yield from Dataset(argument, option="--predict").read()
+            yield from Dataset(argument, option=option).read()
         elif not argument.strip():
-            raise UserError("--predict: the text is empty")
+            raise UserError(f"{option}: the text is empty")
         else:
             try:
                 argument.encode()
             except UnicodeEncodeError:  # Python hands over bytes that are no UTF-8 as half characters
-                raise UserError("--predict: the text is not UTF-8") from None
+                raise UserError(f"{option}: the text is not UTF-8") from None
             yield Row(argument)
 
 

@@ -82,6 +82,38 @@ def plot_comparison(rows: list[dict], title: str, path: Path) -> None:
     save(figure, path)
 
 
+CALIBRATED = {"none": "#bdbdbd", "contextual": "#9ecae1", "pmi": "#fdae6b", "prior": "#08306b"}
+
+
+def plot_prompts(rows: list[dict], bag: list[dict], title: str, path: Path) -> None:
+    """The rows of prompt_comparison.compare_prompts: a line for each template, a dot for each calibration.
+
+    `bag`: rows of comparison.simple_methods, drawn as lines across.
+    """
+    shots = max(row["shots"] for row in rows)
+    rows = [row for row in rows if row["shots"] == shots]
+    templates = list(dict.fromkeys(row["template"] for row in rows))
+    figure, axes = plt.subplots(figsize=(8, 1.8 + 0.36 * len(templates)), layout="constrained")
+    for k, (name, colour) in enumerate(CALIBRATED.items()):
+        own = [row for row in rows if row["calibration"] == name]
+        y = [templates.index(row["template"]) + 0.15 * (k - 1.5) for row in own]
+        x = [100 * row["accuracy"] for row in own]
+        errors = [[100 * abs(row["accuracy"] - edge) for row, edge in zip(own, edges, strict=True)]
+                  for edges in zip(*(row["interval"] for row in own), strict=True)]  # fmt: skip
+        axes.errorbar(x, y, xerr=errors, fmt="o", markersize=5, elinewidth=1, color=colour, label=name)
+    for row in bag:
+        x, words = 100 * row["accuracy"], row["method"]
+        axes.axvline(x, color="#636363", linestyle=":", linewidth=1)
+        axes.text(x, -0.9, words, ha="center", va="bottom", fontsize=9, color="#636363")
+    axes.set_yticks(range(len(templates)), templates)
+    axes.set_ylim(len(templates) - 0.4, -1)
+    axes.set_xlabel("test accuracy (%), with its 95% interval")
+    axes.set_title(title + (f", {shots} shots" if shots else ""), loc="left", pad=14)
+    axes.legend(title="calibration", frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.spines[["top", "right"]].set_visible(False)
+    save(figure, path)
+
+
 def _bars(axes: plt.Axes, rows: list[dict]) -> None:
     """Accuracy of each method with its interval, and what it cost."""
     for y, row in enumerate(rows):

@@ -151,6 +151,11 @@ class Prediction:
     probabilities: dict[str, float]
     truncated: bool
 
+    def cells(self) -> dict[str, str]:
+        """The columns of its line in a table, the text last since it is the longest."""
+        probability, truncated = f"{self.probabilities[self.label]:.4f}", str(self.truncated).lower()
+        return {"label": self.label, "probability": probability, "truncated": truncated, "text": self.text}
+
 
 class Classifier:
     """A fine-tuned model with its tokenizer and label names, ready for new texts."""

@@ -1,0 +1,215 @@
+"""Prompting: a masked language model answers by what it would write into a blank. No weight changes.
+
+A review becomes a cloze, "{text} It was [MASK].", and the answer is read from the probabilities of a few
+label words at the mask (Schick & Schütze 2021, "Exploiting Cloze Questions for Few Shot Text
+Classification"; Gao et al. 2021, "Making Pre-trained Language Models Better Few-shot Learners"). What
+those probabilities are worth is another question: see calibration.py.
+
+Shapes: N texts, L labels, V = vocab_size.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minitune.batching import sorted_batches
+from minitune.errors import UserError
+from minitune.model import BertForMaskedLM, PackedBatch
+from minitune.precision import Precision
+from minitune.tokenizer import Tokenizer
+
+TEXT, MASK = "{text}", "[MASK]"
+# Chosen on validation rows, as the words below; tests/benchmarks/LOG.md has what others gave.
+TEMPLATES = (
+    "{text} It was [MASK].",
+    "{text} All in all, it was [MASK].",
+    "{text} This is a [MASK] movie.",
+    "{text} The film was [MASK].",
+    "{text} Just [MASK]!",
+    "{text} I thought it was [MASK].",
+    "A [MASK] movie. {text}",
+    "The movie was [MASK]. {text}",
+)
+WORDS = {
+    "negative": ["bad", "terrible", "awful", "boring"],
+    "positive": ["good", "great", "wonderful", "excellent"],
+}
+
+
+@dataclass
+class Cloze:
+    """A sequence with blanks: token ids with [CLS] and [SEP], and which of them are asked for."""
+
+    ids: list[int]
+    blanks: list[int]
+
+
+@dataclass
+class Reader:
+    """A masked language model, and how it is run. All that happens to it here is being read."""
+
+    model: BertForMaskedLM
+    tokenizer: Tokenizer
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    precision: Precision = field(default_factory=lambda: Precision("fp32"))
+    batch_tokens: int = 8192
+
+    @torch.no_grad()
+    def fill(self, clozes: Sequence[Cloze]) -> Iterator[tuple[int, Tensor]]:
+        """(index, float32 log-probabilities (blanks, V)) of each cloze, shortest clozes first.
+
+        The head runs at the blanks only. All of V, since the words compete with every other word: next to
+        an encoder that read a review, one product with the vocabulary costs less than 1%.
+        """
+        lengths = np.array([len(cloze.ids) for cloze in clozes])
+        for indices in sorted_batches(lengths, self.batch_tokens):
+            chosen = [clozes[i] for i in indices]
+            batch = PackedBatch.from_sequences([torch.tensor(cloze.ids) for cloze in chosen])
+            starts = batch.cu_seqlens.tolist()
+            blanks = [start + i for cloze, start in zip(chosen, starts, strict=False) for i in cloze.blanks]
+            with self.precision.autocast(self.device):
+                hidden = self.model.bert(batch.to(self.device))[torch.tensor(blanks, device=self.device)]
+            # The head in float32: in bfloat16 its log-probabilities come in steps of 1/16.
+            logits = self.model.head(hidden.float(), self.model.bert.embeddings.word.weight)
+            counts = [len(cloze.blanks) for cloze in chosen]
+            yield from zip(indices.tolist(), logits.log_softmax(-1).cpu().split(counts), strict=True)
+
+
+class Template:
+    """A sentence around one {text} and one [MASK]."""
+
+    def __init__(self, sentence: str, tokenizer: Tokenizer):
+        """Raises UserError where either is missing, or there twice."""
+        self.sentence, self.tokenizer = sentence, tokenizer
+        for part in (TEXT, MASK):
+            if sentence.count(part) != 1:
+                raise UserError(f"the template {sentence!r} must hold {part} once")
+        parts = re.split(r"(\{text\}|\[MASK\])", sentence)
+        ids = tokenizer.encode(parts)
+        self.parts = [part if part in (TEXT, MASK) else own for part, own in zip(parts, ids, strict=True)]
+        self.length = 2 + sum(len(part) for part in self.parts if isinstance(part, list))
+
+    def room(self, max_len: int, blank: int) -> int:
+        """How many tokens of text go with a blank of so many into a sequence; UserError for none."""
+        room = max_len - self.length - blank
+        if room < 1:
+            raise UserError(f"the template {self.sentence!r} leaves no room for a text in {max_len} tokens")
+        return room
+
+    def body(self, text: list[int], blank: list[int]) -> tuple[list[int], int]:
+        """The sentence with both filled in, as ids, and where the blank begins."""
+        ids, start = [], 0
+        for part in self.parts:
+            start = len(ids) if part == MASK else start
+            ids += {TEXT: text, MASK: blank}[part] if isinstance(part, str) else part
+        return ids, start
+
+
+class LabelWords:
+    """The words that stand for each label, of one token or several."""
+
+    def __init__(self, words: dict[str, list[str]], tokenizer: Tokenizer):
+        """Raises UserError for fewer than two labels, a label without words, or a word nobody knows."""
+        self.names = dict(enumerate(words))
+        if len(words) < 2 or not all(words.values()):
+            raise UserError("--words takes two labels or more with a word each: negative=bad positive=good")
+        words = [(label, word) for label, name in self.names.items() for word in words[name]]
+        self.labels = torch.tensor([label for label, _ in words])  # of each word
+        self.ids = tokenizer.encode([word for _, word in words])
+        for (label, word), ids in zip(words, self.ids, strict=True):
+            if not ids or tokenizer.unk_id in ids:
+                raise UserError(f"--words: the tokenizer does not know {word!r}, of {self.names[label]}")
+        self.longest = max(map(len, self.ids))
+        # What has to be in the blank for a token of a word to be asked for: the word's tokens before it,
+        # and masks for it and those after it. Words of one token all share one blank.
+        self.questions = defaultdict(list)  # blank -> [(word, its token, the word's length)]
+        for word, ids in enumerate(self.ids):
+            for i, token in enumerate(ids):
+                blank = (*ids[:i], *[tokenizer.mask_id] * (len(ids) - i))
+                self.questions[blank].append((word, token, len(ids)))
+
+    def by_label(self, scores: Tensor) -> Tensor:
+        """(N, words) log-probabilities to (N, L): the mean over the words of each label."""
+        sums = scores.new_zeros(len(scores), len(self.names)).index_add(1, self.labels, scores)
+        return sums / torch.bincount(self.labels)
+
+
+class Prompt:
+    """A template with label words, put to a model."""
+
+    def __init__(self, sentence: str, words: dict[str, list[str]], reader: Reader, max_len: int):
+        """`max_len` tokens in a sequence, demonstrations apart."""
+        self.sentence, self.reader, self.max_len = sentence, reader, max_len
+        self.template = Template(sentence, reader.tokenizer)
+        self.words = LabelWords(words, reader.tokenizer)
+        self.room = self.template.room(max_len, self.words.longest)
+        self.demonstrations: list[int] = []
+
+    def demonstrate(self, texts: list[list[int]], labels: list[int]) -> None:
+        """Put answered examples in front of every question (Brown et al. 2020, few-shot), as room allows.
+
+        They share the positions that `max_len` leaves free. Raises UserError where these are too few.
+        """
+        free = self.reader.model.config.max_position_embeddings - self.max_len
+        answers = [self.words.ids[self.words.labels.tolist().index(label)] for label in labels]
+        each = free // max(len(texts), 1) - self.template.length - max(map(len, answers), default=0)
+        if texts and each < 8:
+            raise UserError(
+                f"--shots {len(texts)}: no room beside --max-len {self.max_len}, "
+                f"the model has {free + self.max_len} positions"
+            )
+        self.demonstrations = [
+            token
+            for text, answer in zip(texts, answers, strict=True)
+            for token in self.template.body(text[-each:], answer)[0]
+        ]
+
+    def cloze(self, text: list[int], blank: Sequence[int]) -> Cloze:
+        """The question about a text.
+
+        A long text loses its beginning: template and mask survive, and most reviewers end with a verdict.
+        """
+        tokenizer = self.reader.tokenizer
+        body, start = self.template.body(text[-self.room :], list(blank))
+        first = blank.index(tokenizer.mask_id) + start + 1 + len(self.demonstrations)
+        return Cloze([tokenizer.cls_id, *self.demonstrations, *body, tokenizer.sep_id], [first])
+
+    def scores(self, texts: Sequence[list[int]]) -> Tensor:
+        """(N, L): how well each label's words fit each text, in log-probability a token.
+
+        A word of several tokens is asked for one token at a time, from left to right, the ones after it
+        hidden, in as many blanks as it has tokens (Salazar et al. 2020's pseudo-log-likelihood with the
+        correction of Kauf & Ivanova 2023: seen pieces of a rare word would give the others away). The mean
+        over its tokens stands for the word, and the mean over its words for the label.
+        """
+        scores = torch.zeros(len(texts), len(self.words.ids))
+        for blank, questions in self.words.questions.items():
+            for i, logs in self.reader.fill([self.cloze(text, blank) for text in texts]):
+                for word, token, length in questions:
+                    scores[i, word] += logs[0, token] / length
+        return self.words.by_label(scores)
+
+    def wanted(self, texts: Sequence[list[int]], count: int = 5) -> list[list[tuple[str, float]]]:
+        """The most probable words, of all, in the blank of each text, with their probabilities."""
+        answers: list = [None] * len(texts)
+        clozes = [self.cloze(text, (self.reader.tokenizer.mask_id,)) for text in texts]
+        for i, logs in self.reader.fill(clozes):
+            answers[i] = most_probable(logs[0], count, self.reader.tokenizer)
+        return answers
+
+
+def most_probable(logs: Tensor, count: int, tokenizer: Tokenizer) -> list[tuple[str, float]]:
+    """The words with the largest of these log-probabilities (V,), and their probabilities."""
+    top = logs.exp().topk(min(count, tokenizer.vocab_size))
+    pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    return [(tokenizer.token(index), probability) for index, probability in pairs]
+
+
+def in_words(pairs: list[tuple[str, float]]) -> str:
+    """Words and their probabilities for people."""
+    return ", ".join(f"{word} {probability:.1%}" for word, probability in pairs)

@@ -1,0 +1,224 @@
+"""Ask a pretrained BERT in words what it thinks of a review. Nothing here changes a weight.
+
+    python prompt.py "An unforgettable film."                  label, probability, the words it had in mind
+    python prompt.py "Dull." --template "{text} It was [MASK]." --words negative=bad,dull positive=good
+    python prompt.py --evaluate imdb                           how much depends on how one asks
+    python prompt.py --fill "The plot was [MASK] and the acting [MASK]."
+    python prompt.py --generate 12 "The film was"
+
+The answer to a cloze ("… It was [MASK].") is read from the probabilities of a few label words at the mask
+(minitune/prompting.py); labels are used to measure how good that is, never to make it better.
+"""
+
+import argparse
+import functools
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minitune.calibration import CALIBRATIONS, Ensemble
+from minitune.checkpoint import load_masked_lm, load_tokenizer
+from minitune.classification import interval
+from minitune.cli import Parser, add_machine_options, real, run_script, whole
+from minitune.comparison import simple_methods
+from minitune.data import Dataset
+from minitune.errors import UserError
+from minitune.files import write_json
+from minitune.generation import fill_blanks, generate
+from minitune.labelling import print_answers, say
+from minitune.machine import check_device, describe
+from minitune.precision import Precision
+from minitune.processes import Processes
+from minitune.prompt_comparison import compare_prompts, summary, table
+from minitune.prompting import TEMPLATES, WORDS, Prompt, Reader, in_words
+from minitune.reviews import Reviews, label_index
+from minitune.sources import default_model, find_model
+from minitune.tokenizer import Tokenizer
+
+BEST = "prior"  # of CALIBRATIONS, on validation rows of both datasets: tests/benchmarks/LOG.md
+
+
+def parser() -> Parser:
+    """The options, grouped."""
+    options = Parser("Ask a masked language model about reviews, with no weight changed.")
+    options.add_argument("texts", nargs="*", metavar="TEXT",
+        help="reviews, or a .txt .csv .tsv .jsonl file, or - for the lines of stdin")  # fmt: skip
+    add = options.add_argument_group("what else it can do").add_argument
+    add("--evaluate", metavar="DATA", help="score every template on test rows: imdb, rotten_tomatoes, a file")
+    add("--fill", metavar="SENTENCE", help="the most probable words for each [MASK] in it")
+    add("--generate", type=whole(1), metavar="N", help="write N tokens after each TEXT")
+    add = options.add_argument_group("how it is asked").add_argument
+    add("--model", help="minilm, a BERT directory, a hub id; default: the last run of train.py")
+    add("--template", nargs="+", default=TEMPLATES, metavar="SENTENCE",
+        help="with {text} and [MASK]; several answer together; default: eight of them")  # fmt: skip
+    add("--words", nargs="+", metavar="LABEL=WORD,WORD", help="the words that stand for each label")
+    add("--calibrate", choices=CALIBRATIONS, default=BEST,
+        help="three ways that need no labels, or none; default: the best on validation rows")  # fmt: skip
+    add("--data", default="imdb",
+        help="where unlabelled reviews (--calibrate prior) and --shots come from")  # fmt: skip
+    add("--unlabelled", type=whole(1), default=256, metavar="N", help="so many reviews for --calibrate prior")
+    add("--shots", type=whole(1, 64), default=0, metavar="K", help="put K answered training reviews in front")
+    add("--max-len", type=whole(8), default=128, help="tokens of a question; a text loses its beginning")
+    add("--batch-tokens", type=whole(8), default=8192, help="tokens that are read at a time")
+    add = options.add_argument_group("what comes out").add_argument
+    add("--top", type=whole(1, 1000), default=5, help="so many of the most probable words")
+    add("--temperature", type=real(0, 100, closed=True), default=0.7, help="of --generate; 0: no chance")
+    add("--json", action="store_true", help="print one JSON object a line")
+    add("--out", type=Path, default=Path("runs/prompt"), help="--evaluate writes its results here")
+    add_machine_options(options)
+    return options
+
+
+def read_arguments() -> argparse.Namespace:
+    """The options, with one thing to do."""
+    args = parser().parse_args()
+    asked = [args.evaluate is not None, args.fill is not None, args.generate is not None or bool(args.texts)]
+    if sum(asked) != 1:
+        raise UserError("give one of: texts (also with --generate N), --evaluate DATA, --fill SENTENCE")
+    if args.generate and not args.texts:
+        raise UserError("--generate needs a text to go on after")
+    if args.shots and args.evaluate is None and not args.texts:
+        raise UserError("--shots is for reviews")
+    check_device(args.device)
+    args.words = read_words(args.words) if args.words else WORDS
+    return args
+
+
+def read_words(arguments: list[str]) -> dict[str, list[str]]:
+    """`negative=bad,dull` and so on as {label: words}."""
+    words: dict[str, list[str]] = {}
+    for argument in arguments:
+        label, equals, listed = argument.partition("=")
+        own = [word.strip() for word in listed.split(",") if word.strip()]
+        if not (label.strip() and equals and own):
+            raise UserError(f"--words {argument}: should be LABEL=WORD or LABEL=WORD,WORD")
+        words.setdefault(label.strip(), []).extend(own)
+    return words
+
+
+def main() -> None:
+    """The job, top to bottom."""
+    args = read_arguments()
+
+    # 1. A pretrained model, as it is.
+    name, why = (args.model, "as asked") if args.model else default_model()
+    source = find_model(name)
+    model, has_head = load_masked_lm(source, args.attention)
+    if not has_head:
+        raise UserError(f"{name} has no masked-LM head to ask; python train.py --init {name} gives it one")
+    positions = model.config.max_position_embeddings
+    if args.max_len > positions:
+        raise UserError(f"--max-len {args.max_len}: the model has {positions} positions")
+    device = Processes(args.device).device
+    precision = Precision.choose(args.precision, device)
+    tokenizer = load_tokenizer(source, model.config)
+    reader = Reader(model.to(device).eval(), tokenizer, device, precision, args.batch_tokens)
+    say(f"model: {name} ({why}); {describe(device)}; precision: {precision.name}")
+
+    # 2. The sentences it is asked to complete.
+    if args.fill is not None:
+        print_blanks(fill_blanks(reader, args.fill, args.top), args.json)
+        return
+    if args.generate is not None:
+        for text in args.texts:
+            written = generate(reader, text, args.generate, args.temperature, args.seed)
+            if args.json:
+                written = json.dumps({"text": text, "generated": written}, ensure_ascii=False)
+            print(written)
+        return
+    prompts = [Prompt(sentence, args.words, reader, args.max_len) for sentence in args.template]
+
+    # 3. Answers, or how good they are.
+    if args.evaluate is not None:
+        evaluate(args, prompts, name)
+        return
+    unlabelled = []
+    if args.calibrate == "prior" or args.shots:  # else no data is needed
+        reviews = Reviews.load(Dataset(args.data))
+        unlabelled = unlabelled_reviews(args, reviews, tokenizer)
+        demonstrate(args, prompts, reviews)
+    ensemble = Ensemble(prompts, args.calibrate, unlabelled)
+    best = " (the best on validation rows)" if args.calibrate == BEST else ""
+    say(f"{len(prompts)} templates; calibration: {args.calibrate}{best}")
+    cut = f"had no room in {args.max_len} tokens: their ends were read"
+    predict = functools.partial(ensemble.predict, count=args.top)
+    print_answers(args.texts, "TEXT", ensemble.names, predict, args.json, cut)
+
+
+def unlabelled_reviews(args: argparse.Namespace, reviews: Reviews, tokenizer: Tokenizer) -> list[list[int]]:
+    """Some training texts as token ids; their labels are not looked at."""
+    texts = reviews.texts["train"]
+    rows = np.random.default_rng(args.seed).permutation(len(texts))[: args.unlabelled]
+    return tokenizer.encode([texts[i] for i in rows])
+
+
+def demonstrate(args: argparse.Namespace, prompts: list[Prompt], reviews: Reviews) -> None:
+    """Put --shots labelled training reviews in front of every question."""
+    if args.shots:
+        labels = matching_labels(prompts[0].words.names, reviews, args.evaluate or args.data)
+        chosen = reviews.choose("train", args.shots, args.seed)
+        texts = prompts[0].reader.tokenizer.encode([reviews.texts["train"][i] for i in chosen])
+        for prompt in prompts:
+            prompt.demonstrate(texts, labels[reviews.labels["train"][chosen]].tolist())
+
+
+def matching_labels(names: dict[int, str], reviews: Reviews, source: str) -> Tensor:
+    """Which of the prompt's labels each label of the data is."""
+    matches = [label_index(name, names, numbers_too=True) for name in reviews.names.values()]
+    if None in matches:
+        stranger = reviews.names[matches.index(None)]
+        raise UserError(f"{source}: the label {stranger} is none of --words: {', '.join(names.values())}")
+    return torch.tensor(matches)
+
+
+def evaluate(args: argparse.Namespace, prompts: list[Prompt], name: str) -> None:
+    """Every template with every calibration on the test rows: one table and one picture."""
+    results = {"prompts.png", "prompts.json", "prompts.png.partial", "prompts.json.partial"}
+    if strangers := [path.name for path in args.out.glob("*") if path.name not in results]:
+        raise UserError(f"--out {args.out} holds what is no result of prompt.py: {strangers[0]}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    reviews = Reviews.load(Dataset(args.evaluate, option="--evaluate"))
+    tokenizer = prompts[0].reader.tokenizer
+    labels = matching_labels(prompts[0].words.names, reviews, args.evaluate)[reviews.labels["test"]]
+    texts = tokenizer.encode(reviews.texts["test"])
+    unlabelled = unlabelled_reviews(args, reviews, tokenizer)
+    rows, started = [], time.monotonic()
+    for shots in sorted({0, args.shots}):  # with demonstrations and without: do they help?
+        if shots:
+            demonstrate(args, prompts, reviews)
+        rows += [row | {"shots": shots} for row in compare_prompts(prompts, texts, labels, unlabelled)]
+    seconds = time.monotonic() - started
+    bag = simple_methods(reviews, None, args.seed)
+    bag = [row | {"interval": interval(row["accuracy"], len(texts))} for row in bag]
+    if args.json:
+        print(*map(json.dumps, rows + bag), sep="\n")
+    else:
+        print(f"{len(texts):,} test rows of {args.evaluate}:\n{table(rows, bag)}")
+        print("\n".join(summary(rows)))
+    say(f"{len(prompts)} templates, {len(texts):,} texts and {len(unlabelled):,} unlabelled: {seconds:.0f} s")
+    settings = {"model": name, "data": args.evaluate, "words": args.words, "max_len": args.max_len}
+    device = describe(prompts[0].reader.device)
+    settings |= {"seed": args.seed, "seconds": round(seconds, 1), "device": device}
+    write_json(args.out / "prompts.json", settings | {"rows": rows, "with_labels": bag})
+    from minitune.plots import plot_prompts  # matplotlib takes a second to import
+
+    plot_prompts(rows, bag, f"{name} on {args.evaluate}", args.out / "prompts.png")
+    say(f"wrote {args.out}: prompts.png, prompts.json")
+
+
+def print_blanks(blanks: list[list[tuple[str, float]]], as_json: bool) -> None:
+    """One line a blank."""
+    for number, words in enumerate(blanks, start=1):
+        if as_json:
+            listed = [{"word": word, "probability": probability} for word, probability in words]
+            print(json.dumps({"blank": number, "words": listed}, ensure_ascii=False))
+        else:
+            print(f"blank {number}: {in_words(words)}")
+
+
+if __name__ == "__main__":
+    run_script(main)
