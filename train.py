@@ -55,7 +55,9 @@ def parser() -> Parser:
     add = options.add_argument_group("the recipe").add_argument
     add("--mask-rate", type=real(0, 0.9), default=0.15, help="share of tokens to guess")
     add("--whole-word", action="store_true", help="hide whole words, not single tokens")
-    add("--max-len", type=whole(8), default=128, help="tokens in a sequence at most")
+    add("--summary-weight", type=real(0, closed=True), default=1.0,
+        help="of guessing a text's words from [CLS] alone; 0: only what BERT does")  # fmt: skip
+    add("--max-len", type=whole(8), default=256, help="tokens in a sequence at most")
     add("--batch-tokens", type=whole(8), default=4096, help="tokens in a step, all processes together")
     add("--accumulate", type=whole(1, 1024), default=1, help="compute a batch in N parts, for memory")
     add("--optimizer", choices=["muon", "adamw"], default="muon", help="for the hidden matrices")
@@ -136,6 +138,7 @@ def main() -> None:
         batch_tokens=args.batch_tokens,
         rate=args.mask_rate,
         whole_word=args.whole_word,
+        summary_weight=args.summary_weight,
         seed=args.seed,
     )
     total_params = sum(p.numel() for p in model.parameters())

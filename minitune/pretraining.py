@@ -66,11 +66,20 @@ class MaskedLanguageModelling:
     unit = "tokens"
 
     def __init__(
-        self, corpus: Corpus, *, max_len: int, batch_tokens: int, rate: float, whole_word: bool, seed: int
+        self,
+        corpus: Corpus,
+        *,
+        max_len: int,
+        batch_tokens: int,
+        rate: float,
+        whole_word: bool,
+        seed: int,
+        summary_weight: float = 1.0,
     ):
         self.tokenizer = corpus.tokenizer
         self.train = corpus.pieces("train", max_len, overlap=True)
         self.batch_tokens, self.rate, self.seed = batch_tokens, rate, seed
+        self.summary_weight = summary_weight
         self.continuation = self.tokenizer.continuation() if whole_word else None
         self.uniform, self.unigram = math.log(self.tokenizer.vocab_size), corpus.unigram_entropy()
         self.yardstick = f"ln V {self.uniform:.2f}, words alone {self.unigram:.2f}"
@@ -112,9 +121,15 @@ class MaskedLanguageModelling:
         return Cloze(batch, masked.positions, masked.labels)
 
     def loss(self, model: BertForMaskedLM, cloze: Cloze) -> Tensor:
-        """Sum over the blanks of -log p(label), in nats and float32."""
-        logits = model(cloze.batch, cloze.positions)
-        return F.cross_entropy(logits.float(), cloze.labels, reduction="sum")
+        """Sum over the blanks of -log p(label), in nats and float32; the gradient is that of both tasks."""
+        first = cloze.batch.cu_seqlens[:-1]  # where each sequence has its [CLS]
+        logits = model(cloze.batch, torch.cat([cloze.positions, first])).float()
+        blanks, summaries = logits.split([len(cloze), len(first)])
+        loss = F.cross_entropy(blanks, cloze.labels, reduction="sum")
+        # A sum over all words, made about as large as that over the blanks.
+        summary = self.rate * self.summary_weight * summary_loss(summaries, cloze, self.tokenizer.special_ids)
+        # Zero, but for its gradient: what is reported is the loss of masked-language modelling alone.
+        return loss + (summary - summary.detach())
 
     def evaluation_due(self, step: int, steps: int) -> bool:
         """A few times in a run, whatever its length."""
@@ -137,6 +152,22 @@ class MaskedLanguageModelling:
             totals += torch.tensor([loss.item(), right.item(), len(cloze)], dtype=torch.float64)
         loss, right, guesses = processes.sum(totals).tolist()
         return {"loss": loss / max(guesses, 1), "masked_accuracy": right / max(guesses, 1)}
+
+
+def summary_loss(logits: Tensor, cloze: Cloze, special_ids: Tensor) -> Tensor:
+    """Sum over all words of the batch of -log p(word), from the logits (B, V) at each sequence's [CLS].
+
+    One guess for all words of a sequence, in whatever order: [CLS] has to gather what the text is about.
+    Masked-language modelling alone never asks it for anything, though fine-tuning reads just this vector.
+    The bag of words of Le & Mikolov 2014 (PV-DBOW), as a second task of a BERT: Ma et al. 2024, "Drop your
+    Decoder: Pre-training with Bag-of-Word Prediction".
+    """
+    tokens = cloze.batch.tokens.scatter(0, cloze.positions, cloze.labels)  # as they were before masking
+    lengths = cloze.batch.cu_seqlens.diff()
+    sequence = torch.arange(len(lengths), device=lengths.device)
+    sequence = sequence.repeat_interleave(lengths, output_size=len(tokens))
+    is_word = ~torch.isin(tokens, special_ids.to(tokens.device))
+    return -(logits.log_softmax(-1)[sequence, tokens] * is_word).sum()
 
 
 EXAMPLES = 3
