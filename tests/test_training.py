@@ -16,12 +16,13 @@ from minitune.model import BertConfig, BertForMaskedLM, PackedBatch
 from minitune.optimizer import Optimizer, one_cycle
 from minitune.plots import plateau
 from minitune.precision import Precision
-from minitune.pretraining import Cloze, MaskedLanguageModelling
+from minitune.pretraining import Cloze, MaskedLanguageModelling, summary_loss
 from minitune.processes import Processes
 from minitune.runs import Run
 from minitune.training import Trainer
 
 CPU = torch.device("cpu")
+SPECIAL = torch.tensor([0, 1, 2, 3, 4])
 CONFIG = BertConfig(
     vocab_size=90, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128
 )
@@ -41,7 +42,9 @@ def some_cloze(lengths=(5, 9, 30, 2, 17, 12)) -> Cloze:
 
 
 def trainer_for(model, tmp_path, accumulate=1) -> Trainer:
-    task = SimpleNamespace(loss=functools.partial(MaskedLanguageModelling.loss, None), yardstick="")
+    options = SimpleNamespace(rate=0.15, summary_weight=1.0, tokenizer=SimpleNamespace(special_ids=SPECIAL))
+    loss = functools.partial(MaskedLanguageModelling.loss, options)
+    task = SimpleNamespace(loss=loss, yardstick="")
     optimizer = Optimizer(model, "muon", 0.01, 0.001, 0.01)
     precision = Precision("fp32")
     run = Run(tmp_path)
@@ -64,6 +67,35 @@ def test_a_batch_in_parts_gives_the_gradients_of_the_whole(tmp_path, accumulate)
             assert in_parts[1][name] is None
         else:
             torch.testing.assert_close(in_parts[1][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_the_summary_guesses_every_word_but_the_special_ones():
+    cloze = some_cloze()
+    cloze.batch.tokens[cloze.positions[::2]] = 4  # hidden; the label tells what was there
+    cloze.batch.tokens[cloze.batch.cu_seqlens[:-1]] = 2
+    logits = torch.randn(6, CONFIG.vocab_size, generator=torch.Generator().manual_seed(2))
+    expected, original = 0.0, cloze.batch.tokens.clone()
+    original[cloze.positions] = cloze.labels
+    for row, first, last in zip(logits, cloze.batch.cu_seqlens, cloze.batch.cu_seqlens[1:], strict=False):
+        for word in original[first:last].tolist():
+            if word > 4:
+                expected -= (row[word] - row.exp().sum().log()).item()
+    assert summary_loss(logits, cloze, SPECIAL).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_the_summary_moves_the_weights_and_not_the_reported_loss(weight):
+    model, cloze = small_model(), some_cloze()
+    task = MaskedLanguageModelling.__new__(MaskedLanguageModelling)
+    task.rate, task.summary_weight, task.tokenizer = 0.15, weight, SimpleNamespace(special_ids=SPECIAL)
+    loss = task.loss(model, cloze)
+    alone = torch.nn.functional.cross_entropy(
+        model(cloze.batch, cloze.positions), cloze.labels, reduction="sum"
+    )
+    torch.testing.assert_close(loss, alone)
+    (both,) = torch.autograd.grad(loss, model.head.bias)
+    (of_blanks,) = torch.autograd.grad(alone, model.head.bias)
+    assert torch.allclose(both, of_blanks, atol=1e-4) == (weight == 0)
 
 
 def test_muon_has_the_hidden_matrices_and_only_matrices_decay():
