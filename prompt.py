@@ -27,7 +27,7 @@ from minitune.cli import Parser, add_machine_options, real, run_script, whole
 from minitune.comparison import simple_methods
 from minitune.data import Dataset
 from minitune.errors import UserError
-from minitune.files import write_json
+from minitune.files import read_json, write_json
 from minitune.generation import fill_blanks, generate
 from minitune.labelling import print_answers, say
 from minitune.machine import check_device, describe
@@ -68,6 +68,8 @@ def parser() -> Parser:
     add("--top", type=whole(1, 1000), default=5, help="so many of the most probable words")
     add("--temperature", type=real(0, 100, closed=True), default=0.7, help="of --generate; 0: no chance")
     add("--json", action="store_true", help="print one JSON object a line")
+    add("--curves", type=Path, metavar="FILE",
+        help="with --evaluate: compare.json of finetune.py --train-examples, drawn beside the prompt")  # fmt: skip
     add("--out", type=Path, default=Path("runs/prompt"), help="--evaluate writes its results here")
     add_machine_options(options)
     return options
@@ -177,8 +179,9 @@ def matching_labels(names: dict[int, str], reviews: Reviews, source: str) -> Ten
 
 def evaluate(args: argparse.Namespace, prompts: list[Prompt], name: str) -> None:
     """Every template with every calibration on the test rows: one table and one picture."""
-    results = {"prompts.png", "prompts.json", "prompts.png.partial", "prompts.json.partial"}
-    if strangers := [path.name for path in args.out.glob("*") if path.name not in results]:
+    curves = read_curves(args.curves) if args.curves else []
+    results = {"prompts.json", "prompts.png", "labels.png"}
+    if strangers := [p.name for p in args.out.glob("*") if p.name.removesuffix(".partial") not in results]:
         raise UserError(f"--out {args.out} holds what is no result of prompt.py: {strangers[0]}")
     args.out.mkdir(parents=True, exist_ok=True)
     reviews = Reviews.load(Dataset(args.evaluate, option="--evaluate"))
@@ -204,10 +207,25 @@ def evaluate(args: argparse.Namespace, prompts: list[Prompt], name: str) -> None
     device = describe(prompts[0].reader.device)
     settings |= {"seed": args.seed, "seconds": round(seconds, 1), "device": device}
     write_json(args.out / "prompts.json", settings | {"rows": rows, "with_labels": bag})
-    from minitune.plots import plot_prompts  # matplotlib takes a second to import
+    from minitune.plots import plot_prompts, plot_when_labels_pay  # matplotlib takes a second to import
 
-    plot_prompts(rows, bag, f"{name} on {args.evaluate}", args.out / "prompts.png")
-    say(f"wrote {args.out}: prompts.png, prompts.json")
+    title = f"{name} on {args.evaluate}"
+    plot_prompts(rows, bag, title, args.out / "prompts.png")
+    if curves:
+        prompted = next(row for row in reversed(rows) if row["calibration"] == args.calibrate)
+        plot_when_labels_pay(curves, prompted, title, args.out / "labels.png")
+    say(f"wrote {args.out}: prompts.png, prompts.json{', labels.png' if curves else ''}")
+
+
+def read_curves(path: Path) -> list[dict]:
+    """The rows of finetune.py's compare.json, if they hold several numbers of training rows."""
+    rows = read_json(path).get("rows", [])
+    try:
+        if len({row["train_examples"] for row in rows}) > 1:
+            return rows
+    except (KeyError, TypeError):
+        pass
+    raise UserError(f"--curves {path}: no compare.json of finetune.py with several --train-examples")
 
 
 def print_blanks(blanks: list[list[tuple[str, float]]], as_json: bool) -> None:

@@ -114,6 +114,18 @@ def plot_prompts(rows: list[dict], bag: list[dict], title: str, path: Path) -> N
     save(figure, path)
 
 
+def plot_when_labels_pay(curves: list[dict], prompted: dict, title: str, path: Path) -> None:
+    """Accuracy against the number of labels (rows of comparison.summarise) beside a prompt, which needs none."""
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    _label_curves(axes, curves, sorted({row["train_examples"] for row in curves}))
+    axes.axhspan(*(100 * edge for edge in prompted["interval"]), color="#e6550d", alpha=0.15, linewidth=0)
+    axes.axhline(100 * prompted["accuracy"], color="#e6550d", label="prompt, no labels")
+    axes.legend(frameon=False)
+    axes.set_title(title, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    save(figure, path)
+
+
 def _bars(axes: plt.Axes, rows: list[dict]) -> None:
     """Accuracy of each method with its interval, and what it cost."""
     for y, row in enumerate(rows):
