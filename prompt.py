@@ -69,7 +69,7 @@ def parser() -> Parser:
     add("--temperature", type=real(0, 100, closed=True), default=0.7, help="of --generate; 0: no chance")
     add("--json", action="store_true", help="print one JSON object a line")
     add("--curves", type=Path, metavar="FILE",
-        help="with --evaluate: compare.json of finetune.py --train-examples, drawn beside the prompt")  # fmt: skip
+        help="compare.json of finetune.py --train-examples; --evaluate draws it beside the prompt")  # fmt: skip
     add("--out", type=Path, default=Path("runs/prompt"), help="--evaluate writes its results here")
     add_machine_options(options)
     return options
@@ -212,8 +212,8 @@ def evaluate(args: argparse.Namespace, prompts: list[Prompt], name: str) -> None
     title = f"{name} on {args.evaluate}"
     plot_prompts(rows, bag, title, args.out / "prompts.png")
     if curves:
-        prompted = next(row for row in reversed(rows) if row["calibration"] == args.calibrate)
-        plot_when_labels_pay(curves, prompted, title, args.out / "labels.png")
+        without_labels = [row for row in rows if not row["shots"] and row["calibration"] == args.calibrate]
+        plot_when_labels_pay(curves, without_labels[-1], title, args.out / "labels.png")
     say(f"wrote {args.out}: prompts.png, prompts.json{', labels.png' if curves else ''}")
 
 

@@ -115,7 +115,7 @@ def plot_prompts(rows: list[dict], bag: list[dict], title: str, path: Path) -> N
 
 
 def plot_when_labels_pay(curves: list[dict], prompted: dict, title: str, path: Path) -> None:
-    """Accuracy against the number of labels (rows of comparison.summarise) beside a prompt, which needs none."""
+    """Accuracy against labels (rows of comparison.summarise), and that of a prompt, which needs none."""
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     _label_curves(axes, curves, sorted({row["train_examples"] for row in curves}))
     axes.axhspan(*(100 * edge for edge in prompted["interval"]), color="#e6550d", alpha=0.15, linewidth=0)
