@@ -69,7 +69,7 @@ def parser() -> Parser:
     add("--temperature", type=real(0, 100, closed=True), default=0.7, help="of --generate; 0: no chance")
     add("--json", action="store_true", help="print one JSON object a line")
     add("--curves", type=Path, metavar="FILE",
-        help="compare.json of finetune.py --train-examples; --evaluate draws it beside the prompt")  # fmt: skip
+        help="compare.json of finetune.py --train-examples, to be drawn beside the prompt")  # fmt: skip
     add("--out", type=Path, default=Path("runs/prompt"), help="--evaluate writes its results here")
     add_machine_options(options)
     return options
