@@ -36,8 +36,8 @@ TEMPLATES = (
     "The movie was [MASK]. {text}",
 )
 WORDS = {
-    "negative": ["bad", "terrible", "awful", "boring"],
-    "positive": ["good", "great", "wonderful", "excellent"],
+    "negative": ["bad", "terrible", "awful", "boring", "dull", "lame"],
+    "positive": ["good", "great", "wonderful", "excellent", "fun", "brilliant"],
 }
 
 
