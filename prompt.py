@@ -183,12 +183,12 @@ def evaluate(args: argparse.Namespace, prompts: list[Prompt], name: str) -> None
     results = {"prompts.json", "prompts.png", "labels.png"}
     if strangers := [p.name for p in args.out.glob("*") if p.name.removesuffix(".partial") not in results]:
         raise UserError(f"--out {args.out} holds what is no result of prompt.py: {strangers[0]}")
-    args.out.mkdir(parents=True, exist_ok=True)
     reviews = Reviews.load(Dataset(args.evaluate, option="--evaluate"))
     tokenizer = prompts[0].reader.tokenizer
     labels = matching_labels(prompts[0].words.names, reviews, args.evaluate)[reviews.labels["test"]]
     texts = tokenizer.encode(reviews.texts["test"])
     unlabelled = unlabelled_reviews(args, reviews, tokenizer)
+    args.out.mkdir(parents=True, exist_ok=True)
     rows, started = [], time.monotonic()
     for shots in sorted({0, args.shots}):  # with demonstrations and without: do they help?
         if shots:

@@ -61,6 +61,14 @@ def quicker(words, out, tiny):
     """The same command on less data and for fewer steps. Of an option given twice, the last counts."""
     if "train.py" in words:
         return [*words, "--steps", "2", "--batch-tokens", "512", "--out", out]
+    if "prompt.py" in words:  # the small vocabulary of the tiny model has few words
+        words = [tiny.data if word in ("imdb", "rotten_tomatoes") else word for word in words]
+        words += ["--model", tiny.pretrained, "--data", tiny.data]
+        if "--evaluate" in words:
+            words += ["--out", out]
+        if "--fill" in words or "--generate" in words:
+            return words
+        return [*words, "--words", "negative=bad", "positive=good", "--unlabelled", "8"]
     if "finetune.py" in words and "--predict" in words:
         return [*words, "--model", tiny.fine_tuned]
     if "finetune.py" in words:
