@@ -16,7 +16,9 @@ import transformers
 
 from minitune.checkpoint import load_classifier, load_masked_lm
 from minitune.files import read_json
+from minitune.generation import fill_blanks
 from minitune.model import PackedBatch
+from minitune.prompting import Reader
 from minitune.tokenizer import Tokenizer
 
 TEXTS = [
@@ -25,6 +27,12 @@ TEXTS = [
     "I'd rather watch 90 minutes of paint drying (in 4:3, dubbed) than THAT again...",
     "Zoë's café scene: naïve? Überlong? Perhaps — but I laughed; so did everybody else in row 7.",
     "It rained all night and the river rose, and in the morning nobody spoke of it. " * 6,
+]
+
+SENTENCES = [
+    "A [MASK] film.",
+    "The plot was [MASK] and the acting [MASK].",
+    "[MASK], I'd rather watch 90 minutes of paint drying (in 4:3, dubbed) than [MASK] [MASK] again...",
 ]
 
 
@@ -86,6 +94,23 @@ def check_logits(
     print(f"logits: largest difference {difference:.1e}, largest logit {largest:.1f}")
 
 
+def check_blanks(directory: Path, theirs: transformers.BertPreTrainedModel) -> None:
+    """`prompt.py --fill` and the pipeline fill-mask give the same words the same probabilities."""
+    pipeline = transformers.pipeline(
+        "fill-mask", model=theirs, tokenizer=transformers.AutoTokenizer.from_pretrained(directory)
+    )
+    reader, difference = Reader(load(directory), Tokenizer.load(directory)), 0.0
+    for sentence in SENTENCES:
+        answers = pipeline(sentence, top_k=5)
+        answers = answers if isinstance(answers[0], list) else [answers]  # one blank, no list around it
+        for ours, expected in zip(fill_blanks(reader, sentence, 5), answers, strict=True):
+            assert [word for word, _ in ours] == [answer["token_str"] for answer in expected], sentence
+            pairs = zip(ours, expected, strict=True)
+            difference = max(difference, *(abs(p - answer["score"]) for (_, p), answer in pairs))
+    assert difference <= 1e-4, f"probabilities differ by {difference:.1e}"
+    print(f"blanks: the same words, probabilities differ by {difference:.1e} at most")
+
+
 def check_way_back(directory: Path, theirs: transformers.BertPreTrainedModel) -> None:
     """What `save_pretrained` writes loads here as the very same tensors."""
     with tempfile.TemporaryDirectory() as saved:
@@ -108,6 +133,8 @@ def main() -> None:
         theirs = check_weights(directory)
         encoded = check_tokens(directory, Tokenizer.load(directory))
         check_logits(directory, theirs, encoded)
+        if theirs.config.architectures == ["BertForMaskedLM"]:
+            check_blanks(directory, theirs)
         check_way_back(directory, theirs)
 
 
