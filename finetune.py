@@ -144,6 +144,7 @@ def main() -> None:
     config, base = read_config(source), weights_hash(source)
     say(f"model: {name} ({why}), {config.num_hidden_layers} layers of {config.hidden_size}")
     tokenizer = load_tokenizer(source, config)
+    attention = choose(args.attention, processes.device, precision.dtype, config.head_size)
     if args.max_len > config.max_position_embeddings:
         raise UserError(f"--max-len {args.max_len}: the model has {config.max_position_embeddings} positions")
 
@@ -160,14 +161,15 @@ def main() -> None:
     }
     cut = sum(examples["train"].inputs.truncated) / len(examples["train"])
     say(f"texts of more than {args.max_len} tokens keep their two ends: {cut:.0%} of the training rows")
-    attention = choose(args.attention, processes.device, precision.dtype)
     say(f"device: {describe(processes.device)}")
     say(f"precision: {precision.name} ({precision.why}); attention: {attention}")
 
     # 3. Train each method from the same weights, on the same rows.
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "predict", "json")}
     settings |= {"base": base, "dataset": dataset.fingerprint()}
-    common = Common(args, settings, name, source, tokenizer, reviews, examples, processes, precision, say)
+    common = Common(
+        args, settings, name, source, tokenizer, reviews, examples, processes, precision, attention, say
+    )
     results = []
     for job in jobs:
         results.append(fine_tune(job, common))
@@ -203,6 +205,7 @@ class Common:
     examples: dict[str, Examples]
     processes: Processes
     precision: Precision
+    attention: str  # the backend that --attention stands for
     say: Callable[[str], None]
 
 
@@ -316,7 +319,7 @@ def fine_tune(job: Job, common: Common) -> dict:
         "data": args.data,
         "device": describe(device),
         "precision": common.precision.name,
-        "attention": choose(args.attention, device, common.precision.dtype),
+        "attention": common.attention,
     }
     if processes.is_main:
         if job.method in ("full", "scratch"):

@@ -96,7 +96,6 @@ def main() -> None:
     if args.resume and not run.settings:
         say(f"nothing to resume in {args.out}: starting anew")
     precision = Precision.choose(args.precision, processes.device)
-    attention = choose(args.attention, processes.device, precision.dtype)
 
     if processes.is_main:
         run.check_writable()
@@ -113,6 +112,7 @@ def main() -> None:
     else:
         config = PRESETS[args.preset]
         say(f"model: {args.preset}, from random weights")
+    attention = choose(args.attention, processes.device, precision.dtype, config.head_size)
     if args.max_len > config.max_position_embeddings:
         raise UserError(f"--max-len {args.max_len}: the model has {config.max_position_embeddings} positions")
 

@@ -8,30 +8,144 @@ sequence and to nothing else (Vaswani et al. 2017, section 3.2.1, without a caus
     q, k, v     (T, H, D)   T tokens, H heads, D dimensions a head
     cu_seqlens  (B+1,)      int32
     returns     (T, H, D)
+
+Read `reference` for what is computed, `Tiled` for how FlashAttention computes the same without ever
+holding all scores, and kernels.py for that on a GPU. No backend drops attention weights at random:
+minitune trains without dropout there.
 """
+
+import functools
+import importlib.util
+import os
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from minitune.errors import UserError
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-    """softmax(q kᵀ / √D) v for each sequence by itself: the definition, and the oracle of the tests.
-
-    Neighbouring sequences of equal length share one batched product, which changes no result and
-    makes this fast where batches are sorted by length.
-    """
+    """softmax(q kᵀ / √D) v for each sequence by itself: the definition, and the oracle of the tests."""
     q = q * q.size(-1) ** -0.5  # scaling q costs T·H·D products, scaling the scores T·H·n
-    runs = _runs_of_equal_length(cu_seqlens)
     outputs = []
-    rows = [count * length for length, count in runs]
-    for (length, count), *qkv in zip(runs, q.split(rows), k.split(rows), v.split(rows), strict=True):
-        qb, kb, vb = (x.unflatten(0, (count, length)).transpose(1, 2) for x in qkv)
-        scores = qb @ kb.mT  # (count, H, length, length)
+    for q1, k1, v1 in _rectangles(cu_seqlens, q, k, v):
+        scores = q1 @ k1.mT  # (sequences, H, n, n)
         # torch sums a bfloat16 softmax in float32 inside and rounds once, at the end.
-        out = torch.softmax(scores, dim=-1) @ vb  # (count, H, length, D)
+        out = torch.softmax(scores, dim=-1) @ v1  # (sequences, H, n, D)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs)
+
+
+def _rectangles(cu_seqlens: Tensor, *packed: Tensor) -> Iterator[list[Tensor]]:
+    """Neighbouring sequences of equal length n as one: views (sequences, H, n, …) of tensors (T, H, …).
+
+    They share one batched product, which changes no result and is fast where batches are sorted by length.
+    """
+    lengths, counts = torch.unique_consecutive(cu_seqlens.diff(), return_counts=True)
+    shapes = list(zip(counts.tolist(), lengths.tolist(), strict=True))
+    rows = [count * length for count, length in shapes]
+    for shape, *parts in zip(shapes, *(x.split(rows) for x in packed), strict=True):
+        yield [part.unflatten(0, shape).transpose(1, 2) for part in parts]
+
+
+class Tiled(torch.autograd.Function):
+    """FlashAttention (Dao et al. 2022) in plain torch: exact attention in memory that grows with T, not T².
+
+    `reference` needs a whole row of scores before it can divide by the row's sum. The way out is the
+    online softmax (Milakov & Gimelshein 2018). Take the keys a block at a time, and keep for each query
+
+        top      the largest score so far
+        total    Σ exp(score − top)  over the keys so far
+        out      Σ exp(score − top) · value
+
+    When a block brings a larger score, `total` and `out` are relative to the wrong one; multiplying both
+    by exp(old top − new top) puts that right. After the last block out / total is the answer, and
+    lse = top + log(total), the log of Σ exp(score), is all that the backward pass needs to know of the
+    softmax: it recomputes any block of the weights as P = exp(S − lse) instead of storing them.
+
+    With dO, the gradient of the output, the chain rule through S = q kᵀ, P = softmax(S), O = P v reads
+
+        dv = Pᵀ dO      dP = dO vᵀ      dS = P ∘ (dP − δ)      dq = dS k      dk = dSᵀ q
+
+    where δ = Σ_keys P ∘ dP, from the softmax's own derivative, seems to need whole rows again. But it
+    equals the row sum of dO ∘ O (Dao 2023, FlashAttention-2), so block by block is enough here too.
+
+    Between the passes it keeps q, k, v, the output and lse. Blocks are summed in float32 (float64 for
+    float64 inputs) and in a fixed order, so equal inputs give equal bits.
+    """
+
+    BLOCK = 64  # keys; the largest tensor of all is a block of scores, T·H·BLOCK
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+        out, lse = torch.empty_like(q), torch.empty_like(q[..., :1], dtype=_sum_dtype(q))
+        with _no_autocast(q):
+            for *qkv, out1, lse1 in _rectangles(cu_seqlens, q, k, v, out, lse):
+                out1[:], lse1[:] = _tiled_forward(*qkv)
+        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
+        gradients = [torch.empty_like(x) for x in (q, k, v)]
+        with _no_autocast(q):
+            for *given, dq, dk, dv in _rectangles(cu_seqlens, q, k, v, out, lse, d_out, *gradients):
+                dq[:], dk[:], dv[:] = _tiled_backward(*given)
+        return *gradients, None
+
+
+def _tiled_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The output (sequences, H, n, D) and lse (sequences, H, n, 1) of one rectangle."""
+    q, k, v = (x.to(_sum_dtype(x)) for x in (q, k, v))
+    q = q * q.size(-1) ** -0.5
+    top = q.new_full((*q.shape[:-1], 1), -torch.inf)
+    total, out = torch.zeros_like(top), torch.zeros_like(q)
+    for k1, v1 in zip(k.split(Tiled.BLOCK, -2), v.split(Tiled.BLOCK, -2), strict=True):
+        scores = q @ k1.mT  # (sequences, H, n, BLOCK)
+        old_top, top = top, torch.maximum(top, scores.amax(-1, keepdim=True))
+        weights = torch.exp(scores - top)
+        correction = torch.exp(old_top - top)  # 0 for the first block: nothing has been summed yet
+        total = correction * total + weights.sum(-1, keepdim=True)
+        out = correction * out + weights @ v1
+    return out / total, top + total.log()
+
+
+def _tiled_backward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, d_out: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of one rectangle's q, k and v, each (sequences, H, n, D)."""
+    q, k, v, out, d_out = (x.to(lse.dtype) for x in (q, k, v, out, d_out))
+    scale = q.size(-1) ** -0.5
+    q = q * scale
+    delta = (d_out * out).sum(-1, keepdim=True)  # (sequences, H, n, 1)
+    dq, dk, dv = torch.zeros_like(q), [], []
+    for k1, v1 in zip(k.split(Tiled.BLOCK, -2), v.split(Tiled.BLOCK, -2), strict=True):
+        weights = torch.exp(q @ k1.mT - lse)  # (sequences, H, n, BLOCK)
+        d_scores = weights * (d_out @ v1.mT - delta)
+        dq += d_scores @ k1
+        dk.append(d_scores.mT @ q)
+        dv.append(weights.mT @ d_out)
+    return scale * dq, torch.cat(dk, -2), torch.cat(dv, -2)
+
+
+def _sum_dtype(x: Tensor) -> torch.dtype:
+    """What sums over x are kept in: float32, or float64 for float64."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _no_autocast(x: Tensor) -> torch.autocast:
+    """Products of float32 tensors stay float32 in here."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def tiled(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    """FlashAttention in plain torch, to be read."""
+    return Tiled.apply(q, k, v, cu_seqlens)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
@@ -48,24 +162,46 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -
     return out.transpose(1, 2)[real]
 
 
-def _runs_of_equal_length(cu_seqlens: Tensor) -> list[tuple[int, int]]:
-    """(length, how many sequences in a row have it), in order."""
-    lengths, counts = torch.unique_consecutive(cu_seqlens.diff(), return_counts=True)
-    return list(zip(lengths.tolist(), counts.tolist(), strict=True))
+def fused(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    """FlashAttention as Triton kernels. Imported only when asked for: not every machine has triton."""
+    from minitune.kernels import Fused
+
+    return Fused.apply(q, k, v, cu_seqlens, max_seqlen)
 
 
-BACKENDS = {"reference": reference, "sdpa": sdpa}
+BACKENDS = {"reference": reference, "tiled": tiled, "sdpa": sdpa, "triton": fused}
 
 
-def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+@functools.cache  # asked in every layer of every step
+def choose(backend: str, device: torch.device, dtype: torch.dtype, head_size: int) -> str:
     """The backend that "auto" stands for; any other name is returned as it is.
 
     Measured on two CPU cores with AVX-512 BF16 (tests/benchmarks/LOG.md): in bfloat16 plain batched
     products are about twice as fast as torch's fused kernel, in float32 the fused kernel is ahead.
+    On a GPU the Triton kernels where they run, since they need no padding.
+
+    Raises UserError where "triton" is asked for by name and cannot run.
     """
+    if backend == "triton" and (obstacle := obstacle_to_triton(device, head_size)):
+        raise UserError(f"--attention triton: {obstacle}")
     if backend != "auto":
         return backend
-    return "reference" if device.type == "cpu" and dtype == torch.bfloat16 else "sdpa"
+    if device.type == "cuda":
+        return "sdpa" if obstacle_to_triton(device, head_size) else "triton"
+    return "reference" if dtype == torch.bfloat16 else "sdpa"
+
+
+def obstacle_to_triton(device: torch.device, head_size: int) -> str:
+    """Why the kernels of kernels.py cannot run here; empty if they can."""
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":  # which runs kernels in numpy
+        return "it needs a CUDA device"
+    if not importlib.util.find_spec("triton"):
+        return "the package triton is not installed"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return "it needs a GPU of compute capability 8.0 or more"  # what triton itself supports
+    if head_size not in (32, 64, 128):
+        return f"it needs heads of 32, 64 or 128, and the model's have {head_size}"
+    return ""
 
 
 def attention(
@@ -73,6 +209,7 @@ def attention(
 ) -> Tensor:
     """Attend within each sequence of a packed batch. Shapes as at the top of this file.
 
-    Raises KeyError for a backend that does not exist.
+    Raises KeyError for a backend that does not exist, UserError for "triton" where it cannot run.
     """
-    return BACKENDS[choose(backend, q.device, q.dtype)](q, k, v, cu_seqlens, max_seqlen)
+    backend = choose(backend, q.device, q.dtype, q.size(-1))
+    return BACKENDS[backend](q, k, v, cu_seqlens, max_seqlen)

@@ -35,6 +35,11 @@ class BertConfig:
     # Names of the labels in the order of the classifier's outputs; empty where there is none.
     id2label: dict[int, str] = field(default_factory=dict)
 
+    @property
+    def head_size(self) -> int:
+        """D, the dimensions of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
 
 PRESETS = {
     "tiny": BertConfig(),

@@ -1,75 +1,37 @@
 """Every attention backend against the definition, written out in float64."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from minitune.attention import BACKENDS, attention, choose
+from minitune.attention import Tiled, attention, choose
+from minitune.errors import UserError
+from tests.attention_oracle import HERE, assert_is_the_definition, compute, cumulative, random_inputs
 
-HEADS = 3
-LENGTHS = [[1], [7], [128], [40] * 6, [129, 1, 64, 64, 127], [512, 3]]
-
-
-def definition(q, k, v, lengths):
-    """For each sequence and head: weights exp(q·k / √D), normalised over the keys, times v."""
-    outputs = []
-    for q1, k1, v1 in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
-        weights = (torch.einsum("ihd,jhd->hij", q1, k1) / q.size(-1) ** 0.5).exp()
-        total = weights.sum(-1).T  # (length, H)
-        outputs.append(torch.einsum("hij,jhd->ihd", weights, v1) / total[..., None])
-    return torch.cat(outputs)
-
-
-def random_inputs(lengths, head_size, dtype=torch.float32):
-    """q, k, v and the gradient of the output, all of shape (T, H, D)."""
-    generator = torch.Generator().manual_seed(sum(lengths) + head_size)
-    shape = (4, sum(lengths), HEADS, head_size)
-    return torch.randn(shape, generator=generator).to(dtype).unbind()
-
-
-def cumulative(lengths):
-    return torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
-
-
-def output_and_gradients(function, inputs):
-    *qkv, upstream = inputs
-    qkv = [x.clone().requires_grad_() for x in qkv]
-    output = function(*qkv)
-    return [output.detach(), *torch.autograd.grad(output, qkv, upstream)]
-
-
-def compare(backend, lengths, inputs):
-    """(name, computed, exact) for the output and the gradients of q, k and v."""
-    cu_seqlens = cumulative(lengths)
-    computed = output_and_gradients(
-        lambda q, k, v: attention(q, k, v, cu_seqlens, max(lengths), backend), inputs
-    )
-    exact = output_and_gradients(
-        lambda q, k, v: definition(q, k, v, lengths), [x.double() for x in inputs]
-    )
-    assert all(x.dtype == inputs[0].dtype and x.shape == inputs[0].shape for x in computed)
-    return zip(("output", "dq", "dk", "dv"), [x.double() for x in computed], exact, strict=True)
-
-
-@pytest.mark.parametrize("head_size", [32, 64])
-@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_float32_output_and_gradients_are_those_of_the_definition(backend, lengths, head_size):
-    for name, computed, exact in compare(backend, lengths, random_inputs(lengths, head_size)):
-        assert (computed - exact).abs().max() <= 1e-5, name
+BLOCK = Tiled.BLOCK
+LENGTHS = [[1], [7], [BLOCK - 1], [BLOCK], [BLOCK + 1], [40] * 6, [129, 1, 64, 64, 127], [512, 3]]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_bfloat16_is_off_by_rounding_only(backend, lengths):
-    # 1% of each sequence's own norm: two to three roundings of 2⁻⁸. The small absolute part is for
-    # a sequence of one token, where dq and dk are zero.
-    inputs = random_inputs(lengths, 64, torch.bfloat16)
-    for name, computed, exact in compare(backend, lengths, inputs):
-        for ours, true in zip(computed.split(lengths), exact.split(lengths), strict=True):
-            assert (ours - true).norm() <= 0.01 * true.norm() + 1e-4, name
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", HERE)
+def test_output_and_gradients_are_those_of_the_definition(backend, dtype, lengths):
+    assert_is_the_definition(backend, lengths, random_inputs(lengths, 64, dtype))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("head_size", [8, 32, 128])
+@pytest.mark.parametrize("backend", HERE)
+def test_other_sizes_of_heads(backend, head_size):
+    lengths = [70, 5, 5]
+    assert_is_the_definition(backend, lengths, random_inputs(lengths, head_size))
+
+
+@pytest.mark.parametrize("backend", HERE)
 def test_large_scores_do_not_overflow(backend):
     q, k, v, _ = random_inputs([5, 3], 32)
     k = torch.nn.functional.normalize(k, dim=-1) * 1000
@@ -88,24 +50,122 @@ def test_bfloat16_softmax_on_cpu_is_rounded_once(n):
     assert error.max() <= 2**-8 * 1.001
 
 
-@pytest.mark.parametrize("name", [*BACKENDS, "a name of the future"])
+# The tiled backend
+
+
+def test_tiled_gradients_are_those_of_its_output(monkeypatch):
+    monkeypatch.setattr(Tiled, "BLOCK", 4)
+    lengths = [1, 3, 4, 5, 5, 9]
+    *qkv, _ = random_inputs(lengths, 4, torch.float64, heads=2)
+    qkv = [x.detach().requires_grad_() for x in qkv]
+    assert torch.autograd.gradcheck(lambda *qkv: attention(*qkv, cumulative(lengths), 9, "tiled"), qkv)
+
+
+@pytest.mark.parametrize("block", [1, 4, 64])
+def test_tiles_of_any_size_give_the_same(monkeypatch, block):
+    lengths = [1, 3, 4, 5, 9, 9]
+    inputs = random_inputs(lengths, 8, torch.float64)
+    expected = compute("reference", lengths, inputs)
+    monkeypatch.setattr(Tiled, "BLOCK", block)
+    for ours, true in zip(compute("tiled", lengths, inputs), expected, strict=True):
+        assert (ours - true).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tiled_is_deterministic_and_sums_in_float32_under_autocast_too(dtype):
+    lengths = [70, 70, 9]
+    inputs = random_inputs(lengths, 32, dtype)
+    expected = compute("tiled", lengths, inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        computed = compute("tiled", lengths, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(computed, expected, strict=True))
+
+
+class LargestResult(TorchDispatchMode):
+    """Counts the elements of the largest tensor that any operation inside gives."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, list | tuple) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("lengths", [[512], [200, 56, 128, 128]], ids=str)
+def test_memory_of_tiled_grows_with_the_tokens_not_with_their_square(lengths):
+    T, H, D = 512, 2, 32
+    inputs = random_inputs(lengths, D, heads=H)
+    saved = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x)
+    with LargestResult() as largest, hooks:
+        compute("tiled", lengths, inputs)
+    assert largest.elements <= T * H * BLOCK
+    assert sorted(saved) == sorted([len(lengths) + 1, T * H] + 4 * [T * H * D])  # q, k, v, out; lse
+    with LargestResult() as largest:
+        compute("reference", lengths, inputs)
+    assert largest.elements > T * H * BLOCK
+
+
+# The choice
+
+
+@pytest.fixture
+def choose_anew():
+    """`choose` without what it remembers, now and for the tests after this one."""
+    choose.cache_clear()
+    yield choose
+    choose.cache_clear()
+
+
+@pytest.mark.parametrize("name", [*HERE, "a name of the future"])
 def test_choose_passes_names_through(name):
-    assert choose(name, torch.device("cpu"), torch.bfloat16) == name
+    assert choose(name, CPU, torch.bfloat16, 64) == name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_auto_stands_for_a_backend_that_exists(device, dtype):
-    assert choose("auto", torch.device(device), dtype) in BACKENDS
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_auto_on_a_gpu_is_triton_where_it_runs(monkeypatch, choose_anew, dtype):
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    assert [choose_anew("auto", cuda, dtype, size) for size in (32, 64, 128)] == ["triton"] * 3
+    assert choose_anew("auto", cuda, dtype, 48) == "sdpa"
+    with pytest.raises(UserError, match="heads of 32, 64 or 128, and the model's have 48"):
+        choose_anew("triton", cuda, dtype, 48)
+
+
+def test_auto_on_an_old_gpu_is_sdpa(monkeypatch, choose_anew):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert choose_anew("auto", torch.device("cuda"), torch.float16, 64) == "sdpa"
+
+
+def test_auto_on_a_gpu_without_triton_is_sdpa(monkeypatch, choose_anew):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert choose_anew("auto", torch.device("cuda"), torch.float16, 64) == "sdpa"
+    with pytest.raises(UserError, match="triton is not installed"):
+        choose_anew("triton", torch.device("cuda"), torch.float16, 64)
 
 
 def test_auto_computes_what_the_backend_it_stands_for_computes():
     lengths = [3, 9]
     for dtype in (torch.float32, torch.bfloat16):
         *qkv, _ = random_inputs(lengths, 32, dtype)
-        chosen = choose("auto", torch.device("cpu"), dtype)
+        chosen = choose("auto", CPU, dtype, 32)
         expected = attention(*qkv, cumulative(lengths), 9, chosen)
         assert torch.equal(attention(*qkv, cumulative(lengths), 9), expected)
+
+
+def test_triton_on_a_cpu_is_a_user_error():
+    *qkv, _ = random_inputs([2], 32)
+    with pytest.raises(UserError, match="needs a CUDA device"):
+        attention(*qkv, cumulative([2]), 2, "triton")
+
+
+def test_nothing_needs_triton_until_it_is_asked_for():
+    code = "import sys; sys.modules['triton'] = None; import train, finetune, prompt"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_unknown_backend_is_a_key_error():

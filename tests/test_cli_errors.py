@@ -247,6 +247,11 @@ def test_fp16_on_a_cpu(refused):
     refused("--data", "good.txt", "--precision", "fp16", naming=["--precision fp16", "bf16"])
 
 
+def test_triton_on_a_cpu(refused, not_finetuned):
+    refused("--data", "good.txt", "--attention", "triton", naming=["--attention triton", "CUDA"])
+    not_finetuned("--attention", "triton", naming=["--attention triton", "CUDA"])
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_cuda_without_a_gpu(refused):
     refused("--data", "good.txt", "--device", "cuda", naming=["--device cuda"])
@@ -830,6 +835,10 @@ def not_predicted(predict, tmp_path):
 def test_the_predictions_used_here_are_good(predict, name):
     status, out, err = predict("this film was quite good .", "-", model=name, stdin="café\n".encode())
     assert (status, err, out.count("\n")) == (0, "", 3)
+
+
+def test_predict_with_triton_on_a_cpu(not_predicted):
+    not_predicted("a film", "--attention", "triton", naming=["--attention triton", "CUDA"])
 
 
 @pytest.mark.parametrize("text", ["", " ", "\t\n"])

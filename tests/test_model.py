@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minitune.attention import BACKENDS
 from minitune.checkpoint import load_bert, load_masked_lm, read_config
 from minitune.model import Bert, BertConfig, BertForMaskedLM, Layer, LayerNorm, PackedBatch, Pooler
 from minitune.sources import find_model
 from minitune.tokenizer import Tokenizer
+from tests.attention_oracle import HERE
 
 # Weights ten times BERT's initial ones, so that attention is far from uniform and every part matters.
 CONFIG = BertConfig(
@@ -29,7 +29,7 @@ CONFIG = BertConfig(
 RAGGED = [5, 1, 16, 16, 3, 40]
 EQUAL = [12, 12, 12, 12]
 
-each_backend = pytest.mark.parametrize("backend", BACKENDS)
+each_backend = pytest.mark.parametrize("backend", HERE)
 each_shape = pytest.mark.parametrize("lengths", [RAGGED, EQUAL], ids=["ragged", "equal"])
 pytestmark = pytest.mark.usefixtures("fixed_seed")
 

@@ -1,0 +1,196 @@
+"""FlashAttention on a GPU: what `Tiled` in attention.py does, as Triton kernels over packed tokens.
+
+Triton (Tillet et al. 2019) compiles a Python function into a program that runs many times at once, each
+time on one tile of the work. Here a program owns a block of queries (or of keys) of one head of one
+sequence, which it looks up in `cu_seqlens`: nothing is padded, and no sequence sees another. It walks over
+the blocks of the other side and keeps its sums in registers. A tile of scores lives and dies inside the
+chip; what attention waits for is traffic to memory, not arithmetic (FlashAttention, Dao et al. 2022).
+
+dq is a sum over keys, dk and dv are sums over queries. Hence two backward kernels, each of which computes
+the scores anew (FlashAttention-2, Dao 2023, computes them once and adds up dq with atomics). So every
+element is summed by one program in one order, and equal inputs give equal bits.
+
+Powers are of 2, which is what the hardware has: exp(x) = 2^(x·log₂e), and lse = log₂ Σ 2^score. Rows are
+counted in int64 where they are multiplied by a stride, since T·H·D may be more than int32 holds.
+"""
+
+import math
+import os
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+LOG2_E = tl.constexpr(math.log2(math.e))
+# By bytes an element. Chosen to fit, since no GPU was at hand to time them: into 99 kB of shared memory, which
+# is what a gaming GPU has, and into registers, at D = 128. float32 goes without tensor cores and needs more.
+TILES = {
+    2: {"BLOCK": 64, "num_warps": 4, "num_stages": 2},
+    4: {"BLOCK": 32, "num_warps": 8, "num_stages": 2},
+}
+# TRITON_INTERPRET=1 runs the kernels in numpy, for tests on a machine without a GPU.
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@triton.jit
+def find_work(cu_seqlens, H, BLOCK: tl.constexpr):
+    """The program's head, its sequence's first row and length, and its own rows within that sequence."""
+    sequence, head = tl.program_id(0) // H, tl.program_id(0) % H
+    first = tl.load(cu_seqlens + sequence)
+    length = tl.load(cu_seqlens + sequence + 1) - first
+    rows = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    return head.to(tl.int64), first.to(tl.int64), length, rows
+
+
+@triton.jit
+def load(matrix, rows, length, stride, D: tl.constexpr):
+    """These rows of a matrix (length, D), as a tile; zeros for rows that it does not have."""
+    tile = matrix + rows.to(tl.int64)[:, None] * stride + tl.arange(0, D)[None, :]
+    return tl.load(tile, mask=(rows < length)[:, None], other=0.0)
+
+
+@triton.jit
+def store(matrix, rows, length, stride, D: tl.constexpr, values):
+    """Write a tile where `load` would read it, rounded to the dtype that is stored there."""
+    tile = matrix + rows.to(tl.int64)[:, None] * stride + tl.arange(0, D)[None, :]
+    tl.store(tile, values.to(matrix.dtype.element_ty), mask=(rows < length)[:, None])
+
+
+@triton.jit
+def product(a, b):
+    """a @ b, summed in float32; "ieee" keeps float32 inputs from being rounded to TensorFloat-32."""
+    if INTERPRETED:  # numpy knows no bfloat16 and would multiply its bits as integers
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def forward_kernel(
+    Q, K, V, Out, Lse, cu_seqlens, T, H, stride, head_stride, D: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Out and Lse for a block of queries: the online softmax over blocks of keys."""
+    head, first, length, queries = find_work(cu_seqlens, H, BLOCK)
+    if tl.program_id(1) * BLOCK >= length:  # the grid has room for the longest sequence
+        return
+    strided, packed = first * stride + head * head_stride, (first * H + head) * D
+    q = load(Q + strided, queries, length, stride, D)
+    top = tl.full((BLOCK,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    out = tl.zeros((BLOCK, D), tl.float32)
+    for start in range(0, length, BLOCK):
+        keys = start + tl.arange(0, BLOCK)
+        k = load(K + strided, keys, length, stride, D)
+        v = load(V + strided, keys, length, stride, D)
+        scores = product(q, tl.trans(k)) * (D**-0.5 * LOG2_E)
+        scores = tl.where((keys < length)[None, :], scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        weights = tl.exp2(scores - new_top[:, None])
+        correction = tl.exp2(top - new_top)
+        total = correction * total + tl.sum(weights, 1)
+        out = correction[:, None] * out + product(weights.to(v.dtype), v)
+        top = new_top
+    store(Out + packed, queries, length, H * D, D, out / total[:, None])
+    tl.store(Lse + head * T + first + queries, top + tl.log2(total), mask=queries < length)
+
+
+@triton.jit
+def dq_kernel(
+    Q, K, V, Out, dOut, Lse, Delta, dQ, cu_seqlens, T, H, stride, head_stride,
+    D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dQ for a block of queries, and Delta, the row sums of dOut ∘ Out, which `dkdv_kernel` reads."""
+    head, first, length, queries = find_work(cu_seqlens, H, BLOCK)
+    if tl.program_id(1) * BLOCK >= length:
+        return
+    strided, packed, row_sums = first * stride + head * head_stride, (first * H + head) * D, head * T + first
+    q = load(Q + strided, queries, length, stride, D)
+    out = load(Out + packed, queries, length, H * D, D)
+    d_out = load(dOut + packed, queries, length, H * D, D)
+    lse = tl.load(Lse + row_sums + queries, mask=queries < length, other=0.0)
+    delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1)
+    tl.store(Delta + row_sums + queries, delta, mask=queries < length)
+    dq = tl.zeros((BLOCK, D), tl.float32)
+    for start in range(0, length, BLOCK):
+        keys = start + tl.arange(0, BLOCK)
+        k = load(K + strided, keys, length, stride, D)
+        v = load(V + strided, keys, length, stride, D)
+        weights = tl.exp2(product(q, tl.trans(k)) * (D**-0.5 * LOG2_E) - lse[:, None])
+        # Past the last key scores are 0, not −∞, and may be far above lse: ∞ · 0 would be NaN.
+        weights = tl.where((keys < length)[None, :], weights, 0.0)
+        d_scores = weights * (product(d_out, tl.trans(v)) - delta[:, None])
+        dq += product(d_scores.to(k.dtype), k)
+    store(dQ + packed, queries, length, H * D, D, dq * D**-0.5)
+
+
+@triton.jit
+def dkdv_kernel(
+    Q, K, V, dOut, Lse, Delta, dK, dV, cu_seqlens, T, H, stride, head_stride,
+    D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dK and dV for a block of keys. Scores are (keys, queries) here: no sum needs them transposed."""
+    head, first, length, keys = find_work(cu_seqlens, H, BLOCK)
+    if tl.program_id(1) * BLOCK >= length:
+        return
+    strided, packed, row_sums = first * stride + head * head_stride, (first * H + head) * D, head * T + first
+    k = load(K + strided, keys, length, stride, D)
+    v = load(V + strided, keys, length, stride, D)
+    dk = tl.zeros((BLOCK, D), tl.float32)
+    dv = tl.zeros((BLOCK, D), tl.float32)
+    for start in range(0, length, BLOCK):
+        # Past the last query q, d_out and delta are 0 and add nothing, and past the last key the tile's
+        # rows are nonsense, which stays in those rows and is not stored.
+        queries = start + tl.arange(0, BLOCK)
+        q = load(Q + strided, queries, length, stride, D)
+        d_out = load(dOut + packed, queries, length, H * D, D)
+        lse = tl.load(Lse + row_sums + queries, mask=queries < length, other=0.0)
+        delta = tl.load(Delta + row_sums + queries, mask=queries < length, other=0.0)
+        weights = tl.exp2(product(k, tl.trans(q)) * (D**-0.5 * LOG2_E) - lse[None, :])
+        dv += product(weights.to(d_out.dtype), d_out)
+        d_scores = weights * (product(v, tl.trans(d_out)) - delta[None, :])
+        dk += product(d_scores.to(q.dtype), q)
+    store(dK + packed, keys, length, H * D, D, dk * D**-0.5)
+    store(dV + packed, keys, length, H * D, D, dv)
+
+
+class Fused(torch.autograd.Function):
+    """Attention by the kernels above, for float32, float16 or bfloat16 and D of 32, 64 or 128.
+
+    Shapes as in attention.py. It saves q, k, v, the output and lse, and all sums are float32.
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        # Views of one fused tensor (T, 3, H, D), which is what the model has, are read where they are.
+        if not q.stride() == k.stride() == v.stride() or q.stride(-1) != 1:
+            q, k, v = (x.contiguous() for x in (q, k, v))
+        T, H, D = q.shape
+        out, lse = q.new_empty(T, H, D), q.new_empty(H, T, dtype=torch.float32)
+        launch(forward_kernel, (q, k, v, out, lse), cu_seqlens, max_seqlen)
+        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
+        ctx.max_seqlen = max_seqlen
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
+        d_out, delta = d_out.contiguous(), torch.empty_like(lse)
+        dq, dk, dv = torch.empty_like(out), torch.empty_like(out), torch.empty_like(out)
+        launch(dq_kernel, (q, k, v, out, d_out, lse, delta, dq), cu_seqlens, ctx.max_seqlen)
+        launch(dkdv_kernel, (q, k, v, d_out, lse, delta, dk, dv), cu_seqlens, ctx.max_seqlen)
+        return dq, dk, dv, None, None
+
+
+def launch(
+    kernel: triton.JITFunction, tensors: tuple[Tensor, ...], cu_seqlens: Tensor, max_seqlen: int
+) -> None:
+    """Run a kernel for each block of each head of each sequence; the first of `tensors` is q."""
+    q = tensors[0]
+    T, H, D = q.shape
+    tile = TILES[q.element_size()]
+    # In this order because CUDA allows 2³¹ programs along the first axis and 65,535 along the second.
+    grid = (cu_seqlens.numel() - 1) * H, triton.cdiv(max_seqlen, tile["BLOCK"])
+    with torch.cuda.device_of(q):  # triton launches on the current GPU
+        kernel[grid](*tensors, cu_seqlens, T, H, q.stride(0), q.stride(1), D=D, **tile)

@@ -1,0 +1,100 @@
+"""The kernels against the definition; run by test_kernels.py, on a GPU or in Triton's interpreter.
+
+    TRITON_INTERPRET=1 python -m pytest tests/kernels_in_their_own_process.py
+"""
+
+import pytest
+import torch
+
+from minitune.attention import attention
+from minitune.errors import UserError
+from minitune.kernels import TILES
+from minitune.model import BertConfig, Layer, PackedBatch
+from tests.attention_oracle import assert_is_the_definition, compute, cumulative, random_inputs
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+
+
+def inputs(lengths, head_size, dtype=torch.float32, heads=2):
+    return [x.to(DEVICE) for x in random_inputs(lengths, head_size, dtype, heads)]
+
+
+def run(lengths, tensors):
+    return compute("triton", lengths, tensors)
+
+
+LENGTHS = {
+    "1": lambda block: [1],
+    "block - 1": lambda block: [block - 1],
+    "block": lambda block: [block],
+    "block + 1": lambda block: [block + 1],
+    "mixed": lambda block: [block + 1, 1, block, block - 1, 2 * block + 5, 7],
+    "512": lambda block: [512],
+}
+
+
+@each_dtype
+@pytest.mark.parametrize("case", LENGTHS)
+def test_output_and_gradients_are_those_of_the_definition(case, dtype):
+    lengths = LENGTHS[case](TILES[dtype.itemsize]["BLOCK"])
+    assert_is_the_definition("triton", lengths, inputs(lengths, 64, dtype))
+
+
+@each_dtype
+@pytest.mark.parametrize("head_size", [32, 128])
+def test_other_sizes_of_heads(head_size, dtype):
+    lengths = [70, 3]
+    assert_is_the_definition("triton", lengths, inputs(lengths, head_size, dtype))
+
+
+def test_tensors_of_any_strides():
+    lengths = [40, 9]
+    q, k, v, upstream = inputs(lengths, 32)
+    turned = v.permute(1, 2, 0).contiguous().permute(2, 0, 1)  # (T, H, D) with tokens next to each other
+    constant = torch.ones((), device=DEVICE).expand_as(upstream)  # the gradient of a sum
+    assert turned.stride(-1) != 1 and constant.stride() == (0, 0, 0)
+    assert_is_the_definition("triton", lengths, [q, k.contiguous(), turned, constant])
+
+
+def test_large_scores_do_not_overflow():
+    # Scores of ±1000: past the last key weights may not become ∞ on the way to being masked.
+    lengths = [5, 3]
+    for sign in (1, -1):
+        q, k, v, upstream = inputs(lengths, 32)
+        q, k = torch.full_like(q, sign * 14.0), torch.full_like(k, 14.0)
+        expected = torch.cat([x.mean(0, keepdim=True).expand_as(x) for x in v.split(lengths)])
+        computed = run(lengths, [q, k, v, upstream])
+        torch.testing.assert_close(computed[0], expected)
+        assert all(x.isfinite().all() for x in computed)
+
+
+def test_equal_inputs_give_equal_bits_whatever_the_neighbours_are():
+    first, second, third = 33, 70, 5
+    tensors = inputs([first, second, third], 32)
+    together = run([first, second, third], tensors)
+    again = run([first, second, third], tensors)
+    alone = run([second], [x[first : first + second] for x in tensors])
+    for x, y, z in zip(together, again, alone, strict=True):
+        assert torch.equal(x, y)
+        assert torch.equal(x[first : first + second], z)
+
+
+def test_a_layer_under_autocast_is_close_to_the_same_without():
+    torch.manual_seed(0)
+    config = BertConfig(hidden_size=64, num_attention_heads=2, intermediate_size=64)
+    layer = Layer(config, "triton").to(DEVICE)
+    batch = PackedBatch.from_sequences([torch.zeros(n) for n in (9, 40)]).to(DEVICE)
+    x = torch.randn(49, 64, device=DEVICE, requires_grad=True)
+    exact = layer(x, batch)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        rounded = layer(x, batch)
+    (slope,), (exact_slope,) = (torch.autograd.grad((y * x.detach()).sum(), x) for y in (rounded, exact))
+    assert (rounded - exact).norm() <= 0.01 * exact.norm()
+    assert (slope - exact_slope).norm() <= 0.02 * exact_slope.norm()
+
+
+def test_a_size_of_heads_that_has_no_kernel():
+    *qkv, _ = inputs([2], 48)
+    with pytest.raises(UserError, match="heads of 32, 64 or 128, and the model's have 48"):
+        attention(*qkv, cumulative([2]).to(DEVICE), 2, "triton")
