@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 LOG2_E = tl.constexpr(math.log2(math.e))
-# By bytes an element. Chosen to fit, since no GPU was at hand to time them: into 99 kB of shared memory, which
-# is what a gaming GPU has, and into registers, at D = 128. float32 goes without tensor cores and needs more.
+# By bytes an element. No GPU was at hand to time them, so they are chosen to fit at D = 128: into registers,
+# and into the 99 kB of shared memory of a gaming GPU. float32 goes without tensor cores and needs more.
 TILES = {
     2: {"BLOCK": 64, "num_warps": 4, "num_stages": 2},
     4: {"BLOCK": 32, "num_warps": 8, "num_stages": 2},
