@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minitune.attention import choose
 from minitune.calibration import CALIBRATIONS, Ensemble
 from minitune.checkpoint import load_masked_lm, load_tokenizer
 from minitune.classification import interval
@@ -117,9 +118,10 @@ def main() -> None:
         raise UserError(f"--max-len {args.max_len}: the model has {positions} positions")
     device = Processes(args.device).device
     precision = Precision.choose(args.precision, device)
+    attention = choose(args.attention, device, precision.dtype, model.config.head_size)
     tokenizer = load_tokenizer(source, model.config)
     reader = Reader(model.to(device).eval(), tokenizer, device, precision, args.batch_tokens)
-    say(f"model: {name} ({why}); {describe(device)}; precision: {precision.name}")
+    say(f"model: {name} ({why}); {describe(device)}; precision: {precision.name}; attention: {attention}")
 
     # 2. The sentences it is asked to complete.
     if args.fill is not None:

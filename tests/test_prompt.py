@@ -212,6 +212,7 @@ REFUSED = {
     "more shots than rows": (["a film", *ASK, "--shots", "64"], ["64"]),
     "labels of other names": (["--evaluate", "DATA", *ASK[:4], "a=bad", "b=good"], ["no is", "a, b"]),
     "more tokens than positions": (["a film", *ASK, "--max-len", "65"], ["--max-len 65", "64"]),
+    "a GPU's attention": (["a film", *ASK, "--attention", "triton"], ["--attention triton", "CUDA"]),
     "a calibration of its own": (["a film", "--calibrate", "luck"], ["luck"]),
 }
 
