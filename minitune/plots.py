@@ -120,7 +120,7 @@ def plot_when_labels_pay(curves: list[dict], prompted: dict, title: str, path: P
     _label_curves(axes, curves, sorted({row["train_examples"] for row in curves}))
     axes.axhspan(*(100 * edge for edge in prompted["interval"]), color="#e6550d", alpha=0.15, linewidth=0)
     axes.axhline(100 * prompted["accuracy"], color="#e6550d", label="prompt, no labels")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 0.08))  # below the prompt's interval
     axes.set_title(title, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     save(figure, path)
