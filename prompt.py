@@ -7,12 +7,15 @@
     python prompt.py --generate 12 "The film was"
 
 The answer to a cloze ("… It was [MASK].") is read from the probabilities of a few label words at the mask
-(minitune/prompting.py); labels are used to measure how good that is, never to make it better.
+(minitune/prompting.py). Labels measure how good that is; those of validation rows chose the default
+templates, words and calibration.
 """
 
 import argparse
+import copy
 import functools
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -25,7 +28,7 @@ from minitune.calibration import CALIBRATIONS, Ensemble
 from minitune.checkpoint import load_masked_lm, load_tokenizer
 from minitune.classification import interval
 from minitune.cli import Parser, add_machine_options, real, run_script, whole
-from minitune.comparison import simple_methods
+from minitune.comparison import ORDER, simple_methods
 from minitune.data import Dataset
 from minitune.errors import UserError
 from minitune.files import read_json, write_json
@@ -56,11 +59,12 @@ def parser() -> Parser:
     add("--model", help="minilm, a BERT directory, a hub id; default: the last run of train.py")
     add("--template", nargs="+", default=TEMPLATES, metavar="SENTENCE",
         help="with {text} and [MASK]; several answer together; default: eight of them")  # fmt: skip
-    add("--words", nargs="+", metavar="LABEL=WORD,WORD", help="the words that stand for each label")
+    add("--words", nargs="+", metavar="LABEL=WORD,WORD",
+        help="the words of each label; where data has numbers, 0 is the first label")  # fmt: skip
     add("--calibrate", choices=CALIBRATIONS, default=BEST,
         help="three ways that need no labels, or none; default: the best on validation rows")  # fmt: skip
     add("--data", default="imdb",
-        help="where unlabelled reviews (--calibrate prior) and --shots come from")  # fmt: skip
+        help="whose train rows are read for --calibrate prior and --shots")  # fmt: skip
     add("--unlabelled", type=whole(1), default=256, metavar="N", help="so many reviews for --calibrate prior")
     add("--shots", type=whole(1, 64), default=0, metavar="K", help="put K answered training reviews in front")
     add("--max-len", type=whole(8), default=128, help="tokens of a question; a text loses its beginning")
@@ -79,12 +83,16 @@ def parser() -> Parser:
 def read_arguments() -> argparse.Namespace:
     """The options, with one thing to do."""
     args = parser().parse_args()
+    try:
+        "".join([*args.template, *(args.words or []), args.fill or "", *args.texts]).encode()
+    except UnicodeEncodeError:  # Python hands over bytes that are no UTF-8 as half characters
+        raise UserError("an argument is not UTF-8 text") from None
     asked = [args.evaluate is not None, args.fill is not None, args.generate is not None or bool(args.texts)]
     if sum(asked) != 1:
         raise UserError("give one of: texts (also with --generate N), --evaluate DATA, --fill SENTENCE")
     if args.generate and not args.texts:
         raise UserError("--generate needs a text to go on after")
-    if args.shots and args.evaluate is None and not args.texts:
+    if args.shots and (args.fill is not None or args.generate):
         raise UserError("--shots is for reviews")
     check_device(args.device)
     args.words = read_words(args.words) if args.words else WORDS
@@ -105,6 +113,7 @@ def read_words(arguments: list[str]) -> dict[str, list[str]]:
 
 def main() -> None:
     """The job, top to bottom."""
+    sys.stdout.reconfigure(encoding="utf-8")  # as every file, whatever the locale says
     args = read_arguments()
 
     # 1. A pretrained model, as it is.
@@ -141,10 +150,11 @@ def main() -> None:
         evaluate(args, prompts, name)
         return
     unlabelled = []
-    if args.calibrate == "prior" or args.shots:  # else no data is needed
-        reviews = Reviews.load(Dataset(args.data))
-        unlabelled = unlabelled_reviews(args, reviews, tokenizer)
-        demonstrate(args, prompts, reviews)
+    if args.shots:
+        demonstrate(args, prompts, Reviews.load(Dataset(args.data)))
+    if args.calibrate == "prior":
+        texts = [row.text for row in Dataset(args.data).rows("train")]
+        unlabelled = some_reviews(args, texts, tokenizer)
     ensemble = Ensemble(prompts, args.calibrate, unlabelled)
     best = " (the best on validation rows)" if args.calibrate == BEST else ""
     say(f"{len(prompts)} templates; calibration: {args.calibrate}{best}")
@@ -153,21 +163,19 @@ def main() -> None:
     print_answers(args.texts, "TEXT", ensemble.names, predict, args.json, cut)
 
 
-def unlabelled_reviews(args: argparse.Namespace, reviews: Reviews, tokenizer: Tokenizer) -> list[list[int]]:
-    """Some training texts as token ids; their labels are not looked at."""
-    texts = reviews.texts["train"]
+def some_reviews(args: argparse.Namespace, texts: list[str], tokenizer: Tokenizer) -> list[list[int]]:
+    """--unlabelled of these texts, as token ids; nobody looks at their labels."""
     rows = np.random.default_rng(args.seed).permutation(len(texts))[: args.unlabelled]
     return tokenizer.encode([texts[i] for i in rows])
 
 
 def demonstrate(args: argparse.Namespace, prompts: list[Prompt], reviews: Reviews) -> None:
     """Put --shots labelled training reviews in front of every question."""
-    if args.shots:
-        labels = matching_labels(prompts[0].words.names, reviews, args.evaluate or args.data)
-        chosen = reviews.choose("train", args.shots, args.seed)
-        texts = prompts[0].reader.tokenizer.encode([reviews.texts["train"][i] for i in chosen])
-        for prompt in prompts:
-            prompt.demonstrate(texts, labels[reviews.labels["train"][chosen]].tolist())
+    labels = matching_labels(prompts[0].words.names, reviews, args.evaluate or args.data)
+    chosen = reviews.choose("train", args.shots, args.seed)
+    texts = prompts[0].reader.tokenizer.encode([reviews.texts["train"][i] for i in chosen])
+    for prompt in prompts:
+        prompt.demonstrate(texts, labels[reviews.labels["train"][chosen]].tolist())
 
 
 def matching_labels(names: dict[int, str], reviews: Reviews, source: str) -> Tensor:
@@ -189,13 +197,16 @@ def evaluate(args: argparse.Namespace, prompts: list[Prompt], name: str) -> None
     tokenizer = prompts[0].reader.tokenizer
     labels = matching_labels(prompts[0].words.names, reviews, args.evaluate)[reviews.labels["test"]]
     texts = tokenizer.encode(reviews.texts["test"])
-    unlabelled = unlabelled_reviews(args, reviews, tokenizer)
+    unlabelled = some_reviews(args, reviews.texts["train"], tokenizer)
+    asked = [(0, prompts)]
+    if args.shots:  # do demonstrations help?
+        with_shots = [copy.copy(prompt) for prompt in prompts]
+        demonstrate(args, with_shots, reviews)
+        asked.append((args.shots, with_shots))
     args.out.mkdir(parents=True, exist_ok=True)
     rows, started = [], time.monotonic()
-    for shots in sorted({0, args.shots}):  # with demonstrations and without: do they help?
-        if shots:
-            demonstrate(args, prompts, reviews)
-        rows += [row | {"shots": shots} for row in compare_prompts(prompts, texts, labels, unlabelled)]
+    for shots, own in asked:
+        rows += [row | {"shots": shots} for row in compare_prompts(own, texts, labels, unlabelled)]
     seconds = time.monotonic() - started
     bag = simple_methods(reviews, None, args.seed)
     bag = [row | {"interval": interval(row["accuracy"], len(texts))} for row in bag]
@@ -223,9 +234,9 @@ def read_curves(path: Path) -> list[dict]:
     """The rows of finetune.py's compare.json, if they hold several numbers of training rows."""
     rows = read_json(path).get("rows", [])
     try:
-        if len({row["train_examples"] for row in rows}) > 1:
-            return rows
-    except (KeyError, TypeError):
+        if len({row["train_examples"] for row in rows}) > 1 and all(row["method"] in ORDER for row in rows):
+            return [row | {"spread": row["spread"], "accuracy": float(row["accuracy"])} for row in rows]
+    except (AttributeError, KeyError, TypeError, ValueError):
         pass
     raise UserError(f"--curves {path}: no compare.json of finetune.py with several --train-examples")
 

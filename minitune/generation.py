@@ -46,7 +46,8 @@ def generate(reader: Reader, prompt: str, count: int, temperature: float, seed: 
         ((_, logs),) = reader.fill([Cloze(ids.tolist(), blanks[hidden].tolist())])
         logs[:, tokenizer.special_ids] = -torch.inf  # neither a new blank nor the end of the text
         if temperature:
-            words = torch.multinomial((logs / temperature).softmax(-1), 1, generator=generator).squeeze(1)
+            odds = (logs - logs.amax(-1, keepdim=True)) / temperature
+            words = torch.multinomial(odds.softmax(-1), 1, generator=generator).squeeze(1)
         else:
             words = logs.argmax(-1)
         ids[blanks[hidden]] = words

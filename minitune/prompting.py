@@ -64,7 +64,7 @@ class Reader:
         """(index, float32 log-probabilities (blanks, V)) of each cloze, shortest clozes first.
 
         The head runs at the blanks only. All of V, since the words compete with every other word: next to
-        an encoder that read a review, one product with the vocabulary costs less than 1%.
+        an encoder that read a review, one product with the vocabulary costs a few percent at most.
         """
         lengths = np.array([len(cloze.ids) for cloze in clozes])
         for indices in sorted_batches(lengths, self.batch_tokens):
@@ -77,7 +77,9 @@ class Reader:
             # The head in float32: in bfloat16 its log-probabilities come in steps of 1/16.
             logits = self.model.head(hidden.float(), self.model.bert.embeddings.word.weight)
             counts = [len(cloze.blanks) for cloze in chosen]
-            yield from zip(indices.tolist(), logits.log_softmax(-1).cpu().split(counts), strict=True)
+            # Some models have more rows of embeddings than words: nobody can write those.
+            logs = logits.log_softmax(-1)[:, : self.tokenizer.vocab_size]
+            yield from zip(indices.tolist(), logs.cpu().split(counts), strict=True)
 
 
 class Template:

@@ -53,8 +53,9 @@ def ask(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def run(*words, stdin=b"", model="BertForMaskedLM"):
-        options = ["--model", folder / model, "--data", folder / "data.csv", "--device", "cpu"]
-        options += ["--precision", "fp32"] + ["--max-len", "24"] * ("--max-len" not in words)
+        options = ["--model", folder / model, "--device", "cpu", "--precision", "fp32"]
+        options += ["--data", folder / "data.csv"] * ("--data" not in words)
+        options += ["--max-len", "24"] * ("--max-len" not in words)
         with (
             pytest.MonkeyPatch.context() as patch,
             contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), "utf-8", newline="")) as out,
@@ -189,6 +190,12 @@ def test_curves_are_drawn_beside_the_prompt(succeed, ask, folder, tmp_path):
     assert done.status == 2 and "--curves compare.json" in done.err
 
 
+def test_unlabelled_reviews_may_have_no_labels(succeed, tmp_path):
+    (tmp_path / "mine.txt").write_text("the film was good\nthe plot was bad\nthe cast was dull\n")
+    done = succeed("the film was good", *ASK, "--data", tmp_path / "mine.txt")
+    assert "calibration: prior" in done.err
+
+
 # Bad input: one line that names the culprit, status 2
 
 REFUSED = {
@@ -213,6 +220,9 @@ REFUSED = {
     "labels of other names": (["--evaluate", "DATA", *ASK[:4], "a=bad", "b=good"], ["no is", "a, b"]),
     "more tokens than positions": (["a film", *ASK, "--max-len", "65"], ["--max-len 65", "64"]),
     "a GPU's attention": (["a film", *ASK, "--attention", "triton"], ["--attention triton", "CUDA"]),
+    "a blank that is not UTF-8": (["--fill", "caf\udce9 [MASK]"], ["UTF-8"]),
+    "a template that is not UTF-8": (["a film", "--template", "{text} caf\udce9 [MASK]"], ["UTF-8"]),
+    "shots for a blank": (["--fill", "[MASK]", "--shots", "2"], ["--shots"]),
     "a calibration of its own": (["a film", "--calibrate", "luck"], ["luck"]),
 }
 
