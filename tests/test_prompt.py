@@ -4,18 +4,21 @@ import contextlib
 import csv
 import io
 import json
+import math
 import sys
+from collections import Counter
 from types import SimpleNamespace
 
 import matplotlib.image
 import pytest
 import torch
+import torch.nn.functional as F
 
 import prompt
 from minitune.calibration import CALIBRATIONS
-from minitune.checkpoint import save_model
+from minitune.checkpoint import save_model, weights_hash
 from minitune.cli import run_script
-from minitune.model import BertConfig, BertForMaskedLM, BertForSequenceClassification
+from minitune.model import BertConfig, BertForMaskedLM, BertForSequenceClassification, PackedBatch
 from minitune.tokenizer import Tokenizer
 
 GOOD, BAD = ["good", "great", "superb"], ["bad", "dull", "clumsy"]
@@ -26,22 +29,46 @@ ASK = ["--template", "{text} it is [MASK] .", "it is [MASK] : {text}"]
 ASK += ["--words", "no=bad,dull", "yes=good,great"]
 
 
+def pretrain(model, tokenizer):
+    """A second of reading "TEXT it is WORD .", where WORD is one that such reviews have."""
+    asked = [(f"{text} it is", f". {label}", word) for text, label in ROWS
+             for word in (("good", "great") if label == "yes" else ("bad", "dull"))]  # fmt: skip
+    asked += [("it is", f": {before.removesuffix(' it is')}", word) for before, _, word in asked]
+    before, after, words = (tokenizer.encode(list(parts)) for parts in zip(*asked, strict=True))
+    cls, mask, sep = tokenizer.cls_id, tokenizer.mask_id, tokenizer.sep_id
+    pairs = list(zip(before, after, strict=True))
+    batch = PackedBatch.from_sequences([torch.tensor([cls, *x, mask, *y, sep]) for x, y in pairs])
+    blanks, targets = (batch.tokens == mask).nonzero().squeeze(1), torch.tensor(words).squeeze(1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        F.cross_entropy(model(batch, blanks), targets).backward()
+        optimizer.step()
+    return model
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model directory and data.csv. At the end no file of the model has changed."""
+    """Three model directories and data.csv. At the end no file of a model has changed.
+
+    "learned" knows the reviews, "biased" does too but says "good" all the time, "classifier" has no words.
+    """
     folder = tmp_path_factory.mktemp("prompting")
     with open(folder / "data.csv", "w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([("text", "label"), *ROWS])
-    tokenizer = Tokenizer.train([f"{text} it is . : {label}" for text, label in ROWS], 100)
+    tokenizer = Tokenizer.train([f"{text} it is . : {label}" for text, label in ROWS], 110)
     config = BertConfig(
         vocab_size=tokenizer.vocab_size, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=64, max_position_embeddings=64,
+        intermediate_size=64, max_position_embeddings=64, id2label={0: "no", 1: "yes"},
     )  # fmt: skip
-    for architecture in (BertForMaskedLM, BertForSequenceClassification):
-        torch.manual_seed(0)
-        config.id2label = {0: "no", 1: "yes"}
-        (folder / architecture.__name__).mkdir()
-        save_model(architecture(config), tokenizer, folder / architecture.__name__)
+    torch.manual_seed(0)
+    model = pretrain(BertForMaskedLM(config), tokenizer)
+    for name in ("learned", "biased"):
+        (folder / name).mkdir()
+        save_model(model, tokenizer, folder / name)
+        model.head.bias.data[sum(tokenizer.encode(["good", "great"]), [])] += 20
+    (folder / "classifier").mkdir()
+    save_model(BertForSequenceClassification(config), tokenizer, folder / "classifier")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     yield folder
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
@@ -52,10 +79,11 @@ def ask(folder, tmp_path, monkeypatch):
     """`prompt.py WORDS` in this process and an empty directory."""
     monkeypatch.chdir(tmp_path)
 
-    def run(*words, stdin=b"", model="BertForMaskedLM"):
-        options = ["--model", folder / model, "--device", "cpu", "--precision", "fp32"]
+    def run(*words, stdin=b"", model="learned"):
+        options = ["--model", folder / model, "--device", "cpu"]
         options += ["--data", folder / "data.csv"] * ("--data" not in words)
-        options += ["--max-len", "24"] * ("--max-len" not in words)
+        for option, value in (("--precision", "fp32"), ("--max-len", "24")):
+            options += [option, value] * (option not in words)
         with (
             pytest.MonkeyPatch.context() as patch,
             contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), "utf-8", newline="")) as out,
@@ -120,9 +148,84 @@ def test_standard_input_and_accuracy_of_labelled_rows(succeed, folder):
 
 
 @pytest.mark.parametrize("calibration", CALIBRATIONS)
-def test_every_calibration_answers(succeed, calibration):
-    done = succeed("the film was good", *ASK, "--calibrate", calibration)
+def test_who_knows_the_reviews_is_right_about_them(succeed, folder, calibration):
+    done = succeed(folder / "data.csv", *ASK, "--calibrate", calibration)
     assert f"calibration: {calibration}" in done.err
+    assert "accuracy: 100.00% of 60 labelled rows" in done.err
+    for row, (_, label) in zip(csv.DictReader(io.StringIO(done.out)), ROWS, strict=True):
+        assert row["words"].split()[0] in {"no": ["bad", "dull"], "yes": ["good", "great"]}[label]
+
+
+def test_the_order_in_which_labels_are_typed_does_not_matter(succeed):
+    one, two = ([*ASK[:3], "--words", *words] for words in (ASK[-2:], ASK[:-3:-1]))
+    for calibration in CALIBRATIONS:
+        options = ["--calibrate", calibration, "--json"]
+        answers = [json.loads(succeed("the film was good", *asked, *options).out) for asked in (one, two)]
+        assert answers[0]["label"] == answers[1]["label"] == "yes"
+        assert answers[0]["probabilities"] == pytest.approx(answers[1]["probabilities"], abs=1e-5)
+
+
+def test_the_lesson(succeed, folder):
+    """A model that nearly always says "good" is right half the time, until zero is put in its place."""
+    accuracies = {}
+    for calibration in ("none", "prior"):
+        lines = succeed(folder / "data.csv", *ASK, "--calibrate", calibration, "--json", model="biased")
+        answers = [json.loads(line)["label"] for line in lines.out.splitlines()]
+        accuracies[calibration] = sum(a == label for a, (_, label) in zip(answers, ROWS, strict=True)) / 60
+        if calibration == "none":
+            assert set(answers) == {"yes"}
+    assert accuracies["none"] == 0.5 and accuracies["prior"] > 0.9
+
+
+def test_the_prior_is_that_of_train_rows(succeed, folder, tmp_path):
+    """Other rows to test change no answer; fewer rows to train do, and so does not asking for them."""
+    rows = [row for label in ("yes", "no") for row in ROWS if row[1] == label]
+    with open(tmp_path / "other.csv", "w", encoding="utf-8", newline="") as file:
+        other = [("so bad" if i % 30 >= 27 else text, label) for i, (text, label) in enumerate(rows)]
+        csv.writer(file).writerows([("text", "label"), *other])
+    with open(tmp_path / "same.csv", "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("text", "label"), *rows])
+    texts = ["the film was good", "the plot was clumsy"]
+    one = succeed(*texts, *ASK, "--json", "--data", "same.csv").out
+    assert succeed(*texts, *ASK, "--json", "--data", "other.csv").out == one
+    assert succeed(*texts, *ASK, "--json", "--data", "same.csv", "--unlabelled", "3").out != one
+    assert succeed(*texts, *ASK, "--json", "--calibrate", "none", "--data", "nowhere.csv").out != one
+
+
+def test_demonstrations_stand_in_front_of_a_text(succeed):
+    plain = succeed("the film was good", *ASK, "--calibrate", "none", "--json").out
+    shown = succeed("the film was good", *ASK, "--calibrate", "none", "--json", "--shots", "2")
+    assert json.loads(shown.out)["probabilities"] != json.loads(plain)["probabilities"]
+    again = succeed("the film was good", *ASK, "--calibrate", "none", "--json", "--shots", "2", "--seed", "9")
+    assert again.out != shown.out  # others were chosen
+
+
+def test_templates_answer_together(succeed):
+    each = [json.loads(succeed("a good plot", "--template", template, *ASK[3:], "--json").out)
+            for template in ASK[1:3]]  # fmt: skip
+    [together] = map(json.loads, succeed("a good plot", *ASK, "--json").out.splitlines())
+    products = {name: math.sqrt(math.prod(answer["probabilities"][name] for answer in each))
+                for name in ("no", "yes")}  # fmt: skip
+    for name, product in products.items():
+        assert together["probabilities"][name] == pytest.approx(product / sum(products.values()), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "more", [["--batch-tokens", "8"], *(["--attention", name] for name in ("reference", "tiled", "sdpa"))]
+)
+def test_how_it_is_computed_changes_no_answer(succeed, folder, more):
+    one, two = (succeed(folder / "data.csv", *ASK, "--json", *options).out for options in ([], more))
+    for a, b in zip(one.splitlines(), two.splitlines(), strict=True):
+        a, b = json.loads(a), json.loads(b)
+        assert (a["text"], a["label"]) == (b["text"], b["label"])
+        assert a["probabilities"] == pytest.approx(b["probabilities"], abs=1e-4)
+
+
+def test_a_text_that_looks_like_a_template_is_only_text(succeed):
+    texts = ["it was [MASK]", "{text} [SEP] [CLS]", "[MASK] [MASK] [MASK]"]
+    lines = succeed(*texts, *ASK, "--json", "--max-len", "60").out.splitlines()
+    assert [json.loads(line)["text"] for line in lines] == texts
+    assert not any(json.loads(line)["truncated"] for line in lines)
 
 
 def test_three_labels(succeed):
@@ -159,7 +262,7 @@ def test_one_table_and_one_picture(succeed, folder, tmp_path):
     assert [row["method"] for row in saved["with_labels"]] == ["majority", "nb-svm"]
     for row in saved["rows"]:
         low, high = row["interval"]
-        assert low <= row["accuracy"] <= high and 0.5 <= row["majority_share"] <= 1
+        assert low - 1e-9 <= row["accuracy"] <= high + 1e-9 and 0.5 <= row["majority_share"] <= 1
         assert 0 <= row["calibration_error"] <= 1
         assert f"{row['accuracy']:.1%}" in done.out
     assert "nb-svm, from 50 labels" in done.out and "with 2 shots" in done.out
@@ -167,17 +270,61 @@ def test_one_table_and_one_picture(succeed, folder, tmp_path):
     assert picture.std() > 0.01
 
 
-def test_the_table_says_what_the_answers_are(succeed, folder, tmp_path):
-    succeed("--evaluate", folder / "data.csv", *ASK, "--out", "result")
+@pytest.mark.parametrize("model", ["learned", "biased"])
+def test_the_table_says_what_the_answers_are(succeed, folder, tmp_path, model):
+    done = succeed("--evaluate", folder / "data.csv", *ASK, "--out", "result", model=model)
     saved = json.loads((tmp_path / "result" / "prompts.json").read_text())
     tested = [row for label in ("yes", "no") for row in [r for r in ROWS if r[1] == label][-3:]]
-    for calibration in CALIBRATIONS:
-        texts = [text for text, _ in tested]
-        lines = succeed(*texts, *ASK, "--calibrate", calibration, "--json").out.splitlines()
+    assert "6 test rows" in done.out and len(saved["rows"]) == 3 * len(CALIBRATIONS)
+    for row in saved["rows"]:
+        texts, alone = [text for text, _ in tested], "{text}" in row["template"]
+        templates = [row["template"]] if alone else ASK[1:3]
+        asked = ["--template", *templates, *ASK[3:], "--calibrate", row["calibration"]]
+        lines = succeed(*texts, *asked, "--json", model=model).out.splitlines()
         answers = [json.loads(line)["label"] for line in lines]
         right = sum(a == label for a, (_, label) in zip(answers, tested, strict=True)) / len(tested)
-        [row] = [r for r in saved["rows"] if r["calibration"] == calibration and "{" not in r["template"]]
         assert row["accuracy"] == pytest.approx(right)
+        assert Counter(answers)[row["majority_answer"]] == pytest.approx(6 * row["majority_share"])
+        assert row["majority_share"] == pytest.approx(Counter(answers).most_common(1)[0][1] / 6)
+
+
+def test_evaluation_as_json(succeed, folder):
+    lines = succeed("--evaluate", folder / "data.csv", *ASK, "--out", "result", "--json").out.splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert len(rows) == 3 * len(CALIBRATIONS) + 2
+    assert all(set(row) >= {"accuracy", "interval"} for row in rows)
+    assert [row.get("method") for row in rows[-2:]] == ["majority", "nb-svm"]
+
+
+def test_an_evaluation_may_be_made_again(succeed, folder, tmp_path):
+    for _ in range(2):
+        succeed("--evaluate", folder / "data.csv", *ASK, "--out", "result")
+    assert {path.name for path in (tmp_path / "result").iterdir()} == {"prompts.json", "prompts.png"}
+
+
+def test_nothing_changes_a_weight(succeed, folder, monkeypatch):
+    """Not in the file, and not in memory while it runs."""
+    loaded, load = [], prompt.load_masked_lm
+
+    def watched(*arguments):
+        model, has_head = load(*arguments)
+        loaded.append((model, {name: tensor.clone() for name, tensor in model.state_dict().items()}))
+        return model, has_head
+
+    monkeypatch.setattr(prompt, "load_masked_lm", watched)
+    before = weights_hash(folder / "learned")
+    jobs = [["a film", *ASK, "--calibrate", name, "--shots", "2"] for name in CALIBRATIONS]
+    jobs += [[folder / "data.csv", *ASK], ["--fill", "the [MASK]"], ["--generate", "9", "the"]]
+    jobs += [["--evaluate", folder / "data.csv", *ASK, "--shots", "2", "--out", "result"]]
+    for job in jobs:
+        succeed(*job)
+        assert weights_hash(folder / "learned") == before
+    assert len(loaded) == len(jobs)
+    for model, tensors in loaded:
+        state = model.state_dict()
+        assert state.keys() == tensors.keys()
+        assert all(torch.equal(tensor, state[name]) for name, tensor in tensors.items())
+        assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_curves_are_drawn_beside_the_prompt(succeed, ask, folder, tmp_path):
@@ -201,20 +348,53 @@ def test_unlabelled_reviews_may_have_no_labels(succeed, tmp_path):
 REFUSED = {
     "nothing to do": ([], ["texts", "--evaluate", "--fill"]),
     "two things to do": (["a film", "--fill", "[MASK]"], ["--fill"]),
+    "two other things to do": (["--evaluate", "DATA", "--generate", "3"], ["--evaluate", "--generate"]),
+    "evaluate and a text": (["a film", "--evaluate", "DATA"], ["texts", "--evaluate"]),
     "generate after nothing": (["--generate", "3"], ["--generate"]),
     "an empty text": (["a film", " ", *ASK], ["empty"]),
     "a template without a text": (["a film", "--template", "it was [MASK]"], ["it was [MASK]", "{text}"]),
+    "a template with two texts": (["a", "--template", "{text} {text} [MASK]"], ["{text} {text}", "once"]),
+    "a template with two blanks": (["a", "--template", "{text} [MASK] [MASK]"], ["[MASK] [MASK]", "once"]),
+    "a small blank": (["a film", "--template", "{text} [mask]"], ["{text} [mask]", "[MASK] once"]),
+    "an empty template": (["a film", "--template", ""], ["template", "{text}"]),
+    "one bad template of two": (["a film", *ASK[:2], "it is", *ASK[3:]], ["'it is'", "{text}"]),
     "a template without a blank": (["a film", "--template", "{text} fine"], ["{text} fine", "[MASK]"]),
     "a long template": (["a", "--template", "{text} [MASK]" + " the" * 40, *ASK[3:]], ["no room"]),
     "words of nothing": (["a film", "--words", "good", *ASK[:3]], ["--words good"]),
     "a label without words": (["a film", *ASK[:3], "--words", "no=bad", "yes="], ["--words yes="]),
+    "words of no label": (["a film", *ASK[:3], "--words", "=bad", "yes=good"], ["--words =bad"]),
+    "only commas": (["a film", *ASK[:3], "--words", "no=,,", "yes=good"], ["--words no=,,"]),
+    "the same label twice": (["a film", *ASK[:3], "--words", "no=bad", "no=dull"], ["two labels"]),
+    "an unknown part": (["a film", *ASK[:3], "--words", "no=bad", "yes=good,goo日"], ["goo日", "yes"]),
     "one label": (["a film", *ASK[:3], "--words", "no=bad"], ["two labels"]),
     "an unknown word": (["a film", *ASK[:3], "--words", "no=bad", "yes=日本"], ["日本"]),
     "a file that is not there": (["nowhere.csv", *ASK], ["nowhere.csv"]),
+    "unlabelled reviews that are not there": (["a", *ASK, "--data", "nowhere.csv"], ["--data nowhere.csv"]),
+    "one label to evaluate": (["--evaluate", "one.csv", *ASK], ["one.csv", "one label only, yes"]),
+    "no label to evaluate": (["--evaluate", "bare.csv", *ASK], ["bare.csv", "no label"]),
+    "too little to evaluate": (["--evaluate", "few.csv", *ASK], ["few.csv", "too few rows"]),
+    "three labels for two": (["--evaluate", "three.csv", *ASK], ["three.csv", "so-so", "no, yes"]),
+    "another label in a file": (["three.csv", *ASK], ["row 3", "so-so", "no, yes"]),
+    "labels in capitals": (["DATA", *ASK[:4], "No=bad", "Yes=good"], ["row 1", "yes", "No, Yes"]),
+    "shots of other labels": (["a", *ASK[:4], "a=bad", "b=good", "--shots", "2"], ["data.csv", "a, b"]),
+    "a file without texts": (["empty.csv", *ASK], ["no text"]),
+    "a file that is no UTF-8": (["latin.txt", *ASK], ["latin.txt", "UTF-8"]),
     "data that is not there": (["--evaluate", "nowhere.csv", *ASK], ["--evaluate nowhere.csv"]),
     "a sentence without a blank": (["--fill", "the film"], ["--fill", "[MASK]"]),
     "a long sentence": (["--fill", "[MASK]" + " the" * 99], ["--fill", "62"]),
     "more to write than positions": (["--generate", "99", "the film"], ["--generate", "62"]),
+    "nothing to write": (["--generate", "0", "the film"], ["--generate", "0"]),
+    "negative heat": (["--generate", "3", "the film", "--temperature", "-1"], ["--temperature", "-1"]),
+    "heat that is no number": (["--generate", "3", "the film", "--temperature", "nan"], ["nan"]),
+    "no words wanted": (["a film", *ASK, "--top", "0"], ["--top", "0"]),
+    "shots for a blank": (["--fill", "[MASK]", "--shots", "2"], ["--shots"]),
+    "no shots": (["a film", *ASK, "--shots", "0"], ["--shots", "0"]),
+    "a file for results": (["--evaluate", "DATA", *ASK, "--out", "few.csv"], ["few.csv"]),
+    "results below a file": (["--evaluate", "DATA", *ASK, "--out", "few.csv/x"], ["few.csv/x"]),
+    "curves that are not there": (["--evaluate", "DATA", *ASK, "--curves", "nowhere.json"], ["nowhere.json"]),
+    "half precision": (["a film", *ASK, "--precision", "fp16"], ["--precision fp16"]),
+    "a text that is no UTF-8": (["caf\udce9", *ASK], ["UTF-8"]),
+    "no such option": (["a film", *ASK, "--templates", "x"], ["--templates"]),
     "more shots than room": (["a film", *ASK, "--shots", "20"], ["--shots 20"]),
     "more shots than rows": (["a film", *ASK, "--shots", "64"], ["64"]),
     "labels of other names": (["--evaluate", "DATA", *ASK[:4], "a=bad", "b=good"], ["no is", "a, b"]),
@@ -227,30 +407,63 @@ REFUSED = {
 }
 
 
+FILES = {
+    "one.csv": b"text,label\n" + b"a film,yes\n" * 40,
+    "bare.csv": b"text\n" + b"a film\n" * 40,
+    "few.csv": b"text,label\na film,yes\na plot,no\n",
+    "three.csv": b"text,label\n" + b"a film,yes\na plot,no\na joke,so-so\n" * 20,
+    "empty.csv": b"text,label\n",
+    "latin.txt": b"caf\xe9\n",
+}
+
+
+def contents(folder):
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+@pytest.fixture
+def refused(ask, tmp_path):
+    """prompt.py refuses in one line that names the culprit, and leaves nothing behind."""
+
+    def run(*words, naming=(), **more):
+        before = contents(tmp_path)
+        done = ask(*words, **more)
+        assert done.status == 2, (done.out, done.err)
+        chatter = ("model: ", "2 templates; calibration: ")
+        [line] = [line for line in done.err.splitlines() if not line.startswith(chatter)]
+        assert line.startswith("error: ") and len(line) < 1000 and done.out == ""
+        for part in naming:
+            assert part in line
+        assert contents(tmp_path) == before
+
+    return run
+
+
 @pytest.mark.parametrize("case", REFUSED)
-def test_bad_input_is_refused_in_one_line(ask, folder, tmp_path, case):
+def test_bad_input_is_refused_in_one_line(refused, folder, tmp_path, case):
+    for name, content in FILES.items():
+        (tmp_path / name).write_bytes(content)
     words, naming = REFUSED[case]
-    done = ask(*(folder / "data.csv" if word == "DATA" else word for word in words))
-    assert done.status == 2
-    last = done.err.splitlines()[-1]
-    assert "error: " in last and "Traceback" not in done.err
-    for part in naming:
-        assert part in last
-    assert not list(tmp_path.iterdir())
+    refused(*(folder / "data.csv" if word == "DATA" else word for word in words), naming=naming)
 
 
-def test_empty_standard_input_is_refused(ask):
-    done = ask("-", *ASK, stdin=b"\n \n")
-    assert done.status == 2 and "no text" in done.err and done.out == ""
+@pytest.mark.parametrize("stdin, naming", [(b"", "no text"), (b"\n \n", "no text"), (b"caf\xe9\n", "UTF-8")])
+def test_bad_standard_input_is_refused(refused, stdin, naming):
+    refused("-", *ASK, stdin=stdin, naming=[naming])
 
 
-def test_a_model_without_a_masked_lm_head_is_refused(ask):
-    done = ask("a film", *ASK, model="BertForSequenceClassification")
-    assert done.status == 2 and "no masked-LM head" in done.err
+@pytest.mark.parametrize("words", [["a film", *ASK], ["--fill", "[MASK]"], ["--generate", "3", "the film"]])
+@pytest.mark.parametrize("model, naming", [("classifier", "no masked-LM head"), ("nowhere", "nowhere")])
+def test_a_model_that_cannot_be_asked_is_refused(refused, monkeypatch, words, model, naming):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    refused(*words, model=model, naming=[naming])
 
 
-def test_out_that_holds_something_else_is_refused(ask, folder, tmp_path):
+@pytest.mark.parametrize("name", ["chapter1.tex", "metrics.json", "prompts.json.old"])
+def test_out_that_holds_something_else_is_refused(refused, folder, tmp_path, name):
     (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis" / "chapter1.tex").write_text("Years of work.")
-    done = ask("--evaluate", folder / "data.csv", *ASK, "--out", "thesis")
-    assert done.status == 2 and "--out thesis" in done.err and "chapter1.tex" in done.err
+    (tmp_path / "thesis" / name).write_text("Years of work.")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path / "thesis")
+        refused("--evaluate", folder / "data.csv", *ASK, "--out", ".", naming=["--out", name])
+    assert (tmp_path / "thesis" / name).read_text() == "Years of work."

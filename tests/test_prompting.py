@@ -1,14 +1,18 @@
 """Prompting's parts: clozes that keep their blank, label words, calibration, demonstrations, writing."""
 
+import copy
 import math
+import re
 
 import pytest
 import torch
 
+import minitune.calibration
 from minitune.calibration import CALIBRATIONS, Ensemble, agree, expected_calibration_error, match_prior
 from minitune.errors import UserError
-from minitune.generation import fill_blanks, generate
-from minitune.model import BertConfig, BertForMaskedLM, PackedBatch
+from minitune.generation import ROUNDS, fill_blanks, generate
+from minitune.model import BertConfig, BertForMaskedLM, LayerNorm, PackedBatch
+from minitune.prompt_comparison import TOGETHER, compare_prompts, figures, summary
 from minitune.prompting import TEMPLATES, WORDS, Cloze, LabelWords, Prompt, Reader, Template
 
 TEXTS = [f"the {noun} was {word} , all in all ." for noun in ("film", "cast", "plot")
@@ -64,6 +68,16 @@ def test_of_a_long_text_the_end_is_read(prompt, reader):
     assert body == text[-prompt.room :]
 
 
+@pytest.mark.parametrize("sentence", [CLOZE, "[MASK]{text}", "it was [MASK] : {text}"])
+def test_a_long_text_is_cut_only_as_far_as_it_must_be(reader, sentence):
+    prompt = Prompt(sentence, LABELS, reader, max_len=20)
+    tokens = ids_of(reader, sentence.replace("{text}", " ").replace("[MASK]", " "))[0]
+    longest = max(len(ids) for ids in ids_of(reader, "bad", "dull", "good", "forgettable"))
+    assert prompt.room == 20 - 2 - len(tokens) - longest  # 2: [CLS] and [SEP]
+    question = prompt.cloze(ids_of(reader, "film " * 99)[0], (reader.tokenizer.mask_id,) * longest)
+    assert len(question.ids) == 20
+
+
 @pytest.mark.parametrize("text", ["it was [MASK] [MASK]", "[SEP] [CLS]", "{text} was {text}"])
 def test_a_review_that_looks_like_a_template_is_only_text(reader, text):
     prompt = Prompt(CLOZE, LABELS, reader, max_len=60)
@@ -95,29 +109,57 @@ def test_the_built_in_ones_are_good(tokenizer):
 # Label words
 
 
-def score_of_word(reader, prompt, text, word):
-    """One token after another, each in a sequence by itself, normalised in float64; later ones hidden."""
+SEVERAL = {"no": ["bad", "so dull a film"], "yes": ["forgettable", "good", "great cast"]}
+
+
+def log_probability(model, ids, at, token):
+    """Of `token` at one place of one sequence, which is read alone."""
+    logits = model(PackedBatch.from_sequences([torch.tensor(ids)]), torch.tensor([at]))[0]
+    return logits[token].item() - math.log(sum(math.exp(x) for x in logits.tolist()))
+
+
+def score_of_word(model, tokenizer, parts, text, word):
+    """One token after another, those before it written, those after it hidden; the mean over them."""
     total = 0.0
     for i, token in enumerate(word):
-        blank = [*word[:i], *[reader.tokenizer.mask_id] * (len(word) - i)]
-        body, start = prompt.template.body(text[-prompt.room :], blank)
-        ids = torch.tensor([reader.tokenizer.cls_id, *body, reader.tokenizer.sep_id])
-        batch = PackedBatch.from_sequences([ids])
-        with torch.no_grad():
-            logits = reader.model(batch, torch.tensor([1 + start + i]))[0].double()
-        total += (logits[token] - logits.exp().sum().log()).item()
+        blank = word[:i] + [tokenizer.mask_id] * (len(word) - i)
+        ids = [tokenizer.cls_id]
+        for part in parts:
+            if part == "BLANK":
+                at = len(ids) + i
+            ids += {"TEXT": text, "BLANK": blank}.get(part) or tokenizer.encode([part])[0]
+        total += log_probability(model, [*ids, tokenizer.sep_id], at, token)
     return total / len(word)
 
 
-def test_scores_are_those_of_asking_for_one_token_after_another(prompt, reader):
-    texts = ids_of(reader, "the film was good", "a dull cast , a bad plot " * 9, "great", "")
-    lengths = [len(ids) for ids in prompt.words.ids]
-    assert lengths[:3] == [1, 1, 1] and lengths[3] > 1
+@pytest.mark.parametrize(
+    "sentence, parts",
+    [(CLOZE, ["TEXT", "it was", "BLANK", "."]), ("a [MASK] cast . {text}", ["a", "BLANK", "cast .", "TEXT"]),
+     ("{text}[MASK]", ["TEXT", "BLANK"])],
+)  # fmt: skip
+def test_scores_are_those_of_asking_for_one_token_after_another(reader, monkeypatch, sentence, parts):
+    tokenizer, texts = reader.tokenizer, ids_of(reader, "the film was good", "a dull cast , a bad plot", "so")
+    prompt = Prompt(sentence, SEVERAL, reader, max_len=40)
     scores = prompt.scores(texts)
-    for text, row in zip(texts, scores, strict=True):
-        each = [score_of_word(reader, prompt, text, word) for word in prompt.words.ids]
-        expected = torch.tensor([sum(each[:2]) / 2, sum(each[2:]) / 2])
-        torch.testing.assert_close(row, expected, atol=1e-4, rtol=1e-4)
+    monkeypatch.setattr(LayerNorm, "forward", torch.nn.LayerNorm.forward)  # which is not of float32 alone
+    model = copy.deepcopy(reader.model).double()
+    for text, row in zip(texts, scores.tolist(), strict=True):
+        for label, words in enumerate(SEVERAL.values()):
+            each = [score_of_word(model, tokenizer, parts, text, word) for word in tokenizer.encode(words)]
+            assert row[label] == pytest.approx(sum(each) / len(words), abs=1e-4)
+    assert {len(ids) for ids in prompt.words.ids} >= {1, 2, 4}
+
+
+def test_the_words_wanted_are_those_of_a_plain_forward_pass(prompt, reader):
+    tokenizer = reader.tokenizer
+    texts = ids_of(reader, "the plot was dull , all in all", "great")  # the longer one first
+    for text, words in zip(texts, prompt.wanted(texts, 4), strict=True):
+        before, after = ids_of(reader, "it was", ".")
+        ids = [tokenizer.cls_id, *text, *before, tokenizer.mask_id, *after, tokenizer.sep_id]
+        blank = torch.tensor([ids.index(tokenizer.mask_id)])
+        top = reader.model(PackedBatch.from_sequences([torch.tensor(ids)]), blank)[0].softmax(-1).topk(4)
+        assert [word for word, _ in words] == [tokenizer.token(i) for i in top.indices.tolist()]
+        assert [p for _, p in words] == pytest.approx(top.values.tolist(), abs=1e-5)
 
 
 def test_an_answer_does_not_depend_on_its_company(prompt, reader):
@@ -128,9 +170,10 @@ def test_an_answer_does_not_depend_on_its_company(prompt, reader):
     torch.testing.assert_close(prompt.scores(texts[::-1]), together.flip(0), atol=1e-5, rtol=1e-5)
 
 
-def test_a_word_that_is_unknown_is_named(tokenizer):
-    with pytest.raises(UserError, match="'日本'.*yes"):
-        LabelWords({"no": ["bad"], "yes": ["good", "日本"]}, tokenizer)
+@pytest.mark.parametrize("word", ["日本", "goo日", "[MASK]", "\u00ad"])  # the last one: invisible, no token
+def test_a_word_that_is_unknown_is_named(tokenizer, word):
+    with pytest.raises(UserError, match=f"{re.escape(repr(word))}.*yes"):
+        LabelWords({"no": ["bad"], "yes": ["good", word]}, tokenizer)
 
 
 @pytest.mark.parametrize("words", [{}, {"no": ["bad"]}, {"no": ["bad"], "yes": []}])
@@ -157,7 +200,7 @@ def test_pmi_takes_off_what_the_template_alone_says(prompt):
 def test_prior_matching_makes_the_mean_answer_even(prompt, reader):
     texts = ids_of(reader, *(f"the film was {word}" for word in ("good", "bad", "great", "dull", "tedious")))
     matched = prompt.scores(texts) + CALIBRATIONS["prior"](prompt, texts)
-    torch.testing.assert_close(matched.softmax(-1).mean(0), torch.tensor([0.5, 0.5]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(matched.softmax(-1).mean(0), torch.tensor([0.5, 0.5]), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("shift", [0, 5, 60, -700])
@@ -177,7 +220,37 @@ def test_scores_that_all_lean_to_one_side_come_back_without_labels(shift):
 def test_three_labels_are_matched_too():
     scores = torch.randn(300, 3, generator=torch.Generator().manual_seed(0)) + torch.tensor([3.0, 0.0, -4.0])
     even = (scores + match_prior(scores)).softmax(-1).mean(0)
-    torch.testing.assert_close(even, torch.full((3,), 1 / 3), atol=1e-4, rtol=0)
+    torch.testing.assert_close(even, torch.full((3,), 1 / 3), atol=1e-5, rtol=0)
+
+
+def test_prior_matching_moves_zero_and_keeps_the_order_of_reviews():
+    scores = torch.randn(200, 2, generator=torch.Generator().manual_seed(0)) * 4 - torch.tensor([9.0, 0.0])
+    before, after = (x[:, 1] - x[:, 0] for x in (scores, scores + match_prior(scores)))
+    assert torch.equal(before.argsort(), after.argsort())
+    assert (after > 0).sum() < (before > 0).sum()
+
+
+def test_what_is_even_already_stays_as_it_is():
+    scores = torch.tensor([[0.0, 3.0], [3.0, 0.0], [1.0, 1.0]])
+    torch.testing.assert_close(match_prior(scores), torch.zeros(2), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "confident, right, expected",
+    [([1.0, 1.0], [True, True], 0), ([1.0, 1.0], [False, False], 1), ([1.0, 1.0], [True, False], 0.5),
+     ([0.5, 0.5], [True, False], 0), ([0.75, 0.85], [False, True], (0.75 + 0.15) / 2),
+     ([0.72, 0.78], [False, True], abs(0.5 - 0.75)), ([0.999], [True], 0.001)],
+)  # fmt: skip
+def test_expected_calibration_error_at_the_edges(confident, right, expected):
+    probabilities = torch.tensor([[p, 1 - p] for p in confident])
+    labels = torch.tensor([0 if answer else 1 for answer in right])
+    assert expected_calibration_error(probabilities, labels) == pytest.approx(expected, abs=1e-6)
+
+
+def test_agreement_is_the_normalised_geometric_mean():
+    together = agree([torch.tensor([[0.9, 0.1]]).log() + 7, torch.tensor([[0.4, 0.6]]).log() - 2]).exp()
+    no, yes = math.sqrt(0.9 * 0.4), math.sqrt(0.1 * 0.6)
+    torch.testing.assert_close(together, torch.tensor([[no / (no + yes), yes / (no + yes)]]))
 
 
 def test_expected_calibration_error_by_hand():
@@ -198,6 +271,80 @@ def test_an_ensemble_is_the_mean_of_calibrated_log_probabilities(reader):
     torch.testing.assert_close(agree(each).exp().sum(1), torch.ones(2))
 
 
+def test_predictions_come_in_the_order_of_the_texts_and_say_what_was_cut(reader, monkeypatch):
+    monkeypatch.setattr(minitune.calibration, "BLOCK", 3)
+    sentences = "{text}[MASK]", "{text} it was [MASK]"
+    short, long = (Prompt(sentence, LABELS, reader, 20) for sentence in sentences)
+    assert short.room > long.room + 1
+    texts = ["film " * n for n in (1, long.room + 1, 3, long.room, short.room, 2, 30)]
+    for prompts in ([short, long], [long, short]):
+        ensemble = Ensemble(prompts, "none", [])
+        predictions = list(ensemble.predict(iter(texts), count=2))
+        assert [p.text for p in predictions] == texts
+        assert [p.truncated for p in predictions] == [False, True, False, False, True, False, True]
+        expected = ensemble.log_probabilities(ids_of(reader, *texts)).exp()
+        wanted = prompts[0].wanted(ids_of(reader, *texts), 2)
+        for prediction, p, words in zip(predictions, expected.tolist(), wanted, strict=True):
+            assert list(prediction.probabilities.values()) == pytest.approx(p, abs=1e-5)
+            assert prediction.label == ("no" if p[0] > p[1] else "yes")
+            assert list(prediction.words) == [word for word, _ in words]
+
+
+# How much depends on how one asks
+
+
+def test_every_row_is_what_its_scores_are_worth(reader):
+    prompts = [Prompt(sentence, LABELS, reader, 24) for sentence in (CLOZE, "[MASK] : {text}")]
+    texts, unlabelled = ids_of(reader, *TEXTS[:18]), ids_of(reader, *TEXTS[5:9])
+    labels = torch.tensor([0, 0, 1] * 6)
+    rows = iter(compare_prompts(prompts, texts, labels, unlabelled))
+    calibrated = {
+        name: [p.scores(texts) + calibrate(p, unlabelled) for p in prompts]
+        for name, calibrate in CALIBRATIONS.items()
+    }
+    expected = [
+        (prompt.sentence, name, own[i])
+        for i, prompt in enumerate(prompts)
+        for name, own in calibrated.items()
+    ]
+    for name, (one, two) in calibrated.items():
+        expected.append((TOGETHER, name, one.log_softmax(-1) + two.log_softmax(-1)))
+    for (template, name, scores), row in zip(expected, rows, strict=True):
+        assert (row["template"], row["calibration"]) == (template, name)
+        answers = ["no" if no >= yes else "yes" for no, yes in scores.tolist()]
+        right = sum(answer == ("no", "yes")[label] for answer, label in zip(answers, labels, strict=True))
+        assert row["accuracy"] == pytest.approx(right / 18)
+        assert row["majority_share"] == pytest.approx(answers.count(row["majority_answer"]) / 18)
+        assert answers.count(row["majority_answer"]) >= 9
+        if template != TOGETHER:  # the mean, not the sum, says how sure they are
+            error = expected_calibration_error(scores.softmax(-1), labels)
+        else:
+            error = expected_calibration_error((scores / 2).softmax(-1), labels)
+        assert row["calibration_error"] == pytest.approx(error, abs=1e-5)
+
+
+def test_a_row_by_hand():
+    scores = torch.tensor([[0.82, 0.18], [0.36, 0.64], [0.26, 0.74], [0.45, 0.55]]).log()
+    row = figures(scores, torch.tensor([0, 1, 0, 0]), {0: "no", 1: "yes"})
+    assert (row["accuracy"], row["majority_answer"], row["majority_share"]) == (0.5, "yes", 0.75)
+    assert row["calibration_error"] == pytest.approx((0.18 + 0.36 + 0.74 + 0.55) / 4)
+    assert row["interval"] == pytest.approx((0.1500, 0.8500), abs=1e-4)  # Wilson's, of 2 in 4
+
+
+def test_the_summary_names_the_range_and_the_spread():
+    rows = [
+        {"template": name, "calibration": calibration, "shots": shots, "accuracy": accuracy + 0.01 * shots}
+        for calibration in CALIBRATIONS
+        for name, accuracy in (("a", 0.6), ("b", 0.5), ("c", 0.7), (TOGETHER, 0.8))
+        for shots in (0, 4)
+    ]
+    lines = summary(rows)
+    assert len(lines) == 2 * len(CALIBRATIONS)
+    spread = "standard deviation 8.2 points"
+    assert f"prior: templates from 50.0% to 70.0%, {spread}; together 80.0%" in lines
+    assert f"pmi: templates from 54.0% to 74.0%, {spread}; together 84.0%, with 4 shots" in lines
+
+
 # Demonstrations
 
 
@@ -214,9 +361,37 @@ def test_demonstrations_stand_in_front_and_the_question_is_asked(prompt, reader)
     assert front.startswith("the film was bad it was bad.") and front.endswith("it was good.")
 
 
-def test_too_many_demonstrations_are_refused(prompt, reader):
-    with pytest.raises(UserError, match="--shots 9"):
-        prompt.demonstrate(ids_of(reader, *["film"] * 9), [0] * 9)
+@pytest.mark.parametrize("labels", [[0], [1, 0], [0, 1, 1]])
+def test_long_demonstrations_keep_their_end_and_leave_room_for_the_question(reader, labels):
+    tokenizer, words = reader.tokenizer, {"no": ["bad film"], "yes": ["good"]}
+    prompt = Prompt(CLOZE, words, reader, max_len=16)
+    shown = ids_of(reader, *("plot " * (40 + i) + "was the end" for i in range(len(labels))))
+    prompt.demonstrate(shown, labels)
+    question = prompt.cloze(ids_of(reader, "film " * 40)[0], (tokenizer.mask_id,))
+    assert CONFIG.max_position_embeddings - 16 <= len(question.ids) <= CONFIG.max_position_embeddings
+    rest = question.ids[1:]
+    for text, label in zip(shown, labels, strict=True):
+        answer = ids_of(reader, f"it was {('bad film', 'good')[label]} .")[0]
+        length = next(n for n in range(len(rest)) if rest[n : n + len(answer)] == answer)
+        assert length >= 8 and rest[:length] == text[-length:]
+        rest = rest[length + len(answer) :]
+    assert rest[: prompt.room] == ids_of(reader, "film " * prompt.room)[0]
+    assert rest.index(tokenizer.mask_id) == question.blanks[0] - (len(question.ids) - len(rest))
+
+
+@pytest.mark.parametrize("shots", [3, 9, 64])
+def test_too_many_demonstrations_are_refused(prompt, reader, shots):
+    with pytest.raises(UserError, match=f"--shots {shots}.*24.*64"):
+        prompt.demonstrate(ids_of(reader, *["film"] * shots), [0] * shots)
+
+
+def test_without_demonstrations_the_question_stands_alone_again(prompt, reader):
+    text, blank = ids_of(reader, "film")[0], (reader.tokenizer.mask_id,)
+    before = prompt.cloze(text, blank)
+    prompt.demonstrate(ids_of(reader, "dull"), [0])
+    assert prompt.cloze(text, blank) != before
+    prompt.demonstrate([], [])
+    assert prompt.cloze(text, blank) == before
 
 
 # Writing
@@ -236,7 +411,16 @@ def test_each_blank_gets_the_words_that_a_plain_forward_pass_gives(reader):
         assert [p for _, p in words] == pytest.approx(top.values.tolist(), abs=1e-5)
 
 
-@pytest.mark.parametrize("sentence", ["no blank", "[MASK] " + "film " * 100])
+def test_other_special_tokens_in_a_sentence_to_fill_are_only_text(reader, monkeypatch):
+    asked, fill = [], Reader.fill
+    monkeypatch.setattr(Reader, "fill", lambda self, clozes: asked.extend(clozes) or fill(self, clozes))
+    assert len(fill_blanks(reader, "[SEP] [CLS] [PAD] [MASK]{text}", 3)) == 1
+    [cloze], tokenizer = asked, reader.tokenizer
+    special = [token for token in cloze.ids if token in (0, tokenizer.cls_id, tokenizer.sep_id)]
+    assert special == [tokenizer.cls_id, tokenizer.sep_id] and len(cloze.blanks) == 1
+
+
+@pytest.mark.parametrize("sentence", ["no blank", "", "[mask]", "[MASK] " + "film " * 100])
 def test_a_sentence_without_a_blank_or_too_long_is_refused(reader, sentence):
     with pytest.raises(UserError, match="--fill"):
         fill_blanks(reader, sentence, 3)
@@ -256,11 +440,45 @@ def test_generation_writes_so_many_ordinary_tokens_after_the_prompt(reader, coun
     assert text.startswith("the film") and "[" not in text
     hidden = [len(cloze.blanks) for cloze in rounds]
     assert hidden[0] == count and all(a > b for a, b in zip(hidden, hidden[1:], strict=False))
-    assert len(rounds[0].ids) == 2 + 2 + count
+    assert len(hidden) == min(ROUNDS, count)
+    assert all(len(cloze.ids) == 2 + 2 + count for cloze in rounds)
     monkeypatch.undo()
     assert generate(reader, "the film", count, temperature, seed=1) == text
     others = {generate(reader, "the film", count, temperature, seed=seed) for seed in range(2, 8)}
     assert (others == {text}) == (temperature == 0)
+
+
+def written(reader, monkeypatch, *arguments):
+    """The ids of what `generate` writes, its prompt too."""
+    kept = []
+    monkeypatch.setattr(reader.tokenizer, "decode", lambda ids: kept.append(list(ids)) or "")
+    generate(reader, *arguments)
+    monkeypatch.undo()
+    return kept[0]
+
+
+@pytest.mark.parametrize("temperature", [0, 2.0])
+def test_special_tokens_are_never_written_however_probable(reader, monkeypatch, temperature):
+    reader.model.head.bias.data[reader.tokenizer.special_ids] += 50
+    [start] = ids_of(reader, "the film")
+    ids = written(reader, monkeypatch, "the film", 12, temperature, 0)
+    assert ids[: len(start)] == start and len(ids) == len(start) + 12
+    assert not set(ids[len(start) :]) & set(reader.tokenizer.special_ids.tolist())
+
+
+def test_cold_is_the_most_probable_and_heat_is_chance(reader, monkeypatch):
+    reader.model.head.bias.data *= 3
+    coldest = written(reader, monkeypatch, "the film", 20, 0, 0)
+    assert written(reader, monkeypatch, "the film", 20, 1e-4, 0) == coldest
+    cold, hot = (written(reader, monkeypatch, "the film", 20, t, 0) for t in (0.2, 50.0))
+    assert len(set(hot)) > len(set(cold))
+    assert len({tuple(written(reader, monkeypatch, "the film", 20, 50.0, seed)) for seed in range(4)}) == 4
+
+
+def test_the_longest_text_that_fits_is_written(reader):
+    generate(reader, "the film", 60, 0, seed=0)
+    with pytest.raises(UserError, match="--generate: 63 tokens.*62"):
+        generate(reader, "the film", 61, 0, seed=0)
 
 
 def test_the_least_certain_words_are_guessed_anew(reader, monkeypatch):
