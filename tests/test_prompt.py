@@ -5,8 +5,11 @@ import csv
 import io
 import json
 import math
+import os
+import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib.image
@@ -251,6 +254,56 @@ def test_text_is_written(succeed):
     assert set(json.loads(line)) == {"text", "generated"}
 
 
+@pytest.mark.parametrize("words", [["--evaluate", "DATA", "--out", "out"], ["--fill", "the [MASK]"]])
+def test_words_of_any_language_are_printed_in_any_locale(folder, tmp_path, words):
+    tokenizer = Tokenizer.train(["日 本 は い い"] * 9 + [f"{text} it is . :" for text, _ in ROWS], 60)
+    config = BertConfig(vocab_size=60, hidden_size=16, num_hidden_layers=1, num_attention_heads=1)
+    (tmp_path / "model").mkdir()
+    save_model(BertForMaskedLM(config), tokenizer, tmp_path / "model")
+    options = ["--model", "model", "--template", "{text} 日 [MASK]", "--words", "no=b", "yes=g"]
+    options += ["--top", "60"]
+    words = [str(folder / "data.csv") if word == "DATA" else word for word in words]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, str(Path(prompt.__file__)), *words, *options]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, env=environment)
+    assert done.returncode == 0, done.stderr.decode()
+    assert "日" in done.stdout.decode()
+
+
+@pytest.fixture
+def padded(folder, tmp_path):
+    """A model with more embeddings than its tokenizer has entries, as where they are a multiple of 64."""
+    tokenizer = Tokenizer.load(folder / "learned")
+    config = BertConfig(vocab_size=400, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    torch.manual_seed(0)
+    (tmp_path / "padded").mkdir()
+    save_model(BertForMaskedLM(config), tokenizer, tmp_path / "padded")
+    return tmp_path / "padded"
+
+
+def test_only_words_that_exist_are_wanted(succeed, padded):
+    filled = json.loads(succeed("--fill", "the [MASK]", "--json", "--top", "50", model=padded).out)
+    assert len(filled["words"]) == 50 and all(word["word"] for word in filled["words"])
+    answer = json.loads(succeed("the film", *ASK, "--json", "--top", "50", model=padded).out)
+    assert len(answer["words"]) == 50
+
+
+def test_only_words_that_exist_are_written(succeed, padded, monkeypatch):
+    decoded, decode = [], Tokenizer.decode
+    monkeypatch.setattr(Tokenizer, "decode", lambda self, ids: decoded.extend(ids) or decode(self, ids))
+    succeed("--generate", "40", "", "--temperature", "5", model=padded)
+    assert max(decoded) < Tokenizer.load(padded).vocab_size
+
+
+def test_a_number_is_the_place_of_a_label_in_words(succeed, tmp_path):
+    with open(tmp_path / "numbers.csv", "w", encoding="utf-8", newline="") as file:
+        rows = [(text, ("no", "yes").index(label)) for text, label in ROWS]
+        csv.writer(file).writerows([("text", "label"), *rows])
+    assert "accuracy: 100.00% of 60" in succeed("numbers.csv", *ASK).err
+    done = succeed("--evaluate", "numbers.csv", *ASK, "--out", "result", "--calibrate", "none", "--json")
+    assert all(json.loads(line)["accuracy"] == 1 for line in done.out.splitlines()[: len(CALIBRATIONS)])
+
+
 # Evaluation
 
 
@@ -387,13 +440,14 @@ REFUSED = {
     "negative heat": (["--generate", "3", "the film", "--temperature", "-1"], ["--temperature", "-1"]),
     "heat that is no number": (["--generate", "3", "the film", "--temperature", "nan"], ["nan"]),
     "no words wanted": (["a film", *ASK, "--top", "0"], ["--top", "0"]),
-    "shots for a blank": (["--fill", "[MASK]", "--shots", "2"], ["--shots"]),
     "no shots": (["a film", *ASK, "--shots", "0"], ["--shots", "0"]),
     "a file for results": (["--evaluate", "DATA", *ASK, "--out", "few.csv"], ["few.csv"]),
     "results below a file": (["--evaluate", "DATA", *ASK, "--out", "few.csv/x"], ["few.csv/x"]),
     "curves that are not there": (["--evaluate", "DATA", *ASK, "--curves", "nowhere.json"], ["nowhere.json"]),
     "half precision": (["a film", *ASK, "--precision", "fp16"], ["--precision fp16"]),
     "a text that is no UTF-8": (["caf\udce9", *ASK], ["UTF-8"]),
+    "something to go on after that is no UTF-8": (["--generate", "3", "caf\udce9"], ["UTF-8"]),
+    "words that are no UTF-8": (["a film", *ASK[:3], "--words", "no=bad", "yes=caf\udce9"], ["UTF-8"]),
     "no such option": (["a film", *ASK, "--templates", "x"], ["--templates"]),
     "more shots than room": (["a film", *ASK, "--shots", "20"], ["--shots 20"]),
     "more shots than rows": (["a film", *ASK, "--shots", "64"], ["64"]),
@@ -467,3 +521,64 @@ def test_out_that_holds_something_else_is_refused(refused, folder, tmp_path, nam
         patch.chdir(tmp_path / "thesis")
         refused("--evaluate", folder / "data.csv", *ASK, "--out", ".", naming=["--out", name])
     assert (tmp_path / "thesis" / name).read_text() == "Years of work."
+
+
+# Not right yet
+
+
+def not_yet(reason):
+    """A test that fails until the source is put right; then it says so, and this mark goes."""
+    return pytest.mark.xfail(strict=True, reason=reason)
+
+
+@not_yet("matplotlib reads what stands between dollars as a formula")
+def test_a_template_with_dollars_is_drawn(succeed, folder, tmp_path):
+    template = "{text} $\\frac [MASK]$ ."
+    succeed("--evaluate", folder / "data.csv", "--template", template, *ASK[3:], "--out", "result")
+    assert (tmp_path / "result" / "prompts.png").is_file()
+
+
+@not_yet("1e-320 is 0 in float32, and 0 over 0 no number")
+def test_hardly_any_heat_is_the_most_probable(succeed):
+    words = ["--generate", "5", "the film", "--temperature"]
+    assert succeed(*words, "1e-320").out == succeed(*words, "0").out
+
+
+@not_yet("a prompt comes back in small letters, and [UNK] for what the tokenizer does not know")
+def test_what_is_written_begins_with_the_prompt_as_it_was_given(succeed):
+    assert succeed("--generate", "3", "The Film, 日本:").out.startswith("The Film, 日本:")
+
+
+@not_yet("--max-len has nothing to do with it, and was not given")
+@pytest.mark.parametrize("words", [["--fill", "the [MASK]"], ["--generate", "3", "the film"]])
+def test_the_default_of_max_len_is_no_obstacle_to_other_jobs(folder, monkeypatch, words):
+    monkeypatch.setattr(sys, "argv", ["prompt.py", *words, "--model", str(folder / "learned")])
+    with pytest.raises(SystemExit) as ended:
+        run_script(prompt.main)
+    assert ended.value.code == 0
+
+
+@not_yet("the message says --data")
+@pytest.mark.parametrize("name", ["one.csv", "bare.csv", "few.csv"])
+def test_an_error_about_evaluate_names_evaluate(refused, tmp_path, name):
+    (tmp_path / name).write_bytes(FILES[name])
+    refused("--evaluate", name, *ASK, naming=[f"--evaluate {name}"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"method": "magic"}, {"accuracy": "high"}, {"accuracy": None},
+     *(pytest.param({key: value}, marks=not_yet("missed only when all is computed"))
+       for key, value in (("spread", "wide"), ("train_examples", "16"), ("train_examples", None)))],
+)  # fmt: skip
+def test_damaged_curves_are_refused_before_the_work(refused, folder, tmp_path, change):
+    rows = [{"method": "full", "train_examples": n, "accuracy": 0.6, "spread": None} for n in (16, 64)]
+    (tmp_path / "compare.json").write_text(json.dumps({"rows": [rows[0] | change, rows[1]]}))
+    options = ["--out", "result", "--curves", "compare.json"]
+    refused("--evaluate", folder / "data.csv", *ASK, *options, naming=["--curves compare.json"])
+
+
+@not_yet("both labels get the same score, always")
+@pytest.mark.parametrize("word", ["bad", "BAD"])
+def test_one_word_for_two_labels_is_refused(refused, word):
+    refused("a film", *ASK[:3], "--words", "no=bad", f"yes=good,{word}", naming=["--words"])
