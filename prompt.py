@@ -122,9 +122,6 @@ def main() -> None:
     model, has_head = load_masked_lm(source, args.attention)
     if not has_head:
         raise UserError(f"{name} has no masked-LM head to ask; python train.py --init {name} gives it one")
-    positions = model.config.max_position_embeddings
-    if args.max_len > positions:
-        raise UserError(f"--max-len {args.max_len}: the model has {positions} positions")
     device = Processes(args.device).device
     precision = Precision.choose(args.precision, device)
     attention = choose(args.attention, device, precision.dtype, model.config.head_size)
@@ -143,6 +140,9 @@ def main() -> None:
                 written = json.dumps({"text": text, "generated": written}, ensure_ascii=False)
             print(written)
         return
+    positions = model.config.max_position_embeddings
+    if args.max_len > positions:
+        raise UserError(f"--max-len {args.max_len}: the model has {positions} positions")
     prompts = [Prompt(sentence, args.words, reader, args.max_len) for sentence in args.template]
 
     # 3. Answers, or how good they are.
@@ -235,7 +235,8 @@ def read_curves(path: Path) -> list[dict]:
     rows = read_json(path).get("rows", [])
     try:
         if len({row["train_examples"] for row in rows}) > 1 and all(row["method"] in ORDER for row in rows):
-            return [row | {"spread": row["spread"], "accuracy": float(row["accuracy"])} for row in rows]
+            numbers = ("train_examples", int), ("accuracy", float), ("spread", lambda x: float(x or 0))
+            return [row | {key: kind(row[key]) for key, kind in numbers} for row in rows]
     except (AttributeError, KeyError, TypeError, ValueError):
         pass
     raise UserError(f"--curves {path}: no compare.json of finetune.py with several --train-examples")

@@ -53,7 +53,7 @@ def match_prior(scores: Tensor) -> Tensor:
     """
     bias = torch.zeros(scores.size(1), dtype=torch.float64)
     for _ in range(1000):  # a hundred are enough unless hardly any review is in doubt
-        step = (scores.double() + bias).softmax(-1).mean(0).log()
+        step = (scores.double() + bias).log_softmax(-1).logsumexp(0)
         step -= step.mean()
         bias -= step
         if step.abs().max() < 1e-6:

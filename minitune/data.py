@@ -47,7 +47,7 @@ class Dataset:
     """
 
     def __init__(self, name: str, test: str | None = None, option: str = "--data"):
-        self.name, self.test = name, test
+        self.name, self.test, self.option = name, test, option
         self.files, self.read = _source(name, option)  # errors name the option
         if test:
             files, read_test = _source(test, "--test")

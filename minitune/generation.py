@@ -46,13 +46,14 @@ def generate(reader: Reader, prompt: str, count: int, temperature: float, seed: 
         ((_, logs),) = reader.fill([Cloze(ids.tolist(), blanks[hidden].tolist())])
         logs[:, tokenizer.special_ids] = -torch.inf  # neither a new blank nor the end of the text
         if temperature:
-            odds = (logs - logs.amax(-1, keepdim=True)) / temperature
+            odds = (logs.double() - logs.amax(-1, keepdim=True)) / temperature
             words = torch.multinomial(odds.softmax(-1), 1, generator=generator).squeeze(1)
         else:
             words = logs.argmax(-1)
         ids[blanks[hidden]] = words
         sureness[hidden] = logs.gather(1, words[:, None]).squeeze(1)
-    return tokenizer.decode(ids[1:-1].tolist())
+    written, given = tokenizer.decode(ids[1:-1].tolist()), tokenizer.decode(start)
+    return prompt + written[len(given) :]
 
 
 def _framed(reader: Reader, ids: list[int], option: str) -> list[int]:

@@ -105,7 +105,7 @@ def plot_prompts(rows: list[dict], bag: list[dict], title: str, path: Path) -> N
         x, words = 100 * row["accuracy"], row["method"]
         axes.axvline(x, color="#636363", linestyle=":", linewidth=1)
         axes.text(x, -0.9, words, ha="center", va="bottom", fontsize=9, color="#636363")
-    axes.set_yticks(range(len(templates)), templates)
+    axes.set_yticks(range(len(templates)), templates, parse_math=False)
     axes.set_ylim(len(templates) - 0.4, -1)
     axes.set_xlabel("test accuracy (%), with its 95% interval")
     axes.set_title(title + (f", {shots} shots" if shots else ""), loc="left", pad=14)

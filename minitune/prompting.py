@@ -126,6 +126,10 @@ class LabelWords:
         for (label, word), ids in zip(words, self.ids, strict=True):
             if not ids or tokenizer.unk_id in ids:
                 raise UserError(f"--words: the tokenizer does not know {word!r}, of {self.names[label]}")
+        owner: dict[tuple[int, ...], int] = {}
+        for (label, word), ids in zip(words, self.ids, strict=True):
+            if owner.setdefault(tuple(ids), label) != label:
+                raise UserError(f"--words: {word!r} stands for two labels")
         self.longest = max(map(len, self.ids))
         # What has to be in the blank for a token of a word to be asked for: the word's tokens before it,
         # and masks for it and those after it. Words of one token all share one blank.

@@ -38,9 +38,9 @@ class Reviews:
         known = dataset.name in PACKAGED or _is_acl_imdb(dataset)
         # The aclImdb tree has unlabelled reviews on purpose, and none of them to test.
         if unlabelled["test"] or (unlabelled and not known):
-            option = "--test" if dataset.test and unlabelled["test"] else f"--data {dataset.name}"
+            option = "--test" if dataset.test and unlabelled["test"] else f"{dataset.option} {dataset.name}"
             raise UserError(f"{option}: {unlabelled.total():,} rows have no label (in a column label)")
-        names = _names(raw["train"], SENTIMENT if known else {}, dataset.name)
+        names = _names(raw["train"], SENTIMENT if known else {}, f"{dataset.option} {dataset.name}")
         reviews = cls(names, texts)
         for split in SPLITS:
             labels = [label_index(label, names, known) for label in raw[split]]
@@ -49,7 +49,7 @@ class Reviews:
                 raise UserError(f"{split} rows: the label {wrong} is not in the train rows of {dataset.name}")
             reviews.labels[split] = torch.tensor(labels, dtype=torch.int64)
             if not labels:
-                raise UserError(f"--data {dataset.name} has too few rows: none is left for {split}")
+                raise UserError(f"{dataset.option} {dataset.name} has too few rows: none is left for {split}")
         return reviews
 
     def choose(self, split: str, count: int, seed: int) -> np.ndarray:
@@ -88,12 +88,12 @@ def _names(labels: list[str], known: dict[str, str], source: str) -> dict[int, s
     try:
         "".join(distinct).encode()
     except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
-        raise UserError(f"--data {source}: a label holds half of a character (a lone surrogate)") from None
+        raise UserError(f"{source}: a label holds half of a character (a lone surrogate)") from None
     if len(distinct) < 2:
         what = f"one label only, {distinct.pop()}" if distinct else "no labelled row to train on"
-        raise UserError(f"--data {source} has {what}: there is nothing to tell apart")
+        raise UserError(f"{source} has {what}: there is nothing to tell apart")
     if len(distinct) > MOST_LABELS:
-        raise UserError(f"--data {source} has {len(distinct):,} different labels, {MOST_LABELS} at most")
+        raise UserError(f"{source} has {len(distinct):,} different labels, {MOST_LABELS} at most")
     try:
         ordered = sorted(sorted(distinct), key=float)  # "1" and "1.0" in an order of their own
     except ValueError:

@@ -581,33 +581,24 @@ def test_out_that_holds_something_else_is_refused(refused, folder, tmp_path, nam
     assert (tmp_path / "thesis" / name).read_text() == "Years of work."
 
 
-# Not right yet
+# Odd input that once went wrong
 
 
-def not_yet(reason):
-    """A test that fails until the source is put right; then it says so, and this mark goes."""
-    return pytest.mark.xfail(strict=True, reason=reason)
-
-
-@not_yet("matplotlib reads what stands between dollars as a formula")
 def test_a_template_with_dollars_is_drawn(succeed, folder, tmp_path):
     template = "{text} $\\frac [MASK]$ ."
     succeed("--evaluate", folder / "data.csv", "--template", template, *ASK[3:], "--out", "result")
     assert (tmp_path / "result" / "prompts.png").is_file()
 
 
-@not_yet("1e-320 is 0 in float32, and 0 over 0 no number")
 def test_hardly_any_heat_is_the_most_probable(succeed):
     words = ["--generate", "5", "the film", "--temperature"]
     assert succeed(*words, "1e-320").out == succeed(*words, "0").out
 
 
-@not_yet("a prompt comes back in small letters, and [UNK] for what the tokenizer does not know")
 def test_what_is_written_begins_with_the_prompt_as_it_was_given(succeed):
     assert succeed("--generate", "3", "The Film, 日本:").out.startswith("The Film, 日本:")
 
 
-@not_yet("--max-len has nothing to do with it, and was not given")
 @pytest.mark.parametrize("words", [["--fill", "the [MASK]"], ["--generate", "3", "the film"]])
 def test_the_default_of_max_len_is_no_obstacle_to_other_jobs(folder, monkeypatch, words):
     monkeypatch.setattr(sys, "argv", ["prompt.py", *words, "--model", str(folder / "learned")])
@@ -616,7 +607,6 @@ def test_the_default_of_max_len_is_no_obstacle_to_other_jobs(folder, monkeypatch
     assert ended.value.code == 0
 
 
-@not_yet("the message says --data")
 @pytest.mark.parametrize("name", ["one.csv", "bare.csv", "few.csv"])
 def test_an_error_about_evaluate_names_evaluate(refused, tmp_path, name):
     (tmp_path / name).write_bytes(FILES[name])
@@ -626,8 +616,7 @@ def test_an_error_about_evaluate_names_evaluate(refused, tmp_path, name):
 @pytest.mark.parametrize(
     "change",
     [{"method": "magic"}, {"accuracy": "high"}, {"accuracy": None},
-     *(pytest.param({key: value}, marks=not_yet("missed only when all is computed"))
-       for key, value in (("spread", "wide"), ("train_examples", "many"), ("train_examples", None)))],
+     {"spread": "wide"}, {"train_examples": "many"}, {"train_examples": None}],
 )  # fmt: skip
 def test_damaged_curves_are_refused_before_the_work(refused, folder, tmp_path, change):
     rows = [{"method": "full", "train_examples": n, "accuracy": 0.6, "spread": None} for n in (16, 64)]
@@ -636,7 +625,6 @@ def test_damaged_curves_are_refused_before_the_work(refused, folder, tmp_path, c
     refused("--evaluate", folder / "data.csv", *ASK, *options, naming=["--curves compare.json"])
 
 
-@not_yet("both labels get the same score, always")
 @pytest.mark.parametrize("word", ["bad", "BAD"])
 def test_one_word_for_two_labels_is_refused(refused, word):
     refused("a film", *ASK[:3], "--words", "no=bad", f"yes=good,{word}", naming=["--words"])
