@@ -23,7 +23,7 @@ import torch
 from minitune.attention import choose
 from minitune.checkpoint import load_tokenizer, read_config, save_model, weights_hash
 from minitune.classification import Classification, Examples, Sequences, evaluate
-from minitune.cli import Parser, add_machine_options, check_same, real, run_script, whole
+from minitune.cli import Parser, add_machine_options, check_max_len, check_same, real, run_script, whole
 from minitune.comparison import simple_methods, summarise, table
 from minitune.data import Dataset
 from minitune.errors import UserError
@@ -38,7 +38,7 @@ from minitune.precision import Precision
 from minitune.prediction import save_trained
 from minitune.processes import Processes
 from minitune.reviews import SPLITS, Reviews
-from minitune.runs import Run
+from minitune.runs import Run, check_strangers
 from minitune.sources import default_model, find_model
 from minitune.tokenizer import Tokenizer
 from minitune.training import Trainer
@@ -107,8 +107,7 @@ def read_arguments() -> tuple[argparse.Namespace, list[Job]]:
     if len(methods) > 1 and "scratch" not in methods:
         methods.append("scratch")  # methods are compared with what they start from, nothing
     own = {*METHODS, "compare.json", "compare.json.partial", "compare.png"}
-    if strangers := [path for path in args.out.glob("*") if path.name not in own]:
-        raise UserError(f"--out {args.out} holds what is no run of finetune.py: {strangers[0].name}")
+    check_strangers(args.out, own, "run of finetune.py")
     sizes = list(dict.fromkeys(args.train_examples or [None]))
     jobs = []
     for method, size, k in itertools.product(methods, sizes, range(args.seeds)):
@@ -145,8 +144,7 @@ def main() -> None:
     say(f"model: {name} ({why}), {config.num_hidden_layers} layers of {config.hidden_size}")
     tokenizer = load_tokenizer(source, config)
     attention = choose(args.attention, processes.device, precision.dtype, config.head_size)
-    if args.max_len > config.max_position_embeddings:
-        raise UserError(f"--max-len {args.max_len}: the model has {config.max_position_embeddings} positions")
+    check_max_len(args.max_len, config.max_position_embeddings)
 
     # 2. Labelled reviews, as token ids.
     dataset = Dataset(args.data, args.test)

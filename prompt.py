@@ -27,7 +27,7 @@ from minitune.attention import choose
 from minitune.calibration import CALIBRATIONS, Ensemble
 from minitune.checkpoint import load_masked_lm, load_tokenizer
 from minitune.classification import interval
-from minitune.cli import Parser, add_machine_options, real, run_script, whole
+from minitune.cli import Parser, add_machine_options, check_max_len, check_utf8, real, run_script, whole
 from minitune.comparison import ORDER, simple_methods
 from minitune.data import Dataset
 from minitune.errors import UserError
@@ -40,6 +40,7 @@ from minitune.processes import Processes
 from minitune.prompt_comparison import compare_prompts, summary, table
 from minitune.prompting import TEMPLATES, WORDS, Prompt, Reader, in_words
 from minitune.reviews import Reviews, label_index
+from minitune.runs import check_strangers
 from minitune.sources import default_model, find_model
 from minitune.tokenizer import Tokenizer
 
@@ -83,10 +84,7 @@ def parser() -> Parser:
 def read_arguments() -> argparse.Namespace:
     """The options, with one thing to do."""
     args = parser().parse_args()
-    try:
-        "".join([*args.template, *(args.words or []), args.fill or "", *args.texts]).encode()
-    except UnicodeEncodeError:  # Python hands over bytes that are no UTF-8 as half characters
-        raise UserError("an argument is not UTF-8 text") from None
+    check_utf8("an argument", *args.template, *(args.words or []), args.fill or "", *args.texts)
     asked = [args.evaluate is not None, args.fill is not None, args.generate is not None or bool(args.texts)]
     if sum(asked) != 1:
         raise UserError("give one of: texts (also with --generate N), --evaluate DATA, --fill SENTENCE")
@@ -140,9 +138,7 @@ def main() -> None:
                 written = json.dumps({"text": text, "generated": written}, ensure_ascii=False)
             print(written)
         return
-    positions = model.config.max_position_embeddings
-    if args.max_len > positions:
-        raise UserError(f"--max-len {args.max_len}: the model has {positions} positions")
+    check_max_len(args.max_len, model.config.max_position_embeddings)
     prompts = [Prompt(sentence, args.words, reader, args.max_len) for sentence in args.template]
 
     # 3. Answers, or how good they are.
@@ -191,8 +187,7 @@ def evaluate(args: argparse.Namespace, prompts: list[Prompt], name: str) -> None
     """Every template with every calibration on the test rows: one table and one picture."""
     curves = read_curves(args.curves) if args.curves else []
     results = {"prompts.json", "prompts.png", "labels.png"}
-    if strangers := [p.name for p in args.out.glob("*") if p.name.removesuffix(".partial") not in results]:
-        raise UserError(f"--out {args.out} holds what is no result of prompt.py: {strangers[0]}")
+    check_strangers(args.out, results | {f"{name}.partial" for name in results}, "result of prompt.py")
     reviews = Reviews.load(Dataset(args.evaluate, option="--evaluate"))
     tokenizer = prompts[0].reader.tokenizer
     labels = matching_labels(prompts[0].words.names, reviews, args.evaluate)[reviews.labels["test"]]

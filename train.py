@@ -19,7 +19,7 @@ import torch
 
 from minitune.attention import choose
 from minitune.checkpoint import load_masked_lm, load_tokenizer, save_model
-from minitune.cli import Parser, add_machine_options, real, run_script, whole
+from minitune.cli import Parser, add_machine_options, check_max_len, real, run_script, whole
 from minitune.corpus import Corpus
 from minitune.data import Dataset
 from minitune.errors import UserError
@@ -113,8 +113,7 @@ def main() -> None:
         config = PRESETS[args.preset]
         say(f"model: {args.preset}, from random weights")
     attention = choose(args.attention, processes.device, precision.dtype, config.head_size)
-    if args.max_len > config.max_position_embeddings:
-        raise UserError(f"--max-len {args.max_len}: the model has {config.max_position_embeddings} positions")
+    check_max_len(args.max_len, config.max_position_embeddings)
 
     # 2. The text, as token ids. The main process tokenises, the others wait for it.
     dataset = Dataset(args.data)

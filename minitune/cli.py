@@ -78,6 +78,20 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
                        help="of everything random")  # fmt: skip
 
 
+def check_max_len(max_len: int, positions: int) -> None:
+    """Raise UserError where sequences of --max-len are longer than a model has positions."""
+    if max_len > positions:
+        raise UserError(f"--max-len {max_len}: the model has {positions} positions")
+
+
+def check_utf8(what: str, *texts: str) -> None:
+    """Raise UserError for texts of the command line that are not UTF-8."""
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:  # Python hands over bytes that are no UTF-8 as half characters
+        raise UserError(f"{what} is not UTF-8") from None
+
+
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's `main`: 0, 2 with one line for what the user can put right, 130 for Ctrl-C."""
     try:

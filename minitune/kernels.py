@@ -35,13 +35,17 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
-def find_work(cu_seqlens, H, BLOCK: tl.constexpr):
-    """The program's head, its sequence's first row and length, and its own rows within that sequence."""
-    sequence, head = tl.program_id(0) // H, tl.program_id(0) % H
-    first = tl.load(cu_seqlens + sequence)
-    length = tl.load(cu_seqlens + sequence + 1) - first
+def find_work(cu_seqlens, T, H, stride, head_stride, D: tl.constexpr, BLOCK: tl.constexpr):
+    """Where the program's sequence and head begin, the sequence's length, and the program's rows in it.
+
+    Three beginnings: in q, k and v, which have strides; in tensors (T, H, D) without gaps; in (H, T).
+    """
+    sequence, head = tl.program_id(0) // H, (tl.program_id(0) % H).to(tl.int64)
+    start = tl.load(cu_seqlens + sequence)
+    length = tl.load(cu_seqlens + sequence + 1) - start
+    first = start.to(tl.int64)
     rows = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    return head.to(tl.int64), first.to(tl.int64), length, rows
+    return first * stride + head * head_stride, (first * H + head) * D, head * T + first, length, rows
 
 
 @triton.jit
@@ -71,10 +75,9 @@ def forward_kernel(
     Q, K, V, Out, Lse, cu_seqlens, T, H, stride, head_stride, D: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Out and Lse for a block of queries: the online softmax over blocks of keys."""
-    head, first, length, queries = find_work(cu_seqlens, H, BLOCK)
+    strided, packed, row_sums, length, queries = find_work(cu_seqlens, T, H, stride, head_stride, D, BLOCK)
     if tl.program_id(1) * BLOCK >= length:  # the grid has room for the longest sequence
         return
-    strided, packed = first * stride + head * head_stride, (first * H + head) * D
     q = load(Q + strided, queries, length, stride, D)
     top = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -92,7 +95,7 @@ def forward_kernel(
         out = correction[:, None] * out + product(weights.to(v.dtype), v)
         top = new_top
     store(Out + packed, queries, length, H * D, D, out / total[:, None])
-    tl.store(Lse + head * T + first + queries, top + tl.log2(total), mask=queries < length)
+    tl.store(Lse + row_sums + queries, top + tl.log2(total), mask=queries < length)
 
 
 @triton.jit
@@ -101,10 +104,9 @@ def dq_kernel(
     D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dQ for a block of queries, and Delta, the row sums of dOut ∘ Out, which `dkdv_kernel` reads."""
-    head, first, length, queries = find_work(cu_seqlens, H, BLOCK)
+    strided, packed, row_sums, length, queries = find_work(cu_seqlens, T, H, stride, head_stride, D, BLOCK)
     if tl.program_id(1) * BLOCK >= length:
         return
-    strided, packed, row_sums = first * stride + head * head_stride, (first * H + head) * D, head * T + first
     q = load(Q + strided, queries, length, stride, D)
     out = load(Out + packed, queries, length, H * D, D)
     d_out = load(dOut + packed, queries, length, H * D, D)
@@ -130,10 +132,9 @@ def dkdv_kernel(
     D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dK and dV for a block of keys. Scores are (keys, queries) here: no sum needs them transposed."""
-    head, first, length, keys = find_work(cu_seqlens, H, BLOCK)
+    strided, packed, row_sums, length, keys = find_work(cu_seqlens, T, H, stride, head_stride, D, BLOCK)
     if tl.program_id(1) * BLOCK >= length:
         return
-    strided, packed, row_sums = first * stride + head * head_stride, (first * H + head) * D, head * T + first
     k = load(K + strided, keys, length, stride, D)
     v = load(V + strided, keys, length, stride, D)
     dk = tl.zeros((BLOCK, D), tl.float32)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+from minitune.cli import check_utf8
 from minitune.data import SUFFIXES, Dataset, Row
 from minitune.errors import UserError
 from minitune.machine import check_device
@@ -23,6 +24,7 @@ BATCH_TOKENS = 8192
 def label_new_reviews(args: argparse.Namespace) -> None:
     """`finetune.py --predict`, from its options to the last answer."""
     check_device(args.device)
+    sys.stdout.reconfigure(encoding="utf-8")  # as every file, whatever the locale says
     name = args.model or _latest_run(args.out)
     classifier = Classifier.load(name, args.attention)
     device = Processes(args.device).device
@@ -48,7 +50,6 @@ def print_answers(
 
     `arguments` are texts, files or -, given to `option`; `cut` says what happened to texts that are too long.
     """
-    sys.stdout.reconfigure(encoding="utf-8")  # as every file, whatever the locale says
     expected: list[str | None] = []  # the labels of the rows, where they come with any
 
     def texts() -> Iterator[str]:
@@ -96,10 +97,7 @@ def _rows(arguments: list[str], option: str) -> Iterator[Row]:
         elif not argument.strip():
             raise UserError(f"{option}: the text is empty")
         else:
-            try:
-                argument.encode()
-            except UnicodeEncodeError:  # Python hands over bytes that are no UTF-8 as half characters
-                raise UserError(f"{option}: the text is not UTF-8") from None
+            check_utf8(f"{option}: the text", argument)
             yield Row(argument)
 
 

@@ -11,6 +11,8 @@ from minitune.files import write_atomically
 matplotlib.use("Agg")  # a file, no window
 import matplotlib.pyplot as plt  # noqa: E402
 
+plt.rcParams.update({"axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False})
+
 
 def save(figure: plt.Figure, path: Path) -> None:
     """Write the picture, whole or not at all."""
@@ -49,9 +51,8 @@ def plot_pretraining(log: list[dict], uniform: float, unigram: float, final: dic
     axes.annotate(f"{final['loss']:.2f}", points[-1], xytext=(-2, -14), textcoords="offset points",
                   ha="right", color="#08519c")  # fmt: skip
     axes.set(xlabel="minutes of training", ylabel="masked-LM loss (nats a token)")
-    axes.set_title("Learning to fill blanks", loc="left")
+    axes.set_title("Learning to fill blanks")
     axes.legend(loc="upper right", bbox_to_anchor=(1, 0.72), frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
     save(figure, path)
 
 
@@ -77,8 +78,7 @@ def plot_comparison(rows: list[dict], title: str, path: Path) -> None:
         _label_curves(axes, rows, counts)
     else:
         _bars(axes, rows)
-    axes.set_title(title, loc="left")
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(title)
     save(figure, path)
 
 
@@ -108,9 +108,8 @@ def plot_prompts(rows: list[dict], bag: list[dict], title: str, path: Path) -> N
     axes.set_yticks(range(len(templates)), templates, parse_math=False)
     axes.set_ylim(len(templates) - 0.4, -1)
     axes.set_xlabel("test accuracy (%), with its 95% interval")
-    axes.set_title(title + (f", {shots} shots" if shots else ""), loc="left", pad=14)
+    axes.set_title(title + (f", {shots} shots" if shots else ""), pad=14)
     axes.legend(title="calibration", frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    axes.spines[["top", "right"]].set_visible(False)
     save(figure, path)
 
 
@@ -121,8 +120,7 @@ def plot_when_labels_pay(curves: list[dict], prompted: dict, title: str, path: P
     axes.axhspan(*(100 * edge for edge in prompted["interval"]), color="#e6550d", alpha=0.15, linewidth=0)
     axes.axhline(100 * prompted["accuracy"], color="#e6550d", label="prompt, no labels")
     axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 0.08))  # below the prompt's interval
-    axes.set_title(title, loc="left")
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(title)
     save(figure, path)
 
 

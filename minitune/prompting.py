@@ -87,7 +87,7 @@ class Template:
 
     def __init__(self, sentence: str, tokenizer: Tokenizer):
         """Raises UserError where either is missing, or there twice."""
-        self.sentence, self.tokenizer = sentence, tokenizer
+        self.sentence = sentence
         for part in (TEXT, MASK):
             if sentence.count(part) != 1:
                 raise UserError(f"the template {sentence!r} must hold {part} once")
@@ -123,11 +123,10 @@ class LabelWords:
         words = [(label, word) for label, name in self.names.items() for word in words[name]]
         self.labels = torch.tensor([label for label, _ in words])  # of each word
         self.ids = tokenizer.encode([word for _, word in words])
+        owner: dict[tuple[int, ...], int] = {}  # the label of each word
         for (label, word), ids in zip(words, self.ids, strict=True):
             if not ids or tokenizer.unk_id in ids:
                 raise UserError(f"--words: the tokenizer does not know {word!r}, of {self.names[label]}")
-        owner: dict[tuple[int, ...], int] = {}
-        for (label, word), ids in zip(words, self.ids, strict=True):
             if owner.setdefault(tuple(ids), label) != label:
                 raise UserError(f"--words: {word!r} stands for two labels")
         self.longest = max(map(len, self.ids))

@@ -24,6 +24,12 @@ from minitune.files import read_json, write_atomically, write_json
 NOT_YET_A_RUN = (".partial", ".lock")  # all that a kill can leave before settings.json is there
 
 
+def check_strangers(out: Path, own: set[str], what: str) -> None:
+    """Raise UserError where --out holds anything but these names; `what` they belong to."""
+    if strangers := [path.name for path in out.glob("*") if path.name not in own]:
+        raise UserError(f"--out {out} holds what is no {what}: {strangers[0]}")
+
+
 class Run:
     """One output directory. `Run.open` decides whether it may be used."""
 

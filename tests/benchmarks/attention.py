@@ -116,7 +116,6 @@ def plot(results: dict[int, dict], title: str, path: Path) -> None:
         axes.set(xlabel="tokens a sequence", ylabel=f"{what} ({unit})")
         axes.set_xticks([*results], labels=[*results])
         axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
-        axes.spines[["top", "right"]].set_visible(False)
     panels[0].legend(frameon=False)
     figure.suptitle(title)
     save(figure, path)
