@@ -9,6 +9,58 @@ leaves the plateau early is not Muon but where training starts: initialization.p
 import torch
 from torch import Tensor, nn
 
+from minitune.precision import multiplies_bf16
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, made orthogonal by Newton-Schulz iterations (Jordan et al. 2024).
+
+    The rule is that of `torch.optim.Muon`, with two differences. Its products are always in bfloat16,
+    which a processor without such products takes a hundred times as long for; here they are in float32
+    where that is so. And matrices of one shape are multiplied as one batch.
+    """
+
+    COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # steepest at zero: small singular values grow fastest
+    ITERATIONS = 4  # instead of five: a fifth cheaper, no worse here
+
+    def __init__(self, params: list[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Update every matrix that has a gradient."""
+        for group in self.param_groups:
+            lr, momentum, by_shape = group["lr"], group["momentum"], {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape.setdefault((p.shape, p.device), []).append(p)
+            for (shape, _), matrices in by_shape.items():
+                updates = []
+                for p in matrices:
+                    state = self.state[p]
+                    if not state:
+                        state["momentum_buffer"] = torch.zeros_like(p)
+                    average = state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
+                    updates.append(p.grad.lerp(average, momentum))  # Nesterov: look one step ahead
+                # Tall matrices would otherwise change too little for each of their outputs.
+                rate = lr * max(1, shape[0] / shape[1]) ** 0.5
+                for p, update in zip(matrices, orthogonal(torch.stack(updates)), strict=True):
+                    p.mul_(1 - lr * group["weight_decay"]).sub_(rate * update)
+
+
+def orthogonal(matrices: Tensor) -> Tensor:
+    """(N, rows, columns) -> about the nearest orthogonal matrices: most singular values become 0.7 to 1.2."""
+    X = matrices.to(torch.bfloat16 if multiplies_bf16(matrices.device) else torch.float32)
+    if tall := X.size(1) > X.size(2):  # the square X Xᵀ should be the smaller one
+        X = X.mT
+    X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    a, b, c = Muon.COEFFICIENTS
+    for _ in range(Muon.ITERATIONS):  # aX + bXXᵀX + c(XXᵀ)²X: an odd polynomial of the singular values
+        A = X @ X.mT
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)
+        X = torch.baddbmm(X, B, X, beta=a)
+    return (X.mT if tall else X).to(matrices.dtype)
+
 
 class Optimizer:
     """Several torch optimizers stepped as one, with learning rates that follow one schedule."""
@@ -20,8 +72,7 @@ class Optimizer:
         hidden = [p for name, p in named if p.ndim == 2 and ".layers." in name]
         self.parts = []
         if name == "muon":
-            # Four Newton-Schulz iterations instead of five: a fifth cheaper, no worse here.
-            self.parts.append(torch.optim.Muon(hidden, lr=lr, weight_decay=weight_decay, ns_steps=4))
+            self.parts.append(Muon(hidden, lr=lr, weight_decay=weight_decay))
         else:
             hidden, adamw_lr = [], lr
         taken = {id(p) for p in hidden}

@@ -1,11 +1,21 @@
 """Mixed precision: which number format the matrix products run in."""
 
 import contextlib
+import functools
 from dataclasses import dataclass
 
 import torch
 
 from minitune.errors import UserError
+
+
+@functools.cache  # Muon asks at every step
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether this hardware has bfloat16 products; emulated, they are slower than float32 by far."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    abilities = torch.cpu.get_capabilities()
+    return any(abilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 @dataclass
@@ -22,12 +32,8 @@ class Precision:
             raise UserError("--precision fp16 needs a CUDA device; on a CPU use bf16 or fp32")
         if asked != "auto":
             return cls(asked)
-        if device.type == "cuda":
-            has, where = torch.cuda.is_bf16_supported(including_emulation=False), "this GPU"
-        else:
-            abilities = torch.cpu.get_capabilities()
-            has = any(abilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-            where = "this processor"
+        has = multiplies_bf16(device)
+        where = "this GPU" if device.type == "cuda" else "this processor"
         return cls("bf16" if has else "fp32", f"{where} {'has' if has else 'has no'} bf16 products")
 
     @property

@@ -9,11 +9,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from minitune.errors import UserError
 from minitune.initialization import start_with_frequencies, start_with_neighbours
 from minitune.model import BertConfig, BertForMaskedLM, PackedBatch
-from minitune.optimizer import Optimizer, one_cycle
+from minitune.optimizer import Muon, Optimizer, one_cycle
 from minitune.plots import plateau
 from minitune.precision import Precision
 from minitune.pretraining import Cloze, MaskedLanguageModelling, summary_loss
@@ -116,6 +117,31 @@ def test_muon_has_the_hidden_matrices_and_only_matrices_decay():
     }
     assert free["weight_decay"] == 0 and all(p.ndim == 1 for p in free["params"])
     assert sum(len(g["params"]) for part in (muon, adamw) for g in part.param_groups) == len(names)
+
+
+@pytest.mark.parametrize(("has_bf16", "tolerance"), [(True, 1e-2), (False, 5e-2)])
+def test_muon_is_that_of_torch_whether_or_not_there_are_bf16_products(monkeypatch, has_bf16, tolerance):
+    monkeypatch.setattr("minitune.optimizer.multiplies_bf16", lambda device: has_bf16)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(24, 8), (8, 8), (8, 24), (24, 8), (8, 8)]
+    start = [torch.randn(shape, generator=generator) for shape in shapes]
+    ours, theirs = ([nn.Parameter(x.clone()) for x in start] for _ in range(2))
+    optimizers = Muon(ours, 0.1, 0.2), torch.optim.Muon(theirs, lr=0.1, weight_decay=0.2, ns_steps=4)
+    for _ in range(3):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn(p.shape, generator=generator)
+            q.grad = p.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, q, x in zip(ours, theirs, start, strict=True):
+        assert (p - q).norm() < tolerance * (q - x).norm()
+
+
+def test_a_matrix_without_a_gradient_stays_as_it_is():
+    still, moved = nn.Parameter(torch.ones(4, 4)), nn.Parameter(torch.ones(4, 4))
+    moved.grad = torch.eye(4)
+    Muon([still, moved], 0.1, 0.5).step()
+    assert torch.equal(still, torch.ones(4, 4)) and not torch.equal(moved, torch.ones(4, 4))
 
 
 def test_the_optimizer_goes_on_from_its_state(tmp_path):
