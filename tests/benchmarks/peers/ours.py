@@ -1,0 +1,150 @@
+"""The jobs as minitune does them: its own loop, tasks and models, only the batches are given."""
+
+import math
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from minitune.adapters import insert_adapters
+from minitune.checkpoint import load_classifier, load_masked_lm, load_tokenizer, to_bert
+from minitune.classification import Batch, Classification, Examples, Sequences
+from minitune.features import FeatureClassifier, extract
+from minitune.labelling import BATCH_TOKENS
+from minitune.methods import choose_trained
+from minitune.model import PackedBatch
+from minitune.optimizer import Optimizer
+from minitune.precision import Precision
+from minitune.prediction import Classifier
+from minitune.pretraining import Cloze, MaskedLanguageModelling
+from minitune.processes import Processes
+from minitune.runs import Run
+from minitune.training import Trainer
+from tests.benchmarks.peers.problem import ADAPTER_SIZE, EPOCHS, LABELS, LR, RATE, Problem
+
+PROCESSES = Processes("cpu")
+
+
+class GivenBatches(Classification):
+    """The task of finetune.py over given batches; next to nothing is evaluated."""
+
+    def __init__(self, examples: Examples, batches: list[list[int]], epochs: int = 1):
+        few = examples if epochs > 1 else examples.select(np.arange(2))
+        super().__init__(examples, few, batch_tokens=1 << 16, epochs=1, seed=0)
+        self.given = [np.array(rows) for rows in batches] * epochs
+        self.epoch_ends = [len(self.given)]
+
+    def batches(self, first_step: int) -> Iterator[Batch]:
+        yield from map(self.train.batch, self.given[first_step:])
+
+
+class GivenBlanks(MaskedLanguageModelling):
+    """The task of train.py over given sequences; nothing is evaluated."""
+
+    def __init__(self, problem: Problem, tokenizer):
+        self.tokenizer, self.rate, self.summary_weight, self.yardstick = tokenizer, RATE, 0.0, ""
+        self.rows = [torch.tensor(ids) for ids in problem.ids]
+        self.given, self.continuation = problem.grouped, None
+
+    def batches(self, first_step: int) -> Iterator[Cloze]:
+        generator = torch.Generator().manual_seed(0)
+        for rows in self.given[first_step:]:
+            yield self._mask([self.rows[row] for row in rows], self.rate, None, generator)
+
+    def evaluation_due(self, step: int, steps: int) -> bool:
+        return False
+
+    def evaluate(self, model: nn.Module, processes: Processes, quick: bool = False) -> dict:
+        return {"loss": 0.0}
+
+
+class Ours:
+    """One job, ready to be timed."""
+
+    def __init__(self, problem: Problem, tuned: bool):
+        self.problem, self.precision = problem, Precision(problem.precision)
+        self.run = {"feature": self.train_on_features, "label": self.label}.get(problem.job, self.train)
+        if problem.job == "mlm":
+            self.model, _ = load_masked_lm(problem.directory)
+            self.tokenizer = load_tokenizer(problem.directory, self.model.config)
+            self.task = GivenBlanks(problem, self.tokenizer)
+            return
+        self.model = load_classifier(problem.directory)
+        self.tokenizer = load_tokenizer(problem.directory, self.model.config)
+        if problem.job == "adapter":
+            insert_adapters(self.model.bert, ADAPTER_SIZE)
+            adapters = load_file(problem.directory / "adapters.safetensors")
+            self.model.load_state_dict(adapters, strict=False)
+        chosen = choose_trained(self.model, "adapter" if problem.job == "adapter" else "full")
+        for name, p in self.model.named_parameters():
+            p.requires_grad_(name in chosen)
+        sequences = Sequences(problem.texts, self.tokenizer, problem.max_len)
+        assert [row.tolist() for row in sequences.ids] == problem.ids
+        self.examples = Examples(sequences, torch.tensor(problem.labels))
+        self.task = GivenBatches(self.examples, problem.grouped)
+
+    def check(self) -> dict[str, Tensor]:
+        """Loss and gradients of the first batch in float32, under BERT's names; or logits."""
+        self.model.eval()
+        if self.problem.job in ("label", "feature"):
+            batch, _ = self.examples.batch(np.array(self.problem.grouped[0])).to(torch.device("cpu"))
+            with torch.no_grad():
+                return {"logits": self.model(batch)}
+        if self.problem.job == "mlm":
+            tokens, positions, labels = self.problem.blanks
+            lengths = [len(self.problem.ids[row]) for row in self.problem.grouped[0]]
+            batch = PackedBatch.from_sequences(list(tokens.split(lengths)))
+            loss = self.task.loss(self.model, Cloze(batch, positions, labels)) / len(positions)
+        else:
+            batch = self.examples.batch(np.array(self.problem.grouped[0]))
+            loss = self.task.loss(self.model, batch.to(torch.device("cpu"))) / len(batch)
+        loss.backward()
+        gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        self.model.zero_grad()
+        return {"loss": loss.detach()} | to_bert(gradients)
+
+    def _trainer(self, learner: nn.Module, task, precision: Precision, folder: str) -> Trainer:
+        optimizer = Optimizer(learner, "adamw", LR, LR, 0.01)
+        run = Run(Path(folder))
+        run.start({})
+        trainer = Trainer(
+            learner, optimizer, task, run, PROCESSES, precision, seed=0, warmup=0.1, save_minutes=math.inf
+        )
+        trainer.steps = len(task.given)
+        return trainer
+
+    def train(self) -> float:
+        """Seconds of training, saving not among them."""
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = self._trainer(self.model, self.task, self.precision, folder)
+            trainer.train()
+        return trainer.seconds
+
+    def train_on_features(self) -> float:
+        """Seconds for reading every text once and training a head on what was read."""
+        model = FeatureClassifier(self.model.bert, len(LABELS)).requires_grad_(False)
+        model.head.requires_grad_(True)
+        with tempfile.TemporaryDirectory() as folder:
+            train = {"train": self.examples}
+            extracted, seconds = extract(model.bert, train, Path(folder), PROCESSES, self.precision)
+            started = time.perf_counter()
+            model.head.standardise(extracted["train"].inputs.matrix)
+            seconds += time.perf_counter() - started
+            task = GivenBatches(extracted["train"], self.problem.grouped, EPOCHS)
+            trainer = self._trainer(model.head, task, Precision("fp32"), folder)
+            trainer.train()
+        return seconds + trainer.seconds
+
+    def label(self) -> float:
+        """Seconds from texts to labels."""
+        classifier = Classifier(self.model, self.tokenizer, LABELS, self.problem.max_len)
+        started = time.perf_counter()
+        texts, device = self.problem.texts, PROCESSES.device
+        answers = list(classifier.predict(texts, device, self.precision, BATCH_TOKENS))
+        assert len(answers) == len(texts)
+        return time.perf_counter() - started

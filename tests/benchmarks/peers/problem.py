@@ -1,0 +1,86 @@
+"""What both sides of a comparison are given: one starting model, the same texts, ids, labels and batches."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from minitune.adapters import insert_adapters
+from minitune.checkpoint import load_for_classification, load_tokenizer, read_config, save_model
+from minitune.classification import Sequences
+from minitune.corpus import Corpus
+from minitune.data import Dataset
+from minitune.masking import mask_tokens
+from minitune.model import PRESETS, BertForMaskedLM
+from minitune.reviews import Reviews
+from minitune.sources import find_model
+
+LABELS = {0: "negative", 1: "positive"}
+ADAPTER_SIZE = 64
+RATE = 0.15  # of masked tokens
+EPOCHS = 3  # of feature extraction: over the same texts
+LR = 1e-4
+
+
+@dataclass
+class Problem:
+    """One job, the same for everybody."""
+
+    job: str  # full, adapter, feature, label or mlm
+    directory: Path  # the starting model, in BERT's layout
+    precision: str  # of minitune and of the tuned peer; as shipped it is float32
+    max_len: int
+    ids: list[list[int]]  # with [CLS] and [SEP]
+    texts: list[str]  # of the same rows; the job "label" begins with them
+    labels: list[int]
+    shuffled: list[list[int]]  # rows of each batch, as a shuffle gives them
+    grouped: list[list[int]]  # the same number of batches of the same rows, alike in length
+
+    @property
+    def blanks(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The first batch with blanks, for comparing losses: tokens (T,), positions (M,), labels (M,)."""
+        tokens = torch.cat([torch.tensor(self.ids[row]) for row in self.grouped[0]])
+        special, vocab_size = torch.tensor([0, 1, 2, 3, 4]), read_config(self.directory).vocab_size
+        return mask_tokens(
+            tokens, torch.Generator().manual_seed(0),
+            rate=RATE, mask_id=4, special_ids=special, vocab_size=vocab_size, continuation=None,
+        )  # fmt: skip
+
+
+def make(
+    job: str, data: str, max_len: int, rows: int, batch: int, precision: str, directory: Path
+) -> Problem:
+    """Write the starting model into `directory` and choose the rows."""
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    if job == "mlm":
+        corpus = Corpus.open(Dataset(data), None, 8192)
+        save_model(BertForMaskedLM(PRESETS["tiny"]), corpus.tokenizer, directory)
+        # Whole sequences only, as run_mlm's concatenation gives them: nothing to gain by packing.
+        pieces = corpus.pieces("train", max_len, overlap=True)
+        chosen = rng.permutation(np.flatnonzero(pieces.lengths == max_len))[:rows]
+        ids, texts, labels = [piece.tolist() for piece in pieces.read(chosen)], [""] * rows, [0] * rows
+    else:
+        source = find_model("minilm")
+        model = load_for_classification(source, LABELS)
+        tokenizer = load_tokenizer(source, read_config(source))
+        save_model(model, tokenizer, directory)
+        insert_adapters(model.bert, ADAPTER_SIZE)
+        adapters = {name: p.detach() for name, p in model.state_dict().items() if "adapter" in name}
+        save_file(adapters, directory / "adapters.safetensors")
+        reviews = Reviews.load(Dataset(data))
+        chosen = rng.permutation(len(reviews.texts["train"]))
+        if max_len > 256:  # a job of long texts: full length, all of them
+            long = [row for row in chosen[: 40 * rows] if len(reviews.texts["train"][row]) > 6 * max_len]
+            chosen = np.array(long)
+        texts = [reviews.texts["train"][row] for row in chosen[:rows]]
+        labels = reviews.labels["train"][chosen[:rows]].tolist()
+        ids = [row.tolist() for row in Sequences(texts, tokenizer, max_len).ids]
+    shuffled = [list(range(i, min(i + batch, rows))) for i in range(0, rows, batch)]
+    by_length = sorted(range(rows), key=lambda row: len(ids[row]))
+    grouped = [by_length[i : i + batch] for i in range(0, rows, batch)]
+    grouped = [grouped[i] for i in rng.permutation(len(grouped))]
+    return Problem(job, directory, precision, max_len, ids, texts, labels, shuffled, grouped)
