@@ -15,25 +15,19 @@ largest of them: of six, these are a 97% interval for the median.
 
 import argparse
 import json
-import multiprocessing
-import os
 import statistics
-import sys
 import tempfile
 from dataclasses import dataclass
-from importlib import import_module
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
 
-from minitune.machine import describe, forget_peak_memory, peak_memory
+from minitune.machine import describe
 from minitune.precision import Precision
-from tests.benchmarks.peers.problem import Problem, make
+from tests.benchmarks.peers.problem import make
+from tests.benchmarks.peers.sides import SIDES, Side
 
 CPU = torch.device("cpu")
-SIDES = {"ours": ("ours", "Ours", True), "tuned": ("theirs", "Theirs", True),
-         "shipped": ("theirs", "Theirs", False)}  # fmt: skip
 
 
 @dataclass
@@ -60,41 +54,6 @@ JOBS = {
     "label-imdb": Job("labelling, IMDb (256)", "label", "imdb", 256, 128, 32, 4, 1.5),
     "mlm": Job("masked words, tiny", "mlm", "imdb", 256, 96, 16, 3, 1.5),
 }  # fmt: skip
-
-
-def serve(connection: Connection, side: str, problem: Problem) -> None:
-    """A side's process: does what it is asked until it is asked nothing more."""
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # trainers report as they go
-    module, name, tuned = SIDES[side]
-    worker = getattr(import_module(f"tests.benchmarks.peers.{module}"), name)(problem, tuned)
-    while request := connection.recv():
-        if request == "check":
-            connection.send({key: value.numpy() for key, value in worker.check().items()})
-        else:
-            forget_peak_memory(CPU)
-            seconds = worker.run()
-            connection.send((seconds, peak_memory(CPU)))
-
-
-class Side:
-    """One process, seen from here."""
-
-    def __init__(self, side: str, problem: Problem):
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, side, problem), daemon=True)
-        self.process.start()
-        theirs.close()
-
-    def ask(self, request: str):
-        """What it answers. EOFError if the process has died."""
-        self.connection.send(request)
-        return self.connection.recv()
-
-    def end(self) -> None:
-        """Let it go, and its memory with it."""
-        self.connection.send(None)
-        self.process.join()
 
 
 def agreement(ours: dict, theirs: dict) -> tuple[int, float]:

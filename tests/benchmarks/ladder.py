@@ -1,0 +1,216 @@
+"""Where the time goes: from a training step as one would first write it to minitune's, a change at a time.
+
+    python -m tests.benchmarks.ladder --plot ladder.png            ten minutes on two cores
+    python -m tests.benchmarks.ladder --jobs full --rounds 3
+
+Two jobs: pretraining the preset `tiny` on reviews of IMDb, and full fine-tuning of `minilm` on snippets of
+Rotten Tomatoes, 32 a batch. Every rung keeps the changes of those below it. All rungs train on the same
+sequences and take turns, there and back, so that noise falls on all alike. The first ratio is the median
+of what a rung gained over the one below within a round, with the least and the largest; the last what
+all of them gained. Padding is put in as tokens: that is the arithmetic of padded code.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minitune.attention import choose
+from minitune.checkpoint import load_for_classification, load_tokenizer, read_config
+from minitune.classification import Sequences
+from minitune.corpus import Corpus
+from minitune.data import Dataset
+from minitune.machine import describe
+from minitune.masking import mask_tokens
+from minitune.model import PRESETS, BertForMaskedLM, PackedBatch
+from minitune.plots import plt, save
+from minitune.precision import Precision, multiplies_bf16
+from minitune.reviews import Reviews
+from minitune.sources import find_model
+
+CPU = torch.device("cpu")
+RATE, SPECIAL, MASK = 0.15, torch.tensor([0, 1, 2, 3, 4]), 4  # of our own tokenizer
+
+
+@dataclass(frozen=True)
+class Rung:
+    """How a step is made."""
+
+    name: str
+    fused: bool = False  # AdamW in one kernel a tensor
+    masked_only: bool = False  # the masked-LM head at the blanks, not at every token
+    grouped: bool = False  # batches of alike lengths
+    packed: bool = False  # no padding
+    attention: str = "reference"
+    precision: str = "fp32"
+
+
+def rungs(job: str) -> list[Rung]:
+    """From the bottom."""
+    fastest = choose("auto", CPU, torch.float32, 64)
+    changes = [("AdamW fused", {"fused": True})]
+    if job == "mlm":
+        changes += [("head at the blanks only", {"masked_only": True})]
+    changes += [("batches of alike lengths", {"grouped": True}), ("packing", {"packed": True})]
+    changes += [(f"attention: {fastest}", {"attention": fastest})]
+    if multiplies_bf16(CPU):
+        changes += [("bf16, attention: auto", {"precision": "bf16", "attention": "auto"})]
+    ladder = [Rung("padded, float32, plain AdamW")]
+    for name, change in changes:
+        ladder.append(replace(ladder[-1], name=name, **change))
+    return ladder
+
+
+class Climber:
+    """A model and its optimizer on one rung."""
+
+    def __init__(self, job: str, rung: Rung, sequences: list[Tensor], labels: Tensor, batch: int):
+        self.rung, self.sequences, self.labels = rung, sequences, labels
+        torch.manual_seed(0)
+        if job == "mlm":
+            self.model, self.loss = BertForMaskedLM(PRESETS["tiny"], rung.attention), self.loss_of_blanks
+        else:
+            labels = {0: "negative", 1: "positive"}
+            self.model = load_for_classification(find_model("minilm"), labels, rung.attention)
+            self.loss = self.loss_of_labels
+        self.model.train()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=rung.fused)
+        order = np.random.default_rng(0).permutation(len(sequences))
+        if rung.grouped:
+            order = np.array(sorted(order, key=lambda row: len(sequences[row])))
+        self.batches = np.array_split(order, -(-len(order) // batch))
+
+    def pack(self, rows: np.ndarray) -> PackedBatch:
+        """The batch, with padding where the rung has it."""
+        chosen = [self.sequences[row] for row in rows]
+        if not self.rung.packed:
+            longest = max(map(len, chosen))
+            chosen = [F.pad(sequence, (0, longest - len(sequence))) for sequence in chosen]
+        return PackedBatch.from_sequences(chosen)
+
+    def loss_of_blanks(self, rows: np.ndarray) -> Tensor:
+        batch = self.pack(rows)
+        masked = mask_tokens(
+            batch.tokens, torch.Generator().manual_seed(0),
+            rate=RATE, mask_id=MASK, special_ids=SPECIAL, vocab_size=self.model.config.vocab_size,
+        )  # fmt: skip
+        batch = replace(batch, tokens=masked.tokens)
+        if self.rung.masked_only:
+            return F.cross_entropy(self.model(batch, masked.positions).float(), masked.labels)
+        targets = torch.full_like(batch.tokens, -100)
+        targets[masked.positions] = masked.labels
+        return F.cross_entropy(self.model(batch, torch.arange(len(targets))).float(), targets)
+
+    def loss_of_labels(self, rows: np.ndarray) -> Tensor:
+        return F.cross_entropy(self.model(self.pack(rows)).float(), self.labels[torch.from_numpy(rows)])
+
+    def climb(self) -> float:
+        """Seconds for all sequences once."""
+        started, precision = time.perf_counter(), Precision(self.rung.precision)
+        for rows in self.batches:
+            with precision.autocast(CPU):
+                loss = self.loss(rows)
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return time.perf_counter() - started
+
+
+def problem(job: str, rows: int) -> tuple[list[Tensor], Tensor]:
+    """Sequences as they come, and their labels."""
+    if job == "mlm":
+        pieces = Corpus.open(Dataset("imdb"), None, 8192).pieces("train", 256, overlap=False)
+        chosen = np.random.default_rng(0).permutation(len(pieces))[:rows]
+        return pieces.read(chosen), torch.zeros(rows)
+    source = find_model("minilm")
+    reviews = Reviews.load(Dataset("rotten_tomatoes"))
+    chosen = np.random.default_rng(0).permutation(len(reviews.texts["train"]))[:rows]
+    texts = [reviews.texts["train"][row] for row in chosen]
+    ids = Sequences(texts, load_tokenizer(source, read_config(source)), 256).ids
+    return [torch.from_numpy(x).long() for x in ids], reviews.labels["train"][torch.from_numpy(chosen)]
+
+
+JOBS = {"mlm": ("pretraining tiny, IMDb", 96, 24), "full": ("full fine-tuning, minilm, snippets", 256, 32)}
+
+
+def measure(job: str, rounds: int) -> Iterator[dict]:
+    """The rungs from the bottom, each with its speed and what it gained."""
+    what, rows, batch = JOBS[job]
+    sequences, labels = problem(job, rows)
+    tokens = sum(map(len, sequences))
+    climbers = [Climber(job, rung, sequences, labels, batch) for rung in rungs(job)]
+    seconds = [[] for _ in climbers]
+    print(f"\n{what}: {tokens:,} tokens, {len(climbers[0].batches)} steps a round")
+    for round_number in range(rounds + 1):
+        order = range(len(climbers))
+        for i in order if round_number % 2 else reversed(order):
+            seconds[i].append(climbers[i].climb())
+    seconds = [own[1:] for own in seconds]  # the first compiles kernels
+    for i, climber in enumerate(climbers):
+        gains = [below / own for below, own in zip(seconds[max(i - 1, 0)], seconds[i], strict=True)]
+        in_all = [bottom / own for bottom, own in zip(seconds[0], seconds[i], strict=True)]
+        row = {
+            "job": what,
+            "rung": climber.rung.name,
+            "tokens_per_second": tokens / statistics.median(seconds[i]),
+            "gain": statistics.median(gains),
+            "least": min(gains),
+            "largest": max(gains),
+            "in_all": statistics.median(in_all),
+        }
+        speed = f"{row['rung']:<30}{row['tokens_per_second']:9,.0f} tokens/s"
+        gain = f"{row['gain']:7.2f} ({row['least']:.2f} to {row['largest']:.2f})"
+        print(f"{speed}{gain}{row['in_all']:7.2f} in all", flush=True)
+        yield row
+
+
+def plot(rows: list[dict], title: str, path: Path) -> None:
+    """A ladder for each job."""
+    jobs = list(dict.fromkeys(row["job"] for row in rows))
+    size = 8, 2.6 * len(jobs)
+    figure, panels = plt.subplots(len(jobs), 1, figsize=size, layout="constrained", squeeze=False)
+    for (axes,), job in zip(panels, jobs, strict=True):
+        own = [row for row in rows if row["job"] == job]
+        speeds = [row["tokens_per_second"] for row in own]
+        axes.barh(range(len(own)), speeds, color="#6baed6")
+        for y, row in enumerate(own):
+            text = f" {speeds[y]:,.0f}" + (f"   × {row['gain']:.2f}" if y else "")
+            if y == len(own) - 1:
+                text += f"   (× {row['in_all']:.1f} in all)"
+            axes.text(speeds[y], y, text, va="center", fontsize=9)
+        names = [own[0]["rung"], *(f"+ {row['rung']}" for row in own[1:])]
+        axes.set_yticks(range(len(own)), names)
+        axes.invert_yaxis()
+        axes.set(xlim=(0, 1.45 * max(speeds)), xlabel="tokens a second, padding not counted")
+        axes.set_title(job)
+    figure.suptitle(title, fontsize=9)
+    save(figure, path)
+
+
+def main() -> None:
+    """A line for each rung."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--jobs", nargs="+", choices=JOBS, default=[*JOBS])
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--plot", type=Path, metavar="PATH", help="draw a picture too")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures there")
+    args = parser.parse_args()
+    print(f"{describe(CPU)}, torch {torch.__version__}")
+    rows = [row for job in args.jobs for row in measure(job, args.rounds)]
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    if args.plot:
+        plot(rows, describe(CPU), args.plot)
+
+
+if __name__ == "__main__":
+    main()
