@@ -149,17 +149,12 @@ def tiled(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) 
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-    """torch's own fused attention, which wants rectangles: pad here, and only here, where lengths differ."""
-    (T, H, D), B, n = q.shape, cu_seqlens.numel() - 1, max_seqlen
-    if T == B * n:  # equal lengths: the packed batch is a rectangle already
-        q, k, v = (x.view(B, n, H, D).transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(T, H, D)
-    lengths = cu_seqlens.diff()
-    real = torch.arange(n, device=q.device) < lengths[:, None]  # (B, n): False at padding
-    padded = [x.new_zeros(B, n, H, D).masked_scatter(real[..., None, None], x) for x in (q, k, v)]
-    q, k, v = (x.transpose(1, 2) for x in padded)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=real[:, None, None, :])
-    return out.transpose(1, 2)[real]
+    """torch's own fused attention. It wants rectangles, and gets them without any padding."""
+    outputs = []
+    for q1, k1, v1 in _rectangles(cu_seqlens, q, k, v):
+        out = F.scaled_dot_product_attention(q1, k1, v1)  # (sequences, H, n, D)
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs)
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:

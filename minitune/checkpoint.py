@@ -13,11 +13,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from minitune.errors import UserError
-from minitune.files import read_json, write_atomically, write_json
+from minitune.files import read_json, write_atomically, write_json, write_tensors
 from minitune.model import BertConfig, BertForMaskedLM, BertForSequenceClassification
 from minitune.tokenizer import Tokenizer
 
@@ -176,8 +175,7 @@ def save_model(
     for name, content in tokenizer.files().items():
         write_atomically(directory / name, content)
     write_json(directory / "config.json", config_json(model.config, type(model).__name__))
-    weights = save(to_bert(model.state_dict()), metadata={"format": "pt"})
-    write_atomically(directory / "model.safetensors", weights)
+    write_tensors(directory / "model.safetensors", to_bert(model.state_dict()), {"format": "pt"})
 
 
 def load_masked_lm(directory: Path, attention: str = "auto") -> tuple[BertForMaskedLM, bool]:

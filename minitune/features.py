@@ -11,14 +11,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from minitune.batching import filled
 from minitune.classification import Examples, Sequences
 from minitune.errors import UserError
-from minitune.files import write_atomically
+from minitune.files import write_tensors
 from minitune.model import Bert, PackedBatch, mean_of_tokens
 from minitune.precision import Precision
 from minitune.processes import Processes
@@ -129,7 +128,7 @@ def _extract(
             with precision.autocast(processes.device):
                 parts.append(pooled_layers(bert, batch).float().cpu())
         seconds = str(time.monotonic() - started)
-        write_atomically(paths[i], save({"features": torch.cat(parts)}, metadata={"seconds": seconds}))
+        write_tensors(paths[i], {"features": torch.cat(parts)}, {"seconds": seconds})
     processes.agree(None)  # now all blocks are there
     matrix, seconds = torch.empty(len(order), feature_size(bert)), 0.0
     for path, block in zip(paths, blocks, strict=True):

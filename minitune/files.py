@@ -5,17 +5,30 @@ import os
 import shutil
 from pathlib import Path
 
+from safetensors.torch import save_file
+from torch import Tensor
+
 from minitune.errors import UserError
 
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Temporary file, fsync, rename: `path` holds the old content or all of the new."""
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
+    partial.write_bytes(content)
+    _publish(partial, path)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """A safetensors file, atomically; straight from the tensors, which are not copied in memory."""
+    partial = path.with_name(path.name + ".partial")
+    save_file(tensors, partial, metadata=metadata)
+    _publish(partial, path)
+
+
+def _publish(partial: Path, final: Path) -> None:
+    with open(partial, "rb") as file:
         os.fsync(file.fileno())
-    os.replace(partial, path)
+    os.replace(partial, final)
 
 
 def write_json(path: Path, value: dict) -> None:

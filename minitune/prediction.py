@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from minitune.adapters import AdapterSwitch, adapter_modules, new_adapter_modules
@@ -23,7 +23,7 @@ from minitune.checkpoint import load_classifier, load_for_classification, weight
 from minitune.classification import Sequences
 from minitune.errors import UserError
 from minitune.features import FeatureClassifier
-from minitune.files import read_json, write_atomically, write_json
+from minitune.files import read_json, write_json, write_tensors
 from minitune.model import BertConfig
 from minitune.precision import Precision
 from minitune.sources import find_model
@@ -56,7 +56,7 @@ def save_trained(
         for name, tensor in module.state_dict().items()
     }
     weights = directory / "trained.safetensors"
-    write_atomically(weights, save(tensors, metadata={"format": "pt"}))
+    write_tensors(weights, tensors, {"format": "pt"})
     description = {"method": method, "labels": list(labels.values()), "max_len": max_len, **extra}
     path = str(Path(base).resolve()) if Path(base).is_dir() else base  # found again from any directory
     write_json(directory / "trained.json", description | {"base": {"path": path, "sha256": base_hash}})

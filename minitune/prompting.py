@@ -73,7 +73,7 @@ class Reader:
             starts = batch.cu_seqlens.tolist()
             blanks = [start + i for cloze, start in zip(chosen, starts, strict=False) for i in cloze.blanks]
             with self.precision.autocast(self.device):
-                hidden = self.model.bert(batch.to(self.device))[torch.tensor(blanks, device=self.device)]
+                hidden = self.model.bert(batch.to(self.device), torch.tensor(blanks, device=self.device))
             # The head in float32: in bfloat16 its log-probabilities come in steps of 1/16.
             logits = self.model.head(hidden.float(), self.model.bert.embeddings.word.weight)
             counts = [len(cloze.blanks) for cloze in chosen]

@@ -15,11 +15,10 @@ import shutil
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from minitune.errors import UserError
-from minitune.files import read_json, write_atomically, write_json
+from minitune.files import read_json, write_atomically, write_json, write_tensors
 
 NOT_YET_A_RUN = (".partial", ".lock")  # all that a kill can leave before settings.json is there
 
@@ -93,7 +92,7 @@ class Run:
     def save(self, tensors: dict[str, Tensor], progress: dict) -> None:
         """Replace the checkpoint by this one, in one rename."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        write_atomically(self.state_path, save(tensors, metadata={"progress": json.dumps(progress)}))
+        write_tensors(self.state_path, tensors, {"progress": json.dumps(progress)})
 
     def load(self) -> tuple[dict[str, Tensor], dict] | None:
         """The last checkpoint, or None before the first."""

@@ -16,7 +16,14 @@ from minitune.classification import Classification, Examples, Sequences
 from minitune.errors import UserError
 from minitune.features import Features, feature_size
 from minitune.methods import METHODS, build, choose_trained, summary
-from minitune.model import PRESETS, BertConfig, BertForMaskedLM, BertForSequenceClassification, PackedBatch
+from minitune.model import (
+    PRESETS,
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    Dropout,
+    PackedBatch,
+)
 from minitune.optimizer import Optimizer
 from minitune.precision import Precision
 from minitune.prediction import Classifier, load_adapters, save_trained
@@ -195,7 +202,7 @@ def test_adapters_stand_after_dropout_and_before_the_residual_sum():
     x = torch.randn(16, 16)
 
     def sublayer(x, change, adapter, norm):
-        y = F.dropout(change, 0.5)
+        y = Dropout(0.5)(change)
         y = y + adapter.up(F.gelu(adapter.down(y)))
         return F.layer_norm(x + y, (16,), norm.weight, norm.bias, CONFIG.layer_norm_eps)
 

@@ -10,8 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from minitune.adapters import insert_adapters
 from minitune.checkpoint import load_bert, load_masked_lm, read_config
-from minitune.model import Bert, BertConfig, BertForMaskedLM, Layer, LayerNorm, PackedBatch, Pooler
+from minitune.model import (
+    Bert,
+    BertConfig,
+    BertForMaskedLM,
+    Dropout,
+    Layer,
+    LayerNorm,
+    PackedBatch,
+    Pooler,
+)
 from minitune.sources import find_model
 from minitune.tokenizer import Tokenizer
 from tests.attention_oracle import HERE
@@ -169,6 +179,59 @@ def test_bfloat16_autocast_stays_close_to_float32(backend):
     assert (rounded - exact).norm() <= 0.02 * exact.norm()
 
 
+# What is not wanted is not computed
+
+
+@each_backend
+@pytest.mark.parametrize("adapted", [False, True])
+def test_the_wanted_tokens_are_those_of_all_tokens_and_so_are_the_gradients(backend, adapted):
+    bert = Bert(CONFIG, backend)
+    if adapted:
+        insert_adapters(bert, 8)
+    batch = PackedBatch.from_sequences(random_sequences(RAGGED))
+    wanted = torch.tensor([0, 39, 7, 80, 6])  # in any order
+    upstream = torch.randn(5, CONFIG.hidden_size)
+    gradients = []
+    for hidden in (bert(batch, wanted), bert(batch)[wanted]):
+        gradients.append(torch.autograd.grad(hidden, list(bert.parameters()), upstream, allow_unused=True))
+    assert torch.allclose(bert(batch, wanted), bert(batch)[wanted], atol=1e-5)
+    for few, all_ in zip(*gradients, strict=True):
+        assert (few is None) == (all_ is None)
+        assert few is None or (few - all_).abs().max() <= 1e-5 * max(1, all_.abs().max())
+
+
+def test_the_last_layer_works_for_wanted_tokens_only():
+    bert, seen = Bert(CONFIG), []
+    for layer in bert.layers:
+        layer.feed_forward.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    bert(PackedBatch.from_sequences(random_sequences(RAGGED)), torch.tensor([0, 5]))
+    assert seen == [sum(RAGGED)] * (CONFIG.num_hidden_layers - 1) + [2]
+
+
+# Dropout
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_zeroes_about_its_share_and_keeps_the_mean(dtype):
+    dropout, x = Dropout(0.1), torch.ones(999, 301, dtype=dtype, requires_grad=True)
+    y = dropout(x)
+    y.sum().backward()
+    share = (y == 0).double().mean().item()
+    assert y.dtype == dtype and abs(share - 0.1) < 0.004  # 26 bytes of 256
+    assert abs(y.double().mean().item() - 1) < 0.005
+    assert torch.equal(x.grad, y)  # what was dropped has no gradient, what was kept has its scale
+    assert abs((y[1:] == 0).double().mean(0).std().item()) < 0.02  # no column is favoured
+
+
+def test_dropout_follows_the_seed_and_is_nothing_in_evaluation():
+    dropout, x = Dropout(0.5), torch.randn(7, 5)
+    torch.manual_seed(3)
+    first, second = dropout(x), dropout(x)
+    torch.manual_seed(3)
+    assert torch.equal(dropout(x), first) and not torch.equal(first, second)
+    assert dropout.eval()(x) is x or torch.equal(dropout(x), x)
+
+
 # The masked-LM head
 
 
@@ -268,6 +331,6 @@ def test_real_weights_give_the_pooled_vectors_of_transformers(oracle):
     assert load_bert(model, directory) == []
     batch = PackedBatch.from_sequences([torch.tensor(case["ids"]) for case in oracle["cases"]])
     with torch.no_grad():
-        pooled = model.pooler(model.bert(batch), batch)
+        pooled = model.pooler(model.bert, batch)
     expected = torch.tensor([case["pooled"] for case in oracle["cases"]])
     assert (pooled[:, oracle["channels"]] - expected).abs().max() <= 1e-5

@@ -13,6 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from minitune.precision import multiplies_bf16
+
 ROOT = Path(__file__).parents[1]
 STEPS = 24
 
@@ -57,7 +59,12 @@ def assert_same_bits(one: Path, other: Path) -> None:
     assert [name for name in a if not torch.equal(a[name], b[name])] == []
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+EMULATED = pytest.mark.skipif(
+    not multiplies_bf16(torch.device("cpu")), reason="a step takes seconds where bf16 products are emulated"
+)
+
+
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=EMULATED)])
 def test_killed_at_random_moments_it_ends_with_the_same_bits(text, tmp_path, precision):
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     options = ("--precision", precision)
@@ -70,7 +77,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(text, tmp_path, pre
         process = start(again)
         wait_for_line(process, b"to beat")  # the next thing is training; a kill before it proves little
         try:
-            process.wait(timeout=rng.uniform(0.1, 2.5))
+            process.wait(timeout=rng.uniform(0.1, 2.5) + kills / 10)  # ends on a slow machine, too
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

@@ -45,14 +45,14 @@ class Job:
 
 
 JOBS = {
-    "full-rotten": Job("full fine-tuning, Rotten Tomatoes", "full", "rotten_tomatoes", 256, 256, 32, 4, 1.5),
-    "full-imdb": Job("full fine-tuning, IMDb (256)", "full", "imdb", 256, 96, 32, 4, 1.5),
-    "full-long": Job("the same, all of 512 tokens", "full", "imdb", 512, 32, 16, None, None),
-    "adapter": Job("adapters, Rotten Tomatoes", "adapter", "rotten_tomatoes", 256, 256, 32, 4, 2),
-    "feature": Job("features, 3 epochs", "feature", "rotten_tomatoes", 256, 512, 32, 15, 6),
-    "label-rotten": Job("labelling, Rotten Tomatoes", "label", "rotten_tomatoes", 256, 512, 32, 4, 1.5),
-    "label-imdb": Job("labelling, IMDb (256)", "label", "imdb", 256, 128, 32, 4, 1.5),
-    "mlm": Job("masked words, tiny", "mlm", "imdb", 256, 96, 16, 3, 1.5),
+    "full-rotten": Job("full fine-tuning, Rotten Tomatoes", "full", "rotten_tomatoes", 256, 192, 32, 4, 1.5),
+    "full-imdb": Job("full fine-tuning, IMDb (256)", "full", "imdb", 256, 64, 32, 4, 1.5),
+    "full-long": Job("the same, all of 512 tokens", "full", "imdb", 512, 16, 8, None, None),
+    "adapter": Job("adapters, Rotten Tomatoes", "adapter", "rotten_tomatoes", 256, 192, 32, 4, 2),
+    "feature": Job("features, 3 epochs", "feature", "rotten_tomatoes", 256, 256, 32, 15, 6),
+    "label-rotten": Job("labelling, Rotten Tomatoes", "label", "rotten_tomatoes", 256, 384, 32, 4, 1.5),
+    "label-imdb": Job("labelling, IMDb (256)", "label", "imdb", 256, 96, 32, 4, 1.5),
+    "mlm": Job("masked words, tiny", "mlm", "imdb", 256, 64, 16, 3, 1.5),
 }  # fmt: skip
 
 

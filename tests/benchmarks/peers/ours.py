@@ -17,7 +17,7 @@ from minitune.classification import Batch, Classification, Examples, Sequences
 from minitune.features import FeatureClassifier, extract
 from minitune.labelling import BATCH_TOKENS
 from minitune.methods import choose_trained
-from minitune.model import PackedBatch
+from minitune.model import MeanPooler, PackedBatch
 from minitune.optimizer import Optimizer
 from minitune.precision import Precision
 from minitune.prediction import Classifier
@@ -120,6 +120,8 @@ class Ours:
 
     def train(self) -> float:
         """Seconds of training, saving not among them."""
+        if self.problem.job == "adapter":
+            self.model.pooler = MeanPooler()  # what finetune.py puts there; for the check it was BERT's
         with tempfile.TemporaryDirectory() as folder:
             trainer = self._trainer(self.model, self.task, self.precision, folder)
             trainer.train()
