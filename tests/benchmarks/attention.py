@@ -130,11 +130,12 @@ def main() -> None:
     add("--ragged", action="store_true", help="sequences of 1 to n tokens")
     add("--heads", type=int, default=4)
     add("--head-size", type=int, default=64)
-    add("--precision", choices=["fp32", "bf16", "fp16"], default="bf16")
+    add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--rounds", type=int, default=10)
     add("--plot", type=Path, metavar="PATH", help="draw a picture too")
     args = parser.parse_args()
+    args.precision = Precision.choose(args.precision, torch.device(args.device)).name
     machine = describe(torch.device(args.device))
     title = f"{args.tokens:,} tokens, {args.heads} heads of {args.head_size}, {args.precision}; {machine}"
     print(title)

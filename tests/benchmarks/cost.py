@@ -1,0 +1,149 @@
+"""How the cost of a training step grows: speed and memory against length and batch size, for each attention.
+
+    python -m tests.benchmarks.cost --plot cost.png           ten minutes on two cores
+    python -m tests.benchmarks.cost --lengths 64 512 --batches 2048
+
+Masked words, the preset `tiny` with positions for 2,048 tokens. First 4,096 tokens a step in sequences of
+one length, then sequences of 256 tokens and more or fewer of them. Every figure comes from a process of its
+own: speed is the best of a few steps, memory the peak of a step beyond what was there before it (weights,
+gradients and the optimizer's state were).
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minitune.attention import BACKENDS, choose, obstacle_to_triton
+from minitune.machine import describe, forget_peak_memory, peak_memory
+from minitune.model import PRESETS, BertForMaskedLM, PackedBatch
+from minitune.optimizer import Optimizer
+from minitune.plots import plt, save
+from minitune.precision import Precision
+
+CONFIG = replace(PRESETS["tiny"], max_position_embeddings=2048)
+LENGTH, TOKENS = 256, 4096  # where the other one varies
+RATE = 0.15
+COLOURS = {"reference": "#969696", "tiled": "#fd8d3c", "sdpa": "#08519c", "triton": "#31a354"}
+
+
+class Stepper:
+    """A model, its optimizer, and a step of it."""
+
+    def __init__(self, backend: str, precision: str, device: torch.device):
+        torch.manual_seed(0)
+        self.model = BertForMaskedLM(CONFIG, backend).to(device)
+        self.optimizer = Optimizer(self.model, "adamw", 1e-3, 1e-3, 0.01)
+        self.precision, self.device = Precision(precision), device
+
+    def batch(self, n: int, tokens: int) -> tuple[PackedBatch, Tensor, Tensor]:
+        """Sequences of n random words, the blanks in them, and what belongs there."""
+        sequences = list(torch.randint(5, CONFIG.vocab_size, (max(1, tokens // n), n)))
+        batch = PackedBatch.from_sequences(sequences)
+        positions = torch.randperm(batch.tokens.numel())[: round(RATE * batch.tokens.numel())].sort().values
+        return batch.to(self.device), positions.to(self.device), batch.tokens[positions].to(self.device)
+
+    def step(self, batch: PackedBatch, positions: Tensor, labels: Tensor) -> float:
+        """Seconds."""
+        started = time.perf_counter()
+        with self.precision.autocast(self.device):
+            loss = F.cross_entropy(self.model(batch, positions).float(), labels)
+        loss.backward()
+        for part in self.optimizer.parts:
+            part.step()
+        loss.item()  # waits for a GPU
+        for p in self.model.parameters():
+            p.grad.zero_()  # kept, so that the memory of a step is that of its activations
+        return time.perf_counter() - started
+
+
+def measure(backend: str, precision: str, device: str, n: int, tokens: int, steps: int) -> tuple[float, int]:
+    """(tokens a second, peak bytes of a step)."""
+    stepper = Stepper(backend, precision, torch.device(device))
+    stepper.step(*stepper.batch(32, 64))  # libraries take memory when they are first used
+    batch = stepper.batch(n, tokens)
+    before = peak_memory_now(stepper.device)
+    seconds = [stepper.step(*batch)]
+    peak = peak_memory(stepper.device) - before
+    seconds += [stepper.step(*batch) for _ in range(steps)]
+    return batch[0].tokens.numel() / min(seconds), peak
+
+
+def peak_memory_now(device: torch.device) -> int:
+    """Bytes in use: the peak, forgotten a moment before."""
+    forget_peak_memory(device)
+    return peak_memory(device)
+
+
+def measure_anew(*args) -> tuple[float, int]:
+    """The same in a new process, where nothing has been freed and kept for later."""
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # bytes; from there on glibc gives back what is freed
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(measure, args)
+
+
+def plot(rows: list[dict], title: str, path: Path) -> None:
+    """Speed and memory, against length and against batch size."""
+    figure, panels = plt.subplots(2, 2, figsize=(9, 7), layout="constrained")
+    labels = {
+        "length": f"tokens a sequence ({TOKENS:,} a step)",
+        "batch": f"tokens a step (sequences of {LENGTH})",
+    }
+    units = {"tokens_per_second": "tokens a second", "MB": "peak of a step (MB)"}
+    for line, (varied, label) in zip(panels, labels.items(), strict=True):
+        own = [row for row in rows if row["varied"] == varied]
+        for axes, (key, unit) in zip(line, units.items(), strict=True):
+            for name in dict.fromkeys(row["attention"] for row in own):
+                points = [(row[varied], row[key]) for row in own if row["attention"] == name]
+                axes.plot(*zip(*points, strict=True), "o-", color=COLOURS[name], label=name)
+            ticks = sorted({row[varied] for row in own})
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+            axes.set(xlabel=label, ylabel=unit, ylim=(0, None))
+    panels[0][0].legend(frameon=False)
+    figure.suptitle(title)
+    save(figure, path)
+
+
+def main() -> None:
+    """A line for each figure."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("--lengths", type=int, nargs="+", default=[32, 64, 128, 256, 512, 1024, 2048])
+    add("--batches", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192, 16384])
+    add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--steps", type=int, default=2)
+    add("--plot", type=Path, metavar="PATH", help="draw a picture too")
+    add("--json", type=Path, metavar="PATH", help="write the figures there")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    precision = Precision.choose(args.precision, device)
+    names = [n for n in BACKENDS if n != "triton" or not obstacle_to_triton(device, CONFIG.head_size)]
+    chosen = choose("auto", device, precision.dtype, CONFIG.head_size)
+    title = f"{describe(device)}, {precision.name}; auto is {chosen}"
+    print(title)
+    rows = []
+    shapes = [("length", n, TOKENS) for n in args.lengths] + [("batch", LENGTH, t) for t in args.batches]
+    for varied, n, tokens in shapes:
+        for name in names:
+            speed, peak = measure_anew(name, precision.name, args.device, n, tokens, args.steps)
+            row = {"attention": name, "varied": varied, "length": n, "batch": tokens}
+            rows.append(row | {"tokens_per_second": speed, "MB": peak / 1e6})
+            figures = f"{speed:9,.0f} tokens/s{peak / 1e6:8,.0f} MB"
+            print(f"{tokens:6,} tokens of {n:5,}  {name:<10}{figures}", flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    if args.plot:
+        plot(rows, title, args.plot)
+
+
+if __name__ == "__main__":
+    main()
