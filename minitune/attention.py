@@ -154,7 +154,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -
     for q1, k1, v1 in _rectangles(cu_seqlens, q, k, v):
         out = F.scaled_dot_product_attention(q1, k1, v1)  # (sequences, H, n, D)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs)
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
@@ -173,7 +173,7 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype, head_size: in
 
     Measured on two CPU cores with AVX-512 BF16 (tests/benchmarks/LOG.md): in bfloat16 plain batched
     products are about twice as fast as torch's fused kernel, in float32 the fused kernel is ahead.
-    On a GPU the Triton kernels where they run, since they need no padding.
+    On a GPU the Triton kernels where they run, since one call serves sequences of all lengths.
 
     Raises UserError where "triton" is asked for by name and cannot run.
     """

@@ -5,7 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
-from safetensors.torch import save_file
+import torch
 from torch import Tensor
 
 from minitune.errors import UserError
@@ -19,10 +19,31 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """A safetensors file, atomically; straight from the tensors, which are not copied in memory."""
+    """A safetensors file (github.com/huggingface/safetensors, "Format"), atomically.
+
+    The library's `save` puts the whole file together in memory, as large again as all tensors, and its
+    `save_file` writes under a name of its own choice that a kill leaves behind.
+    """
+    header, offset = {"__metadata__": metadata}, 0
+    # The widest numbers first, so that all of them begin at a multiple of their size.
+    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
+    for name, tensor in ordered.items():
+        place = [offset, offset := offset + tensor.nbytes]
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": place}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
     partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata=metadata)
+    with open(partial, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in ordered.values():
+            file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     _publish(partial, path)
+
+
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 
 
 def _publish(partial: Path, final: Path) -> None:

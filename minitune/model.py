@@ -3,7 +3,7 @@
 The architecture is BERT to the letter: post-LayerNorm, learned positions, token types, exact GELU, a
 masked-LM decoder tied to the word embeddings. What differs from most code is how it is run: a batch
 is its T tokens laid end to end (see attention.py), so nothing here knows about padding, and where a
-head reads a few tokens only, nothing is computed for the others that they do not need.
+head reads a few tokens only, the last layer's feed-forward is computed for no others.
 
 Shapes: T tokens in the batch, B sequences, C = hidden_size, H heads, D = C / H, V = vocab_size.
 """
@@ -81,15 +81,15 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Dropout(nn.Dropout):
-    """Dropout that decides by one random byte a number, so that p is rounded to a multiple of 1/256.
+    """nn.Dropout, on a CPU by one random byte a number, so that p is rounded to a multiple of 1/256.
 
-    nn.Dropout draws a float for each number, which on a CPU takes four times as long as all of this.
+    There nn.Dropout draws a float for each number, which takes four times as long as all of this.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or not self.p or x.device.type != "cpu":
             return super().forward(x)
-        drop = round(256 * self.p)
+        drop = min(round(256 * self.p), 255)
         words = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None)  # all 64 bits
         kept = words.view(torch.uint8)[: x.numel()].view(x.shape) >= drop
         return torch.where(kept, x * (256 / (256 - drop)), 0.0)

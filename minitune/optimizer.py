@@ -44,8 +44,9 @@ class Muon(torch.optim.Optimizer):
                     updates.append(p.grad.lerp(average, momentum))  # Nesterov: look one step ahead
                 # Tall matrices would otherwise change too little for each of their outputs.
                 rate = lr * max(1, shape[0] / shape[1]) ** 0.5
-                for p, update in zip(matrices, orthogonal(torch.stack(updates)), strict=True):
-                    p.mul_(1 - lr * group["weight_decay"]).sub_(rate * update)
+                updates = torch.stack(updates)
+                for p, update in zip(matrices, orthogonal(updates), strict=True):
+                    p.mul_(1 - lr * group["weight_decay"]).add_(update, alpha=-rate)
 
 
 def orthogonal(matrices: Tensor) -> Tensor:

@@ -213,14 +213,14 @@ def test_the_last_layer_works_for_wanted_tokens_only():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dropout_zeroes_about_its_share_and_keeps_the_mean(dtype):
-    dropout, x = Dropout(0.1), torch.ones(999, 301, dtype=dtype, requires_grad=True)
+    dropout, x = Dropout(0.1), torch.ones(999, 304, dtype=dtype, requires_grad=True)
     y = dropout(x)
     y.sum().backward()
     share = (y == 0).double().mean().item()
     assert y.dtype == dtype and abs(share - 0.1) < 0.004  # 26 bytes of 256
     assert abs(y.double().mean().item() - 1) < 0.005
     assert torch.equal(x.grad, y)  # what was dropped has no gradient, what was kept has its scale
-    assert abs((y[1:] == 0).double().mean(0).std().item()) < 0.02  # no column is favoured
+    assert (y == 0).double().mean(0).std().item() < 0.015  # no byte of a draw is favoured
 
 
 def test_dropout_follows_the_seed_and_is_nothing_in_evaluation():
@@ -229,7 +229,11 @@ def test_dropout_follows_the_seed_and_is_nothing_in_evaluation():
     first, second = dropout(x), dropout(x)
     torch.manual_seed(3)
     assert torch.equal(dropout(x), first) and not torch.equal(first, second)
-    assert dropout.eval()(x) is x or torch.equal(dropout(x), x)
+    assert torch.equal(dropout.eval()(x), x)
+
+
+def test_dropout_of_nearly_everything_is_finite():
+    assert Dropout(0.9999)(torch.ones(99, 99)).isfinite().all()
 
 
 # The masked-LM head

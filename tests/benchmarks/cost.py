@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import os
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from minitune.precision import Precision
 
 CONFIG = replace(PRESETS["tiny"], max_position_embeddings=2048)
 LENGTH, TOKENS = 256, 4096  # where the other one varies
-RATE = 0.15
+RATE, STEPS = 0.15, 3
 COLOURS = {"reference": "#969696", "tiled": "#fd8d3c", "sdpa": "#08519c", "triton": "#31a354"}
 
 
@@ -64,29 +65,33 @@ class Stepper:
         return time.perf_counter() - started
 
 
-def measure(backend: str, precision: str, device: str, n: int, tokens: int, steps: int) -> tuple[float, int]:
-    """(tokens a second, peak bytes of a step)."""
+def speed(backend: str, precision: str, device: str, n: int, tokens: int) -> float:
+    """Tokens a second, of the best of a few steps."""
+    stepper = Stepper(backend, precision, torch.device(device))
+    batch = stepper.batch(n, tokens)
+    stepper.step(*batch)  # the first compiles kernels
+    return batch[0].tokens.numel() / min(stepper.step(*batch) for _ in range(STEPS))
+
+
+def memory(backend: str, precision: str, device: str, n: int, tokens: int) -> int:
+    """Peak bytes of a step, beyond what was there."""
     stepper = Stepper(backend, precision, torch.device(device))
     stepper.step(*stepper.batch(32, 64))  # libraries take memory when they are first used
     batch = stepper.batch(n, tokens)
-    before = peak_memory_now(stepper.device)
-    seconds = [stepper.step(*batch)]
-    peak = peak_memory(stepper.device) - before
-    seconds += [stepper.step(*batch) for _ in range(steps)]
-    return batch[0].tokens.numel() / min(seconds), peak
+    forget_peak_memory(stepper.device)
+    before = peak_memory(stepper.device)
+    stepper.step(*batch)
+    return peak_memory(stepper.device) - before
 
 
-def peak_memory_now(device: torch.device) -> int:
-    """Bytes in use: the peak, forgotten a moment before."""
-    forget_peak_memory(device)
-    return peak_memory(device)
-
-
-def measure_anew(*args) -> tuple[float, int]:
+def anew(work: Callable, *args):
     """The same in a new process, where nothing has been freed and kept for later."""
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # bytes; from there on glibc gives back what is freed
+    if work is memory:
+        os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # bytes; from there on glibc gives back what is freed
+    else:
+        os.environ.pop("MALLOC_MMAP_THRESHOLD_", None)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(measure, args)
+        return pool.apply(work, args)
 
 
 def plot(rows: list[dict], title: str, path: Path) -> None:
@@ -120,7 +125,6 @@ def main() -> None:
     add("--batches", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192, 16384])
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--steps", type=int, default=2)
     add("--plot", type=Path, metavar="PATH", help="draw a picture too")
     add("--json", type=Path, metavar="PATH", help="write the figures there")
     args = parser.parse_args()
@@ -134,10 +138,11 @@ def main() -> None:
     shapes = [("length", n, TOKENS) for n in args.lengths] + [("batch", LENGTH, t) for t in args.batches]
     for varied, n, tokens in shapes:
         for name in names:
-            speed, peak = measure_anew(name, precision.name, args.device, n, tokens, args.steps)
+            problem = name, precision.name, args.device, n, tokens
+            rate, peak = anew(speed, *problem), anew(memory, *problem)
             row = {"attention": name, "varied": varied, "length": n, "batch": tokens}
-            rows.append(row | {"tokens_per_second": speed, "MB": peak / 1e6})
-            figures = f"{speed:9,.0f} tokens/s{peak / 1e6:8,.0f} MB"
+            rows.append(row | {"tokens_per_second": rate, "MB": peak / 1e6})
+            figures = f"{rate:9,.0f} tokens/s{peak / 1e6:8,.0f} MB"
             print(f"{tokens:6,} tokens of {n:5,}  {name:<10}{figures}", flush=True)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")

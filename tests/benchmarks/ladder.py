@@ -30,7 +30,7 @@ from minitune.corpus import Corpus
 from minitune.data import Dataset
 from minitune.machine import describe
 from minitune.masking import mask_tokens
-from minitune.model import PRESETS, BertForMaskedLM, PackedBatch
+from minitune.model import PRESETS, BertForMaskedLM, Dropout, PackedBatch
 from minitune.plots import plt, save
 from minitune.precision import Precision, multiplies_bf16
 from minitune.reviews import Reviews
@@ -47,6 +47,8 @@ class Rung:
     name: str
     fused: bool = False  # AdamW in one kernel a tensor
     masked_only: bool = False  # the masked-LM head at the blanks, not at every token
+    bytewise: bool = False  # dropout
+    last_layer: bool = False  # goes on with those tokens alone that a head reads
     grouped: bool = False  # batches of alike lengths
     packed: bool = False  # no padding
     attention: str = "reference"
@@ -59,6 +61,10 @@ def rungs(job: str) -> list[Rung]:
     changes = [("AdamW fused", {"fused": True})]
     if job == "mlm":
         changes += [("head at the blanks only", {"masked_only": True})]
+    else:
+        changes += [("dropout by bytes", {"bytewise": True})]
+    read = "the blanks" if job == "mlm" else "[CLS]"
+    changes += [(f"last layer for {read} only", {"last_layer": True})]
     changes += [("batches of alike lengths", {"grouped": True}), ("packing", {"packed": True})]
     changes += [(f"attention: {fastest}", {"attention": fastest})]
     if multiplies_bf16(CPU):
@@ -82,6 +88,9 @@ class Climber:
             self.model = load_for_classification(find_model("minilm"), labels, rung.attention)
             self.loss = self.loss_of_labels
         self.model.train()
+        for module in self.model.modules():
+            if isinstance(module, Dropout) and not rung.bytewise:
+                module.__class__ = nn.Dropout
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=rung.fused)
         order = np.random.default_rng(0).permutation(len(sequences))
         if rung.grouped:
@@ -103,14 +112,23 @@ class Climber:
             rate=RATE, mask_id=MASK, special_ids=SPECIAL, vocab_size=self.model.config.vocab_size,
         )  # fmt: skip
         batch = replace(batch, tokens=masked.tokens)
-        if self.rung.masked_only:
+        if self.rung.last_layer:
             return F.cross_entropy(self.model(batch, masked.positions).float(), masked.labels)
-        targets = torch.full_like(batch.tokens, -100)
+        hidden, targets = self.model.bert(batch), torch.full_like(batch.tokens, -100)
         targets[masked.positions] = masked.labels
-        return F.cross_entropy(self.model(batch, torch.arange(len(targets))).float(), targets)
+        if self.rung.masked_only:
+            hidden, targets = hidden[masked.positions], masked.labels
+        logits = self.model.head(hidden, self.model.bert.embeddings.word.weight)
+        return F.cross_entropy(logits.float(), targets)
 
     def loss_of_labels(self, rows: np.ndarray) -> Tensor:
-        return F.cross_entropy(self.model(self.pack(rows)).float(), self.labels[torch.from_numpy(rows)])
+        batch, model = self.pack(rows), self.model
+        if self.rung.last_layer:
+            pooled = model.pooler(model.bert, batch)
+        else:
+            pooled = torch.tanh(model.pooler.dense(model.bert(batch)[batch.cu_seqlens[:-1]]))
+        logits = model.classifier(model.dropout(pooled))
+        return F.cross_entropy(logits.float(), self.labels[torch.from_numpy(rows)])
 
     def climb(self) -> float:
         """Seconds for all sequences once."""

@@ -7,8 +7,9 @@ of such a step alone, at the same shapes and in the same precision (for every li
 gradient, weight gradient). Prints real tokens per second, the FLOP/s of forward and backward and of the
 products, their ratio, and the optimizer's share of a step; medians over the rounds.
 
-FLOPs of a step = 3 · [T·L·24d² + L·4d·Σnᵢ² + M·2(d² + dV)] for T tokens in sequences of nᵢ, M of them
-masked: two a multiplication, backward twice forward; lookups, LayerNorm, softmax, GELU count nothing.
+FLOPs of a step = 3 · [T·(L-1)·24d² + T·6d² + M·18d² + L·4d·Σnᵢ² + M·2(d² + dV)] for T tokens in sequences
+of nᵢ, of which M are read (blanks and [CLS]), so that the last layer goes on with these after its attention:
+two a multiplication, backward twice forward; lookups, LayerNorm, softmax, GELU count nothing.
 """
 
 import argparse
@@ -31,15 +32,18 @@ def flops(cloze: Cloze, config) -> float:
     """Of one training step, by the formula above."""
     d, L, V = config.hidden_size, config.num_hidden_layers, config.vocab_size
     T, lengths = cloze.tokens, cloze.batch.cu_seqlens.diff().double()
+    M = len(cloze) + len(lengths)
     attention = L * 4 * d * (lengths**2).sum().item()
-    return 3 * (T * L * 24 * d**2 + attention + len(cloze) * 2 * (d**2 + d * V))
+    layers = T * (L - 1) * 24 * d**2 + T * 6 * d**2 + M * 18 * d**2
+    return 3 * (layers + attention + M * 2 * (d**2 + d * V))
 
 
 def products(T: int, M: int, config, dtype: torch.dtype) -> tuple[list, float]:
     """The matrix products of a step as operands, and their FLOPs."""
     d, f, V = config.hidden_size, config.intermediate_size, config.vocab_size
-    shapes = [(T, d, 3 * d), (T, d, d), (T, d, f), (T, f, d)] * config.num_hidden_layers
-    shapes += [(M, d, d), (M, d, V)]
+    shapes = [(T, d, 3 * d), (T, d, d), (T, d, f), (T, f, d)] * (config.num_hidden_layers - 1)
+    shapes += [(T, d, 3 * d), (M, d, d), (M, d, f), (M, f, d)]  # the last layer
+    shapes += [(M, d, d), (M, d, V)]  # the head
     operands = [
         (torch.randn(rows, a, dtype=dtype), torch.randn(b, a, dtype=dtype), torch.randn(rows, b, dtype=dtype))
         for rows, a, b in shapes
@@ -61,7 +65,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     options.add_argument("--preset", choices=PRESETS, default="tiny")
     options.add_argument("--batch-tokens", type=int, default=4096)
-    options.add_argument("--max-len", type=int, default=128)
+    options.add_argument("--max-len", type=int, default=256)
     options.add_argument("--mask-rate", type=float, default=0.15)
     options.add_argument("--precision", default="auto")
     options.add_argument("--attention", default="auto")
@@ -84,7 +88,8 @@ def main() -> None:
     )
     batches = task.batches(0)
     T = args.batch_tokens
-    operands, product_flops = products(T, round(T * args.mask_rate), config, precision.dtype)
+    read = round(T * args.mask_rate) + T // args.max_len
+    operands, product_flops = products(T, read, config, precision.dtype)
 
     rates = {"tokens/s": [], "step": [], "products": [], "share": [], "optimizer": []}
     for round_number in range(args.rounds + 1):

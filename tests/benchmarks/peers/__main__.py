@@ -10,7 +10,11 @@ others. All begin with the same weights, texts and token ids, and take the same 
 over the same rows. First their losses and gradients (or logits) in float32 have to agree; then they take
 turns, forwards and backwards (ours, tuned, shipped; shipped, tuned, ours; ...), after a round that is
 not counted. Printed are medians, and the median of the ratios within a round, with the least and the
-largest of them: of six, these are a 97% interval for the median.
+largest of them: of six, these are a 97% interval for the median. Saving is counted for nobody.
+
+In two jobs the task is the same and the way is each one's own. Features: minitune reads every text once
+and trains a head on means and deviations of all layers; the peer runs its frozen encoder in each epoch.
+Adapters: the bottlenecks are the same; minitune trains the LayerNorms too and takes the mean of the tokens.
 """
 
 import argparse

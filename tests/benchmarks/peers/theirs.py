@@ -8,7 +8,6 @@ weights (which would keep the fused kernel from running); AdamW is fused and att
 import tempfile
 import time
 
-import adapters
 import torch
 import transformers
 from safetensors.torch import load_file
@@ -21,13 +20,15 @@ transformers.logging.set_verbosity_error()
 
 
 class Clock(transformers.TrainerCallback):
-    """From the first batch to the end of the last step; saving is not counted."""
+    """Seconds of all epochs; saving, which comes after each, is not counted."""
 
-    def on_train_begin(self, *args, **kwargs):
+    seconds = 0.0
+
+    def on_epoch_begin(self, *args, **kwargs):
         self.started = time.perf_counter()
 
-    def on_step_end(self, *args, **kwargs):
-        self.seconds = time.perf_counter() - self.started
+    def on_epoch_end(self, *args, **kwargs):
+        self.seconds += time.perf_counter() - self.started
 
 
 class GivenBatches(transformers.Trainer):
@@ -58,6 +59,8 @@ class Theirs:
         )
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(problem.directory)
         if problem.job == "adapter":
+            import adapters  # not for the other jobs: it takes memory
+
             adapters.init(self.model)
             factor = self.model.config.hidden_size // ADAPTER_SIZE
             config = adapters.DoubleSeqBnConfig(non_linearity="gelu", reduction_factor=factor)
@@ -105,6 +108,13 @@ class Theirs:
         self.model.zero_grad()
         return {"loss": out.loss.detach()} | gradients
 
+    def _trainer(self) -> type[transformers.Trainer]:
+        if self.problem.job != "adapter":
+            return GivenBatches
+        from adapters import AdapterTrainer
+
+        return type("GivenBatchesForAdapters", (GivenBatches, AdapterTrainer), {})
+
     def train(self) -> float:
         """Seconds of training, saving not among them."""
         with tempfile.TemporaryDirectory() as folder:
@@ -122,9 +132,7 @@ class Theirs:
                 disable_tqdm=True,
                 report_to=[],
             )
-            kind = adapters.AdapterTrainer if self.problem.job == "adapter" else transformers.Trainer
-            kind = type("Given", (GivenBatches, kind), {})
-            trainer = kind(
+            trainer = self._trainer()(
                 self.model,
                 arguments,
                 train_dataset=self._rows(),
