@@ -69,7 +69,7 @@ def parser() -> Parser:
     add("--unlabelled", type=whole(1), default=256, metavar="N", help="so many reviews for --calibrate prior")
     add("--shots", type=whole(1, 64), default=0, metavar="K", help="put K answered training reviews in front")
     add("--max-len", type=whole(8), default=128, help="tokens of a question; a text loses its beginning")
-    add("--batch-tokens", type=whole(8), default=8192, help="tokens that are read at a time")
+    add("--batch-tokens", type=whole(8), help="tokens that are read at a time")
     add = options.add_argument_group("what comes out").add_argument
     add("--top", type=whole(1, 1000), default=5, help="so many of the most probable words")
     add("--temperature", type=real(0, 100, closed=True), default=0.7, help="of --generate; 0: no chance")

@@ -6,6 +6,7 @@ Steps then cost about the same, and attention, which works on runs of equal leng
 from collections.abc import Iterator
 
 import numpy as np
+import torch
 
 WINDOW = 64  # batches that are drawn together before they are sorted by length
 
@@ -51,3 +52,12 @@ def filled(order: np.ndarray, lengths: np.ndarray, batch_tokens: int) -> list[np
             first, total = i, 0
         total += length
     return batches + [order[first:]] if first < len(order) else batches
+
+
+def reading_tokens(device: torch.device) -> int:
+    """The budget of a batch that is read and not learned from, so that nothing is kept of it.
+
+    On a CPU a small one: what one product leaves for the next should still be in the cache (8,192 tokens
+    take 10 to 17% longer, tests/benchmarks/LOG.md). A GPU wants enough to do.
+    """
+    return 2048 if device.type == "cpu" else 16384

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minitune.batching import filled
+from minitune.batching import filled, reading_tokens
 from minitune.classification import Examples, Sequences
 from minitune.errors import UserError
 from minitune.files import write_tensors
@@ -23,7 +23,6 @@ from minitune.precision import Precision
 from minitune.processes import Processes
 
 BLOCK = 1024  # texts in a file of features; a kill loses the work on one
-BATCH_TOKENS = 8192  # nothing is kept for a backward pass
 
 
 class Features:
@@ -123,7 +122,7 @@ def _extract(
         if paths[i].is_file():
             continue
         started, parts = time.monotonic(), []
-        for indices in filled(blocks[i], sequences.lengths, BATCH_TOKENS):
+        for indices in filled(blocks[i], sequences.lengths, reading_tokens(processes.device)):
             batch = sequences.pack(indices).to(processes.device)
             with precision.autocast(processes.device):
                 parts.append(pooled_layers(bert, batch).float().cpu())

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+from minitune.batching import reading_tokens
 from minitune.cli import check_utf8
 from minitune.data import SUFFIXES, Dataset, Row
 from minitune.errors import UserError
@@ -17,8 +18,6 @@ from minitune.precision import Precision
 from minitune.prediction import Classifier, Prediction
 from minitune.processes import Processes
 from minitune.reviews import label_index
-
-BATCH_TOKENS = 8192
 
 
 def label_new_reviews(args: argparse.Namespace) -> None:
@@ -32,7 +31,8 @@ def label_new_reviews(args: argparse.Namespace) -> None:
     say(f"model: {name}; labels: {', '.join(classifier.labels.values())}; precision: {precision.name}")
 
     def predict(texts: Iterator[str]) -> Iterator[Prediction]:
-        return classifier.predict(texts, device, precision, args.batch_tokens or BATCH_TOKENS)
+        batch_tokens = args.batch_tokens or reading_tokens(device)
+        return classifier.predict(texts, device, precision, batch_tokens)
 
     cut = f"had more than {classifier.max_len} tokens: their two ends were read"
     print_answers(args.predict, "--predict", classifier.labels, predict, args.json, cut)

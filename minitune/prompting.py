@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minitune.batching import sorted_batches
+from minitune.batching import reading_tokens, sorted_batches
 from minitune.errors import UserError
 from minitune.model import BertForMaskedLM, PackedBatch
 from minitune.precision import Precision
@@ -57,7 +57,7 @@ class Reader:
     tokenizer: Tokenizer
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     precision: Precision = field(default_factory=lambda: Precision("fp32"))
-    batch_tokens: int = 8192
+    batch_tokens: int | None = None  # None: what suits the device
 
     @torch.no_grad()
     def fill(self, clozes: Sequence[Cloze]) -> Iterator[tuple[int, Tensor]]:
@@ -67,7 +67,8 @@ class Reader:
         an encoder that read a review, one product with the vocabulary costs a few percent at most.
         """
         lengths = np.array([len(cloze.ids) for cloze in clozes])
-        for indices in sorted_batches(lengths, self.batch_tokens):
+        batch_tokens = self.batch_tokens or reading_tokens(self.device)
+        for indices in sorted_batches(lengths, batch_tokens):
             chosen = [clozes[i] for i in indices]
             batch = PackedBatch.from_sequences([torch.tensor(cloze.ids) for cloze in chosen])
             starts = batch.cu_seqlens.tolist()

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from minitune.adapters import insert_adapters
+from minitune.batching import reading_tokens
 from minitune.checkpoint import load_classifier, load_masked_lm, load_tokenizer, to_bert
 from minitune.classification import Batch, Classification, Examples, Sequences
 from minitune.features import FeatureClassifier, extract
-from minitune.labelling import BATCH_TOKENS
 from minitune.methods import choose_trained
 from minitune.model import MeanPooler, PackedBatch
 from minitune.optimizer import Optimizer
@@ -146,6 +146,6 @@ class Ours:
         classifier = Classifier(self.model, self.tokenizer, LABELS, self.problem.max_len)
         started = time.perf_counter()
         texts, device = self.problem.texts, PROCESSES.device
-        answers = list(classifier.predict(texts, device, self.precision, BATCH_TOKENS))
+        answers = list(classifier.predict(texts, device, self.precision, reading_tokens(device)))
         assert len(answers) == len(texts)
         return time.perf_counter() - started
