@@ -208,7 +208,7 @@ def plot(rows: list[dict], title: str, path: Path) -> None:
         names = [own[0]["rung"], *(f"+ {row['rung']}" for row in own[1:])]
         axes.set_yticks(range(len(own)), names)
         axes.invert_yaxis()
-        axes.set(xlim=(0, 1.45 * max(speeds)), xlabel="tokens a second, padding not counted")
+        axes.set(xlim=(0, 1.5 * max(speeds)), xlabel="tokens a second, padding not counted")
         axes.set_title(job)
     figure.suptitle(title, fontsize=9)
     save(figure, path)
