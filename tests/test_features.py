@@ -55,7 +55,7 @@ def directory(tmp_path):
 def small_blocks(monkeypatch):
     """Four texts to a file and few to a batch: 3 files for the training rows, 1 for the validation rows."""
     monkeypatch.setattr(features, "BLOCK", 4)
-    monkeypatch.setattr(features, "BATCH_TOKENS", 20)
+    monkeypatch.setattr(features, "reading_tokens", lambda device: 20)
 
 
 def one_by_one(bert: Bert, inputs: Sequences) -> torch.Tensor:
