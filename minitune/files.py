@@ -19,7 +19,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """A safetensors file (github.com/huggingface/safetensors, "Format"), atomically.
+    """A safetensors file (github.com/huggingface/safetensors, "Format"), atomically, from any device.
 
     The library's `save` puts the whole file together in memory, as large again as all tensors, and its
     `save_file` writes under a name of its own choice that a kill leaves behind.

@@ -51,7 +51,7 @@ def save_trained(
     else:
         modules, extra = {"head": model.head}, {}
     tensors = {
-        f"{path}.{name}": tensor.detach().cpu().contiguous()
+        f"{path}.{name}": tensor
         for path, module in modules.items()
         for name, tensor in module.state_dict().items()
     }

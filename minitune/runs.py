@@ -91,7 +91,6 @@ class Run:
 
     def save(self, tensors: dict[str, Tensor], progress: dict) -> None:
         """Replace the checkpoint by this one, in one rename."""
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         write_tensors(self.state_path, tensors, {"progress": json.dumps(progress)})
 
     def load(self) -> tuple[dict[str, Tensor], dict] | None:

@@ -82,11 +82,16 @@ def memory(args: argparse.Namespace, n: int, backend: str) -> int:
     return peak_memory(problem.device) - before
 
 
-def memory_anew(*args) -> int:
-    """The same in a new process, where nothing has been freed and kept for later."""
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # bytes; from there on glibc gives back what is freed
+def anew(work: Callable, *args, gives_back: bool = False):
+    """What `work` returns in a new process; with `gives_back` one that keeps nothing freed for later."""
+    os.environ.pop(THRESHOLD, None)
+    if gives_back:
+        os.environ[THRESHOLD] = "65536"  # bytes; from there on glibc gives back what is freed
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(memory, args)
+        return pool.apply(work, args)
+
+
+THRESHOLD = "MALLOC_MMAP_THRESHOLD_"  # read by glibc when a process starts
 
 
 def measure(args: argparse.Namespace, n: int) -> dict[str, dict]:
@@ -99,7 +104,8 @@ def measure(args: argparse.Namespace, n: int) -> dict[str, dict]:
     ms = {key: 1e3 * statistics.median(taken[1:]) for key, taken in times.items()}  # the first compiles
     figures = {}
     for name in names:
-        peak = (memory if args.device == "cuda" else memory_anew)(args, n, name) / 1e6
+        of = args, n, name
+        peak = (memory(*of) if args.device == "cuda" else anew(memory, *of, gives_back=True)) / 1e6
         forward, both = ms[name, problem.forward], ms[name, problem.both]
         ratio, speed = both / ms["reference", problem.both], 3.5 * problem.operations / both / 1e9
         print(f"{n:6}  {name:<12}{forward:8.2f} ms{both:10.2f} ms{ratio:8.2f}{speed:9.3f}{peak:7.0f} MB")

@@ -11,10 +11,7 @@ gradients and the optimizer's state were).
 
 import argparse
 import json
-import multiprocessing
-import os
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +25,7 @@ from minitune.model import PRESETS, BertForMaskedLM, PackedBatch
 from minitune.optimizer import Optimizer
 from minitune.plots import plt, save
 from minitune.precision import Precision
+from tests.benchmarks.attention import anew
 
 CONFIG = replace(PRESETS["tiny"], max_position_embeddings=2048)
 LENGTH, TOKENS = 256, 4096  # where the other one varies
@@ -84,16 +82,6 @@ def memory(backend: str, precision: str, device: str, n: int, tokens: int) -> in
     return peak_memory(stepper.device) - before
 
 
-def anew(work: Callable, *args):
-    """The same in a new process, where nothing has been freed and kept for later."""
-    if work is memory:
-        os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # bytes; from there on glibc gives back what is freed
-    else:
-        os.environ.pop("MALLOC_MMAP_THRESHOLD_", None)
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(work, args)
-
-
 def plot(rows: list[dict], title: str, path: Path) -> None:
     """Speed and memory, against length and against batch size."""
     figure, panels = plt.subplots(2, 2, figsize=(9, 7), layout="constrained")
@@ -140,7 +128,7 @@ def main() -> None:
     for varied, n, tokens in shapes:
         for name in names:
             problem = name, precision.name, args.device, n, tokens
-            rate, peak = anew(speed, *problem), anew(memory, *problem)
+            rate, peak = anew(speed, *problem), anew(memory, *problem, gives_back=True)
             row = {"attention": name, "varied": varied, "length": n, "batch": tokens}
             rows.append(row | {"tokens_per_second": rate, "MB": peak / 1e6})
             figures = f"{rate:9,.0f} tokens/s{peak / 1e6:8,.0f} MB"

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from minitune.adapters import insert_adapters
@@ -13,6 +12,7 @@ from minitune.checkpoint import load_for_classification, load_tokenizer, read_co
 from minitune.classification import Sequences
 from minitune.corpus import Corpus
 from minitune.data import Dataset
+from minitune.files import write_tensors
 from minitune.masking import mask_tokens
 from minitune.model import PRESETS, BertForMaskedLM
 from minitune.reviews import Reviews
@@ -43,10 +43,10 @@ class Problem:
     def blanks(self) -> tuple[Tensor, Tensor, Tensor]:
         """The first batch with blanks, for comparing losses: tokens (T,), positions (M,), labels (M,)."""
         tokens = torch.cat([torch.tensor(self.ids[row]) for row in self.grouped[0]])
-        special, vocab_size = torch.tensor([0, 1, 2, 3, 4]), read_config(self.directory).vocab_size
+        tokenizer = load_tokenizer(self.directory, read_config(self.directory))
         return mask_tokens(
-            tokens, torch.Generator().manual_seed(0),
-            rate=RATE, mask_id=4, special_ids=special, vocab_size=vocab_size, continuation=None,
+            tokens, torch.Generator().manual_seed(0), rate=RATE, mask_id=tokenizer.mask_id,
+            special_ids=tokenizer.special_ids, vocab_size=tokenizer.vocab_size,
         )  # fmt: skip
 
 
@@ -69,8 +69,8 @@ def make(
         tokenizer = load_tokenizer(source, read_config(source))
         save_model(model, tokenizer, directory)
         insert_adapters(model.bert, ADAPTER_SIZE)
-        adapters = {name: p.detach() for name, p in model.state_dict().items() if "adapter" in name}
-        save_file(adapters, directory / "adapters.safetensors")
+        adapters = {name: p for name, p in model.state_dict().items() if "adapter" in name}
+        write_tensors(directory / "adapters.safetensors", adapters, {"format": "pt"})
         reviews = Reviews.load(Dataset(data))
         chosen = rng.permutation(len(reviews.texts["train"]))
         if max_len > 256:  # a job of long texts: full length, all of them
