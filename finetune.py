@@ -63,7 +63,7 @@ def parser() -> Parser:
     add = options.add_argument_group("the recipe; what is not given is the method's own").add_argument
     add("--epochs", type=whole(1, 10_000), help="passes over the training rows")
     add("--adapter-size", type=whole(1, 10_000), default=64, help="units in the bottleneck of an adapter")
-    add("--max-len", type=whole(8), default=256, help="tokens of a text; of longer ones the ends are kept")
+    add("--max-len", type=whole(8), default=512, help="tokens of a text; of longer ones the ends are kept")
     add("--batch-tokens", type=whole(8), help="tokens in a step, all processes together")
     add("--accumulate", type=whole(1, 1024), default=1, help="compute a batch in N parts, for memory")
     add("--lr", type=real(0), help="peak learning rate")
@@ -252,10 +252,10 @@ def fine_tune(job: Job, common: Common) -> dict:
     task = Classification(
         examples["train"], examples["validation"], batch_tokens=batch_tokens, epochs=epochs, seed=job.seed
     )
-    default_lr = recipe.lr(model.bert.config.hidden_size, task.steps)
-    lr = args.lr or default_lr
-    adamw_lr = recipe.adamw_lr and recipe.adamw_lr * lr / default_lr  # the two go up and down together
-    optimizer = Optimizer(learner, recipe.optimizer, lr, adamw_lr, args.weight_decay)
+    lr = args.lr or recipe.lr(model.bert.config.hidden_size)
+    optimizer = Optimizer(
+        learner, recipe.optimizer, lr, recipe.adamw * lr, args.weight_decay, recipe.embeddings
+    )
     trainer = Trainer(
         learner,
         optimizer,
@@ -273,7 +273,9 @@ def fine_tune(job: Job, common: Common) -> dict:
     trainable_params = sum(p.numel() for p in trainer.parameters)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     say(f"trains {trainable_params:,} of {total_params:,} parameters: {summary(trained)}")
-    rate = f"{recipe.optimizer} at {lr:.2g}" + (f", adamw at {adamw_lr:.2g} for the rest" if adamw_lr else "")
+    rate = f"{recipe.optimizer} at {lr:.2g}"
+    rate += f", adamw at {recipe.adamw * lr:.2g} for the rest" if recipe.optimizer == "muon" else ""
+    rate += f", {recipe.embeddings:g} times that for embeddings" if recipe.embeddings != 1 else ""
     say(f"{epochs} epochs, {task.steps:,} steps of at most {batch_tokens:,} {task.unit}, {rate}")
 
     # Train; the best epoch by validation stays.

@@ -57,7 +57,7 @@ def parser() -> Parser:
     add("--whole-word", action="store_true", help="hide whole words, not single tokens")
     add("--summary-weight", type=real(0, closed=True), default=1.0,
         help="of guessing a text's words from [CLS] alone; 0: only what BERT does")  # fmt: skip
-    add("--max-len", type=whole(8), default=256, help="tokens in a sequence at most")
+    add("--max-len", type=whole(8), default=512, help="tokens in a sequence at most")
     add("--batch-tokens", type=whole(8), default=4096, help="tokens in a step, all processes together")
     add("--accumulate", type=whole(1, 1024), default=1, help="compute a batch in N parts, for memory")
     add("--optimizer", choices=["muon", "adamw"], default="muon", help="for the hidden matrices")

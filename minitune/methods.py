@@ -29,10 +29,11 @@ class Method:
 
     summary: str
     optimizer: str  # for the hidden matrices: "muon", or "adamw" for these and the rest
-    lr: Callable[[int, int], float]  # peak, of that optimizer, for a hidden size and a number of steps
-    adamw_lr: float | None  # peak, of AdamW for the rest, beside Muon
+    lr: Callable[[int], float]  # peak, of that optimizer, for a hidden size
     passes: int  # over the training rows, where these are many
     batch_rows: int  # average texts in a batch, where training rows are many
+    adamw: float = 1.0  # peak of AdamW for the rest, beside Muon, in multiples of lr
+    embeddings: float = 1.0  # peak for the embeddings, in multiples of AdamW's
 
     def batch_tokens(self, train: Examples) -> int:
         """The token budget of a batch."""
@@ -51,7 +52,7 @@ LEAST_BATCHES = 8  # in an epoch
 LEAST_STEPS, MOST_PASSES = 400, 20  # in a run
 
 
-def for_all_weights(hidden_size: int, steps: int) -> float:
+def for_all_weights(hidden_size: int) -> float:
     """A wider network wants less: 3e-4 for 256, 1.4e-4 for 384, and for the 768 of BERT-base 3.4e-5, amid
     what its paper recommends (Devlin et al. 2019, appendix A.3)."""
     return 20 / hidden_size**2
@@ -60,19 +61,19 @@ def for_all_weights(hidden_size: int, steps: int) -> float:
 METHODS = {
     "feature": Method(
         summary="the encoder is frozen and reads each text once; a linear head learns from what it says",
-        optimizer="adamw", lr=lambda *_: 3e-4, adamw_lr=None, passes=20, batch_rows=256,
+        optimizer="adamw", lr=lambda _: 3e-4, passes=20, batch_rows=256,
     ),
     "adapter": Method(
         summary="bottlenecks inside the frozen encoder, the LayerNorms of its layers, and the head",
-        optimizer="muon", lr=lambda *_: 1e-2, adamw_lr=2e-3, passes=1, batch_rows=32,
+        optimizer="muon", lr=lambda _: 1e-2, adamw=0.2, passes=1, batch_rows=32,
     ),
     "full": Method(
         summary="everything",
-        optimizer="adamw", lr=for_all_weights, adamw_lr=None, passes=1, batch_rows=32,
+        optimizer="adamw", lr=for_all_weights, embeddings=5, passes=1, batch_rows=32,
     ),
     "scratch": Method(
         summary="everything, from random weights: what pretraining was worth",
-        optimizer="adamw", lr=for_all_weights, adamw_lr=None, passes=1, batch_rows=32,
+        optimizer="adamw", lr=for_all_weights, embeddings=5, passes=1, batch_rows=32,
     ),
 }  # fmt: skip
 

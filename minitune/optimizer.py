@@ -66,22 +66,37 @@ def orthogonal(matrices: Tensor) -> Tensor:
 class Optimizer:
     """Several torch optimizers stepped as one, with learning rates that follow one schedule."""
 
-    def __init__(self, model: nn.Module, name: str, lr: float, adamw_lr: float, weight_decay: float):
-        """`name` is "muon" or "adamw"; `lr` is that optimizer's, `adamw_lr` that of Muon's partner."""
-        self.arguments = (name, lr, adamw_lr, weight_decay)
+    def __init__(
+        self,
+        model: nn.Module,
+        name: str,
+        lr: float,
+        adamw_lr: float,
+        weight_decay: float,
+        embeddings: float = 1.0,
+    ):
+        """`name` is "muon" or "adamw"; `lr` is that optimizer's, `adamw_lr` that of Muon's partner.
+
+        The tables of embeddings learn at `embeddings` times the rate of AdamW. The vector of a word moves
+        only in steps that read the word: at a rate that suits what moves in all of them, a rare word stays
+        about where it was.
+        """
+        self.arguments = (name, lr, adamw_lr, weight_decay, embeddings)
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         hidden = [p for name, p in named if p.ndim == 2 and ".layers." in name]
+        tables = [p for name, p in named if p.ndim == 2 and ".embeddings." in name]
         self.parts = []
         if name == "muon":
             self.parts.append(Muon(hidden, lr=lr, weight_decay=weight_decay))
         else:
             hidden, adamw_lr = [], lr
-        taken = {id(p) for p in hidden}
+        taken = {id(p) for p in hidden + tables}
         rest = [p for _, p in named if id(p) not in taken]
         # Decay pulls matrices towards zero; a bias or a LayerNorm gain has no reason to be small.
         groups = [
             {"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay},
             {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+            {"params": tables, "weight_decay": weight_decay, "lr": embeddings * adamw_lr},
         ]
         self.parts.append(torch.optim.AdamW(groups, lr=adamw_lr, betas=(0.9, 0.98), fused=True))
         self.names = {id(p): name for name, p in named}

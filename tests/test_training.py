@@ -108,15 +108,24 @@ def test_muon_has_the_hidden_matrices_and_only_matrices_decay():
         for layer in range(2)
         for matrix in ("attention.qkv", "attention.out", "feed_forward.up", "feed_forward.down")
     }
-    decayed, free = adamw.param_groups
-    assert {names[id(p)] for p in decayed["params"]} == {
+    decayed, free, tables = adamw.param_groups
+    assert {names[id(p)] for p in decayed["params"]} == {"head.dense.weight"}
+    assert {names[id(p)] for p in tables["params"]} == {
         "bert.embeddings.word.weight",
         "bert.embeddings.position.weight",
         "bert.embeddings.token_type.weight",
-        "head.dense.weight",
     }
+    assert decayed["weight_decay"] == tables["weight_decay"] == 0.01
     assert free["weight_decay"] == 0 and all(p.ndim == 1 for p in free["params"])
     assert sum(len(g["params"]) for part in (muon, adamw) for g in part.param_groups) == len(names)
+
+
+@pytest.mark.parametrize(("name", "adamw_lr"), [("muon", 0.001), ("adamw", 0.01)])
+def test_embeddings_learn_at_a_rate_of_their_own(name, adamw_lr):
+    model = small_model()
+    *_, adamw = Optimizer(model, name, 0.01, 0.001, 0.01, embeddings=5).for_copy(model).parts
+    rates = [group["peak_lr"] for group in adamw.param_groups]
+    assert rates == pytest.approx([adamw_lr, adamw_lr, 5 * adamw_lr])
 
 
 @pytest.mark.parametrize(("has_bf16", "tolerance"), [(True, 1e-2), (False, 5e-2)])

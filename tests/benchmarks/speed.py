@@ -65,7 +65,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     options.add_argument("--preset", choices=PRESETS, default="tiny")
     options.add_argument("--batch-tokens", type=int, default=4096)
-    options.add_argument("--max-len", type=int, default=256)
+    options.add_argument("--max-len", type=int, default=512)
     options.add_argument("--mask-rate", type=float, default=0.15)
     options.add_argument("--precision", default="auto")
     options.add_argument("--attention", default="auto")
