@@ -32,7 +32,7 @@ from minitune.files import write_json
 from minitune.interrupts import Interrupted
 from minitune.labelling import label_new_reviews
 from minitune.machine import check_device, describe, forget_peak_memory, peak_memory
-from minitune.methods import METHODS, build, summary
+from minitune.methods import METHODS, build, for_embeddings, summary
 from minitune.optimizer import Optimizer
 from minitune.precision import Precision
 from minitune.prediction import save_trained
@@ -253,9 +253,8 @@ def fine_tune(job: Job, common: Common) -> dict:
         examples["train"], examples["validation"], batch_tokens=batch_tokens, epochs=epochs, seed=job.seed
     )
     lr = args.lr or recipe.lr(model.bert.config.hidden_size)
-    optimizer = Optimizer(
-        learner, recipe.optimizer, lr, recipe.adamw * lr, args.weight_decay, recipe.embeddings
-    )
+    faster = for_embeddings(job.method, common.source)
+    optimizer = Optimizer(learner, recipe.optimizer, lr, recipe.adamw * lr, args.weight_decay, faster)
     trainer = Trainer(
         learner,
         optimizer,
@@ -275,7 +274,8 @@ def fine_tune(job: Job, common: Common) -> dict:
     say(f"trains {trainable_params:,} of {total_params:,} parameters: {summary(trained)}")
     rate = f"{recipe.optimizer} at {lr:.2g}"
     rate += f", adamw at {recipe.adamw * lr:.2g} for the rest" if recipe.optimizer == "muon" else ""
-    rate += f", {recipe.embeddings:g} times that for embeddings" if recipe.embeddings != 1 else ""
+    if faster != 1 and "bert.embeddings.word.weight" in trained:
+        rate += f", {faster:g} times that for embeddings"
     say(f"{epochs} epochs, {task.steps:,} steps of at most {batch_tokens:,} {task.unit}, {rate}")
 
     # Train; the best epoch by validation stays.

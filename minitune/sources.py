@@ -28,6 +28,14 @@ def _is_pretraining(metrics: Path) -> bool:
     return read_json(metrics).get("method") == "pretrain"
 
 
+def began_at_random(directory: Path) -> bool:
+    """Whether this model is a run of train.py without --init."""
+    metrics, settings = directory / "metrics.json", directory / "settings.json"
+    if not (metrics.is_file() and settings.is_file() and _is_pretraining(metrics)):
+        return False
+    return read_json(settings).get("init") is None
+
+
 def find_model(name: str) -> Path:
     """The directory that a model name stands for: `minilm`, a directory, or a hub id."""
     if name == "minilm":

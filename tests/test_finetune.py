@@ -345,6 +345,21 @@ def test_without_a_model_the_last_run_of_train_py_is_taken(folder, tmp_path, mon
     assert contents(tmp_path / "runs" / "x").keys() - {"metrics.json"} == contents(folder / "base").keys()
 
 
+@pytest.mark.parametrize(
+    ("method", "init", "faster"),
+    [("full", None, True), ("full", "minilm", False), ("full", "no run", False), ("scratch", "no run", True)],
+)
+def test_young_embeddings_learn_faster_than_those_of_real_weights(folder, tmp_path, method, init, faster):
+    model = shutil.copytree(folder / "base", tmp_path / "model")
+    if init != "no run":
+        (model / "metrics.json").write_text(json.dumps({"method": "pretrain"}))
+        (model / "settings.json").write_text(json.dumps({"init": init}))
+    done = succeed(
+        *options(folder, tmp_path / "out", "--model", str(model), "--method", method, "--epochs", "1")
+    )
+    assert (", 5 times that for embeddings" in done.out) == faster
+
+
 # New reviews
 
 
