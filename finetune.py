@@ -23,7 +23,7 @@ import torch
 from minitune.attention import choose
 from minitune.checkpoint import load_tokenizer, read_config, save_model, weights_hash
 from minitune.classification import Classification, Examples, Sequences, evaluate
-from minitune.cli import Parser, add_machine_options, check_max_len, check_same, real, run_script, whole
+from minitune.cli import Parser, add_machine_options, check_same, choose_max_len, real, run_script, whole
 from minitune.comparison import simple_methods, summarise, table
 from minitune.data import Dataset
 from minitune.errors import UserError
@@ -63,10 +63,11 @@ def parser() -> Parser:
     add = options.add_argument_group("the recipe; what is not given is the method's own").add_argument
     add("--epochs", type=whole(1, 10_000), help="passes over the training rows")
     add("--adapter-size", type=whole(1, 10_000), default=64, help="units in the bottleneck of an adapter")
-    add("--max-len", type=whole(8), default=512, help="tokens of a text; of longer ones the ends are kept")
+    add("--max-len", type=whole(8),
+        help="tokens of a text; longer ones keep their ends; default: 512, if there is room")  # fmt: skip
     add("--batch-tokens", type=whole(8), help="tokens in a step, all processes together")
     add("--accumulate", type=whole(1, 1024), default=1, help="compute a batch in N parts, for memory")
-    add("--lr", type=real(0), help="peak learning rate")
+    add("--lr", type=real(0), help="peak learning rate; young embeddings get five times that")
     add("--weight-decay", type=real(0, closed=True), default=0.01, help="of matrices")
     add = options.add_argument_group("new reviews").add_argument
     add("--predict", nargs="+", metavar="TEXT",
@@ -78,7 +79,7 @@ def parser() -> Parser:
 
 MAY_CHANGE = {"out", "method", "seed", "seeds", "train_examples", "lr",
               "device", "precision", "attention", "save_minutes",
-              "job", "base", "dataset"}  # fmt: skip  # no options: these are compared on their own
+              "job", "base", "dataset", "embeddings"}  # fmt: skip  # the last four are no options
 
 
 @dataclass
@@ -101,7 +102,7 @@ def read_arguments() -> tuple[argparse.Namespace, list[Job]]:
         latest = max(found, key=lambda path: path.stat().st_mtime)
         args = options.resumed(Run(latest.parent).settings, MAY_CHANGE, args.out)
     check_device(args.device)
-    if args.batch_tokens and args.batch_tokens < args.max_len:
+    if args.batch_tokens and args.max_len and args.batch_tokens < args.max_len:
         raise UserError(f"--batch-tokens {args.batch_tokens} is less than one text of --max-len")
     methods = [name for name in METHODS if name in args.method]
     if len(methods) > 1 and "scratch" not in methods:
@@ -144,7 +145,7 @@ def main() -> None:
     say(f"model: {name} ({why}), {config.num_hidden_layers} layers of {config.hidden_size}")
     tokenizer = load_tokenizer(source, config)
     attention = choose(args.attention, processes.device, precision.dtype, config.head_size)
-    check_max_len(args.max_len, config.max_position_embeddings)
+    args.max_len = choose_max_len(args.max_len, config.max_position_embeddings, args.batch_tokens)
 
     # 2. Labelled reviews, as token ids.
     dataset = Dataset(args.data, args.test)
@@ -226,8 +227,12 @@ def fine_tune(job: Job, common: Common) -> dict:
     torch.manual_seed(job.seed)
     model = build(job.method, common.source, common.reviews.names, args.adapter_size, args.attention)
     model.to(device)
+    faster = for_embeddings(job.method, common.source)
+    if run.settings:  # a run that goes on keeps its own
+        faster = run.settings.get("embeddings", 1.0)
     if processes.is_main:
-        run.start(common.settings | {"job": {k: v for k, v in vars(job).items() if k != "run"}})
+        described = {k: v for k, v in vars(job).items() if k != "run"}
+        run.start(common.settings | {"job": described, "embeddings": faster})
     processes.agree(None)  # the directory is there, and this job's
 
     # The rows it learns from. With few labels, as few choose the best epoch: no more would be at hand.
@@ -253,7 +258,6 @@ def fine_tune(job: Job, common: Common) -> dict:
         examples["train"], examples["validation"], batch_tokens=batch_tokens, epochs=epochs, seed=job.seed
     )
     lr = args.lr or recipe.lr(model.bert.config.hidden_size)
-    faster = for_embeddings(job.method, common.source)
     optimizer = Optimizer(learner, recipe.optimizer, lr, recipe.adamw * lr, args.weight_decay, faster)
     trainer = Trainer(
         learner,
@@ -274,7 +278,7 @@ def fine_tune(job: Job, common: Common) -> dict:
     say(f"trains {trainable_params:,} of {total_params:,} parameters: {summary(trained)}")
     rate = f"{recipe.optimizer} at {lr:.2g}"
     rate += f", adamw at {recipe.adamw * lr:.2g} for the rest" if recipe.optimizer == "muon" else ""
-    if faster != 1 and "bert.embeddings.word.weight" in trained:
+    if faster != 1:
         rate += f", {faster:g} times that for embeddings"
     say(f"{epochs} epochs, {task.steps:,} steps of at most {batch_tokens:,} {task.unit}, {rate}")
 
@@ -306,6 +310,8 @@ def fine_tune(job: Job, common: Common) -> dict:
         "best_epoch": best,
         "epochs": epochs,
         "steps": trainer.steps,
+        "lr": lr,
+        "embeddings": faster,
         "trainable_params": trainable_params,
         "total_params": total_params,
         "train_seconds": round(seconds, 1),

@@ -27,7 +27,7 @@ from minitune.attention import choose
 from minitune.calibration import CALIBRATIONS, Ensemble
 from minitune.checkpoint import load_masked_lm, load_tokenizer
 from minitune.classification import interval
-from minitune.cli import Parser, add_machine_options, check_max_len, check_utf8, real, run_script, whole
+from minitune.cli import Parser, add_machine_options, check_utf8, choose_max_len, real, run_script, whole
 from minitune.comparison import ORDER, simple_methods
 from minitune.data import Dataset
 from minitune.errors import UserError
@@ -138,7 +138,7 @@ def main() -> None:
                 written = json.dumps({"text": text, "generated": written}, ensure_ascii=False)
             print(written)
         return
-    check_max_len(args.max_len, model.config.max_position_embeddings)
+    choose_max_len(args.max_len, model.config.max_position_embeddings)
     prompts = [Prompt(sentence, args.words, reader, args.max_len) for sentence in args.template]
 
     # 3. Answers, or how good they are.

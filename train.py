@@ -19,7 +19,7 @@ import torch
 
 from minitune.attention import choose
 from minitune.checkpoint import load_masked_lm, load_tokenizer, save_model
-from minitune.cli import Parser, add_machine_options, check_max_len, real, run_script, whole
+from minitune.cli import Parser, add_machine_options, choose_max_len, real, run_script, whole
 from minitune.corpus import Corpus
 from minitune.data import Dataset
 from minitune.errors import UserError
@@ -57,7 +57,7 @@ def parser() -> Parser:
     add("--whole-word", action="store_true", help="hide whole words, not single tokens")
     add("--summary-weight", type=real(0, closed=True), default=1.0,
         help="of guessing a text's words from [CLS] alone; 0: only what BERT does")  # fmt: skip
-    add("--max-len", type=whole(8), default=512, help="tokens in a sequence at most")
+    add("--max-len", type=whole(8), help="tokens in a sequence at most; default: 512, if there is room")
     add("--batch-tokens", type=whole(8), default=4096, help="tokens in a step, all processes together")
     add("--accumulate", type=whole(1, 1024), default=1, help="compute a batch in N parts, for memory")
     add("--optimizer", choices=["muon", "adamw"], default="muon", help="for the hidden matrices")
@@ -79,7 +79,7 @@ def read_arguments() -> tuple[argparse.Namespace, Run]:
     run = Run.open(args.out, args.resume)
     args = options.resumed(run.settings, MAY_CHANGE, args.out)
     check_device(args.device)
-    if args.batch_tokens < args.max_len:
+    if args.max_len and args.batch_tokens < args.max_len:
         raise UserError(f"--batch-tokens {args.batch_tokens} is less than one text of --max-len")
     return args, run
 
@@ -113,7 +113,7 @@ def main() -> None:
         config = PRESETS[args.preset]
         say(f"model: {args.preset}, from random weights")
     attention = choose(args.attention, processes.device, precision.dtype, config.head_size)
-    check_max_len(args.max_len, config.max_position_embeddings)
+    args.max_len = choose_max_len(args.max_len, config.max_position_embeddings, args.batch_tokens)
 
     # 2. The text, as token ids. The main process tokenises, the others wait for it.
     dataset = Dataset(args.data)

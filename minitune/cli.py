@@ -78,10 +78,16 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
                        help="of everything random")  # fmt: skip
 
 
-def check_max_len(max_len: int, positions: int) -> None:
-    """Raise UserError where sequences of --max-len are longer than a model has positions."""
-    if max_len > positions:
-        raise UserError(f"--max-len {max_len}: the model has {positions} positions")
+def choose_max_len(asked: int | None, positions: int, batch_tokens: int | None = None) -> int:
+    """Tokens of a text at most: as asked, else 512 or what the model and a batch have room for.
+
+    Raises UserError where the model has fewer positions than asked for.
+    """
+    if asked is None:
+        return min(512, positions, batch_tokens or 512)
+    if asked > positions:
+        raise UserError(f"--max-len {asked}: the model has {positions} positions")
+    return asked
 
 
 def check_utf8(what: str, *texts: str) -> None:

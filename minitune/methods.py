@@ -59,12 +59,14 @@ def for_all_weights(hidden_size: int) -> float:
 
 
 def for_embeddings(method: str, source: Path) -> float:
-    """The rate of embeddings that train, in multiples of what AdamW gives to everything else.
+    """The rate of the embeddings in multiples of AdamW's for everything else.
 
-    Word vectors that are random, or young after some minutes of train.py, want to move faster; those of
-    real weights are settled, and overfit (tests/benchmarks/LOG.md).
+    Young word vectors, random ones or those of a run of train.py from random weights, want to move faster;
+    those of real weights lost a little by it (tests/benchmarks/LOG.md). Where it is not known how a model
+    began, or where --init went on from another, its vectors count as settled.
     """
-    return 5.0 if method == "scratch" or began_at_random(source) else 1.0
+    young = method == "scratch" or (method == "full" and began_at_random(source))
+    return 5.0 if young else 1.0
 
 
 METHODS = {

@@ -78,8 +78,8 @@ class Optimizer:
         """`name` is "muon" or "adamw"; `lr` is that optimizer's, `adamw_lr` that of Muon's partner.
 
         The tables of embeddings learn at `embeddings` times the rate of AdamW. The vector of a word moves
-        only in steps that read the word: at a rate that suits what moves in all of them, a rare word stays
-        about where it was.
+        only where a step reads the word: at a rate that suits what moves in all of them, a rare word stays
+        about where it was. (Positions and token types are raised with the words; not measured apart.)
         """
         self.arguments = (name, lr, adamw_lr, weight_decay, embeddings)
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]

@@ -17,7 +17,7 @@ import finetune
 import minitune.corpus
 import train
 from minitune.checkpoint import read_config, save_model, weights_hash
-from minitune.cli import run_script
+from minitune.cli import choose_max_len, run_script
 from minitune.methods import build
 from minitune.model import BertConfig, BertForMaskedLM, BertForSequenceClassification
 from minitune.prediction import save_trained
@@ -985,3 +985,9 @@ def test_a_reader_that_has_seen_enough(tuned, folder):
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "label,probability,truncated,text\n")
     assert done.stderr.startswith("model: ") and done.stderr.count("\n") == 1
+
+
+def test_where_no_length_is_asked_for_it_is_512_or_what_there_is_room_for():
+    assert [choose_max_len(None, positions) for positions in (2048, 512, 64)] == [512, 512, 64]
+    assert choose_max_len(None, 512, batch_tokens=256) == 256
+    assert choose_max_len(48, 64, batch_tokens=256) == 48

@@ -358,6 +358,8 @@ def test_young_embeddings_learn_faster_than_those_of_real_weights(folder, tmp_pa
         *options(folder, tmp_path / "out", "--model", str(model), "--method", method, "--epochs", "1")
     )
     assert (", 5 times that for embeddings" in done.out) == faster
+    settings = json.loads((tmp_path / "out" / method / "settings.json").read_text())
+    assert settings["embeddings"] == metrics(tmp_path / "out" / method)["embeddings"] == (5 if faster else 1)
 
 
 # New reviews
