@@ -102,8 +102,6 @@ def read_arguments() -> tuple[argparse.Namespace, list[Job]]:
         latest = max(found, key=lambda path: path.stat().st_mtime)
         args = options.resumed(Run(latest.parent).settings, MAY_CHANGE, args.out)
     check_device(args.device)
-    if args.batch_tokens and args.max_len and args.batch_tokens < args.max_len:
-        raise UserError(f"--batch-tokens {args.batch_tokens} is less than one text of --max-len")
     methods = [name for name in METHODS if name in args.method]
     if len(methods) > 1 and "scratch" not in methods:
         methods.append("scratch")  # methods are compared with what they start from, nothing
@@ -227,9 +225,10 @@ def fine_tune(job: Job, common: Common) -> dict:
     torch.manual_seed(job.seed)
     model = build(job.method, common.source, common.reviews.names, args.adapter_size, args.attention)
     model.to(device)
-    faster = for_embeddings(job.method, common.source)
     if run.settings:  # a run that goes on keeps its own
         faster = run.settings.get("embeddings", 1.0)
+    else:
+        faster = for_embeddings(job.method, common.source)
     if processes.is_main:
         described = {k: v for k, v in vars(job).items() if k != "run"}
         run.start(common.settings | {"job": described, "embeddings": faster})

@@ -79,8 +79,6 @@ def read_arguments() -> tuple[argparse.Namespace, Run]:
     run = Run.open(args.out, args.resume)
     args = options.resumed(run.settings, MAY_CHANGE, args.out)
     check_device(args.device)
-    if args.max_len and args.batch_tokens < args.max_len:
-        raise UserError(f"--batch-tokens {args.batch_tokens} is less than one text of --max-len")
     return args, run
 
 

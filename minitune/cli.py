@@ -81,10 +81,12 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
 def choose_max_len(asked: int | None, positions: int, batch_tokens: int | None = None) -> int:
     """Tokens of a text at most: as asked, else 512 or what the model and a batch have room for.
 
-    Raises UserError where the model has fewer positions than asked for.
+    Raises UserError where a batch or the model has less room than asked for.
     """
     if asked is None:
         return min(512, positions, batch_tokens or 512)
+    if batch_tokens and batch_tokens < asked:
+        raise UserError(f"--batch-tokens {batch_tokens} is less than one text of --max-len")
     if asked > positions:
         raise UserError(f"--max-len {asked}: the model has {positions} positions")
     return asked
