@@ -10,8 +10,8 @@ sequence and to nothing else (Vaswani et al. 2017, section 3.2.1, without a caus
     returns     (T, H, D)
 
 Read `reference` for what is computed, `Tiled` for how FlashAttention computes the same without ever
-holding all scores, and kernels.py for that on a GPU. No backend drops attention weights at random:
-minitune trains without dropout there.
+holding all scores, kernels.py for that on a GPU, and padded_attention.py for what suits a CPU. No backend
+drops attention weights at random: minitune trains without dropout there.
 """
 
 import functools
@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minitune.errors import UserError
+from minitune.padded_attention import Padded
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
@@ -164,15 +165,23 @@ def fused(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) 
     return Fused.apply(q, k, v, cu_seqlens, max_seqlen)
 
 
-BACKENDS = {"reference": reference, "tiled": tiled, "sdpa": sdpa, "triton": fused}
+def padded(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    """Products of few different shapes, to learn; torch's kernel, whose forward pass is faster, to read."""
+    if torch.is_grad_enabled() and q.requires_grad:
+        return Padded.apply(q, k, v, cu_seqlens)
+    return sdpa(q, k, v, cu_seqlens, max_seqlen)
+
+
+BACKENDS = {"reference": reference, "padded": padded, "tiled": tiled, "sdpa": sdpa, "triton": fused}
 
 
 @functools.cache  # asked in every layer of every step
 def choose(backend: str, device: torch.device, dtype: torch.dtype, head_size: int) -> str:
     """The backend that "auto" stands for; any other name is returned as it is.
 
-    Measured on two CPU cores with AVX-512 BF16 (tests/benchmarks/LOG.md): in bfloat16 plain batched
-    products are about twice as fast as torch's fused kernel, in float32 the fused kernel is ahead.
+    Measured on CPUs with bfloat16 products (tests/benchmarks/LOG.md): in bfloat16 plain batched products
+    are about twice as fast as torch's fused kernel and its backward pass, where their shapes come again; in
+    float32 the fused kernel is ahead.
     On a GPU the Triton kernels where they run, since one call serves sequences of all lengths.
 
     Raises UserError where "triton" is asked for by name and cannot run.
@@ -183,7 +192,7 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype, head_size: in
         return backend
     if device.type == "cuda":
         return "sdpa" if obstacle_to_triton(device, head_size) else "triton"
-    return "reference" if dtype == torch.bfloat16 else "sdpa"
+    return "padded" if dtype == torch.bfloat16 else "sdpa"
 
 
 def obstacle_to_triton(device: torch.device, head_size: int) -> str:

@@ -86,6 +86,7 @@ def pooled_layers(bert: Bert, batch: PackedBatch) -> Tensor:
         states.append(x)
     pooled = []
     for x in states:
+        x = x[: batch.tokens.numel()]
         mean = mean_of_tokens(x, batch)
         variance = mean_of_tokens(x.float().square(), batch) - mean.square()
         pooled += [mean, variance.clamp_min(0).sqrt()]  # rounding may take a variance below zero

@@ -2,10 +2,11 @@
 
 The architecture is BERT to the letter: post-LayerNorm, learned positions, token types, exact GELU, a
 masked-LM decoder tied to the word embeddings. What differs from most code is how it is run: a batch
-is its T tokens laid end to end (see attention.py), so nothing here knows about padding, and where a
-head reads a few tokens only, the last layer's feed-forward is computed for no others.
+is its T tokens laid end to end (see attention.py), so no sequence is padded, and where a head reads a
+few tokens only, the last layer's feed-forward is computed for no others.
 
-Shapes: T tokens in the batch, B sequences, C = hidden_size, H heads, D = C / H, V = vocab_size.
+Shapes: T tokens in the batch, R rows (T rounded up, see `rounded`), B sequences, C = hidden_size, H heads,
+D = C / H, V = vocab_size.
 """
 
 from dataclasses import dataclass, field
@@ -73,6 +74,18 @@ class PackedBatch:
         return PackedBatch(self.tokens.to(**move), self.cu_seqlens.to(**move), self.max_seqlen)
 
 
+ROWS = 64
+
+
+def rounded(indices: Tensor) -> Tensor:
+    """(N,) with zeros added at the end, so that N is a multiple of ROWS.
+
+    The matrices of a network then have few different numbers of rows. On a CPU with bfloat16 products oneDNN
+    compiles a kernel for each of these, which took as long as a quarter of all training.
+    """
+    return F.pad(indices, (0, -indices.numel() % ROWS))
+
+
 class LayerNorm(nn.LayerNorm):
     """LayerNorm in float32, whatever autocast is doing around it."""
 
@@ -96,7 +109,7 @@ class Dropout(nn.Dropout):
 
 
 class Embeddings(nn.Module):
-    """Word + position + token type, then LayerNorm."""
+    """Word + position + token type, then LayerNorm: (R, C), the T tokens and what `rounded` adds to them."""
 
     def __init__(self, config: BertConfig):
         super().__init__()
@@ -111,8 +124,8 @@ class Embeddings(nn.Module):
         offsets = batch.cu_seqlens[:-1].repeat_interleave(lengths, output_size=batch.tokens.numel())
         positions = torch.arange(batch.tokens.numel(), device=offsets.device) - offsets
         # minitune reads single texts, so every token is of type 0.
-        x = self.word(batch.tokens) + self.position(positions) + self.token_type.weight[0]
-        return self.dropout(self.norm(x))  # (T, C)
+        x = self.word(rounded(batch.tokens)) + self.position(rounded(positions)) + self.token_type.weight[0]
+        return self.dropout(self.norm(x))  # (R, C)
 
 
 class SelfAttention(nn.Module):
@@ -125,10 +138,11 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor, batch: PackedBatch, wanted: Tensor | None = None) -> Tensor:
-        T, C = x.shape
-        q, k, v = self.qkv(x).view(T, 3, self.heads, C // self.heads).unbind(1)  # each (T, H, D)
+        T, (R, C) = batch.tokens.numel(), x.shape
+        qkv = self.qkv(x)[:T]
+        q, k, v = qkv.view(T, 3, self.heads, C // self.heads).unbind(1)  # each (T, H, D)
         y = attention(q, k, v, batch.cu_seqlens, batch.max_seqlen, self.backend)
-        return self.out(at(wanted, y.reshape(T, C)))
+        return self.out(at(wanted, F.pad(y.reshape(T, C), (0, 0, 0, R - T))))
 
 
 class FeedForward(nn.Module):
@@ -158,7 +172,7 @@ class Layer(nn.Module):
         self.feed_forward_adapter = nn.Identity()
 
     def forward(self, x: Tensor, batch: PackedBatch, wanted: Tensor | None = None) -> Tensor:
-        """(T, C) to (T, C); or to (M, C), the M tokens `wanted`, where the others are just attended to."""
+        """(R, C) to (R, C); or to (M, C), the M tokens `wanted`, where the others are just attended to."""
         y = self.attention_adapter(self.dropout(self.attention(x, batch, wanted)))
         x = self.attention_norm(at(wanted, x) + y)
         y = self.feed_forward_adapter(self.dropout(self.feed_forward(x)))
@@ -190,7 +204,9 @@ class Bert(nn.Module):
         x = self.embeddings(batch)
         for layer in self.layers[:-1]:
             x = layer(x, batch)
-        return self.layers[-1](x, batch, wanted)
+        if wanted is None:
+            return self.layers[-1](x, batch)[: batch.tokens.numel()]
+        return self.layers[-1](x, batch, rounded(wanted))[: wanted.numel()]
 
 
 class Pooler(nn.Module):

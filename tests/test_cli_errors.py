@@ -729,7 +729,7 @@ def unfinished_too(finetune_py, folder, monkeypatch):
     """OUT of a run of finetune.py that was interrupted after its last step."""
 
     with monkeypatch.context() as patch:
-        patch.setattr(finetune, "save_trained", interrupted)
+        patch.setattr("minitune.finetuning.save_trained", interrupted)
         assert finetune_py()[0] == 130
     assert (folder / "run" / "feature" / "resume" / "state.safetensors").is_file()
     return folder / "run"

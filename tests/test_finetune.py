@@ -545,7 +545,7 @@ def unfinished(folder, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(finetune, "save_model", interrupt)
+        patch.setattr("minitune.finetuning.save_model", interrupt)
         words = options(tmp_path, tmp_path / "out", "--method", "full", "--epochs", "1")
         assert run(*words).status == 130
     return tmp_path / "out"

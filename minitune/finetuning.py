@@ -1,0 +1,186 @@
+"""One fine-tuning method, from the pretrained weights to its accuracy on the test rows."""
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from minitune.checkpoint import save_model
+from minitune.classification import Classification, Examples, evaluate
+from minitune.errors import UserError
+from minitune.features import extract
+from minitune.interrupts import Interrupted
+from minitune.machine import describe, forget_peak_memory, peak_memory
+from minitune.methods import METHODS, build, for_embeddings, summary
+from minitune.optimizer import Optimizer
+from minitune.precision import Precision
+from minitune.prediction import save_trained
+from minitune.processes import Processes
+from minitune.reviews import Reviews
+from minitune.runs import Run
+from minitune.tokenizer import Tokenizer
+from minitune.training import Trainer
+
+
+@dataclass
+class Job:
+    """One method on one choice of training rows, and the directory of its run."""
+
+    method: str
+    train_examples: int | None  # None: all
+    seed: int
+    run: Run
+
+
+@dataclass
+class Common:
+    """What all methods share."""
+
+    args: argparse.Namespace
+    settings: dict
+    name: str  # of the pretrained model, as given
+    source: Path  # its directory
+    tokenizer: Tokenizer
+    reviews: Reviews
+    examples: dict[str, Examples]
+    processes: Processes
+    precision: Precision
+    attention: str  # the backend that --attention stands for
+    say: Callable[[str], None]
+
+
+def fine_tune(job: Job, common: Common) -> dict:
+    """One method, from the pretrained weights to its accuracy on the test rows; returns the metrics."""
+    args, run, processes, precision = common.args, job.run, common.processes, common.precision
+    say, recipe, device = common.say, METHODS[job.method], processes.device
+    say(f"\n{job.method}: {recipe.summary}")
+    for key in ("base", "dataset"):
+        if run.settings and run.settings[key] != common.settings[key]:
+            raise UserError(f"the {key} of the run in {run.directory} has changed since it began")
+    if run.is_finished:
+        run.clean_up()  # killed between its last two lines
+        say(f"{run.directory} is finished")
+        return run.metrics
+    started = time.monotonic()
+    forget_peak_memory(device)
+    checkpoint = run.load()
+    # The model comes first: where its file is damaged, no directory is left behind.
+    torch.manual_seed(job.seed)
+    model = build(job.method, common.source, common.reviews.names, args.adapter_size, args.attention)
+    model.to(device)
+    if run.settings:  # a run that goes on keeps its own
+        faster = run.settings.get("embeddings", 1.0)
+    else:
+        faster = for_embeddings(job.method, common.source)
+    if processes.is_main:
+        described = {k: v for k, v in vars(job).items() if k != "run"}
+        run.start(common.settings | {"job": described, "embeddings": faster})
+    processes.agree(None)  # the directory is there, and this job's
+
+    # The rows it learns from. With few labels, as few choose the best epoch: no more would be at hand.
+    examples = dict(common.examples)
+    if count := job.train_examples:
+        for split in ("train", "validation"):
+            few = min(count, len(examples[split]))
+            examples[split] = examples[split].select(common.reviews.choose(split, few, job.seed))
+    tokens = examples["train"].tokens
+
+    # The part of it that learns.
+    learner, extraction_seconds = model, 0.0
+    if job.method == "feature":
+        directory = run.state_path.parent
+        examples, extraction_seconds = extract(model.bert, examples, directory, processes, precision)
+        learner, precision = model.head, Precision("fp32")
+        learner.standardise(examples["train"].inputs.matrix)
+    # The head of "feature" reads vectors, one a text, so that its budget counts texts.
+    asked = args.batch_tokens if learner is model else None
+    batch_tokens = asked or recipe.batch_tokens(examples["train"])
+    epochs = args.epochs or recipe.epochs(examples["train"], batch_tokens)
+    task = Classification(
+        examples["train"], examples["validation"], batch_tokens=batch_tokens, epochs=epochs, seed=job.seed
+    )
+    lr = args.lr or recipe.lr(model.bert.config.hidden_size)
+    optimizer = Optimizer(learner, recipe.optimizer, lr, recipe.adamw * lr, args.weight_decay, faster)
+    trainer = Trainer(
+        learner,
+        optimizer,
+        task,
+        run,
+        processes,
+        precision,
+        seed=job.seed,
+        warmup=0.1,
+        accumulate=args.accumulate,
+        save_minutes=args.save_minutes,
+    )
+    trainer.steps = task.steps
+    total_params = sum(p.numel() for p in model.parameters())
+    trainable_params = sum(p.numel() for p in trainer.parameters)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    say(f"trains {trainable_params:,} of {total_params:,} parameters: {summary(trained)}")
+    rate = f"{recipe.optimizer} at {lr:.2g}"
+    rate += f", adamw at {recipe.adamw * lr:.2g} for the rest" if recipe.optimizer == "muon" else ""
+    if faster != 1:
+        rate += f", {faster:g} times that for embeddings"
+    say(f"{epochs} epochs, {task.steps:,} steps of at most {batch_tokens:,} {task.unit}, {rate}")
+
+    # Train; the best epoch by validation stays.
+    if checkpoint:
+        trainer.restore(*checkpoint)
+        say(f"resumed at step {trainer.step:,} of {trainer.steps:,}")
+    if processes.is_main:
+        run.rewind_log(trainer.step)
+    try:
+        validation = trainer.train()
+    except Interrupted:
+        say(f"\ninterrupted: saved at step {trainer.step:,}; go on with --resume --out {args.out}")
+        raise
+
+    # Score the test rows, this once, and keep what was trained.
+    learner.eval()
+    with precision.autocast(device):
+        test = evaluate(learner, examples["test"], batch_tokens, processes)
+    best = 1 + task.epoch_ends.index(trainer.best["step"])
+    say(f"best epoch {best} of {epochs}: validation accuracy {validation['accuracy']:.2%}")
+    say(f"test accuracy {test['accuracy']:.2%}")
+    seconds = trainer.seconds + extraction_seconds
+    metrics = {
+        "method": job.method,
+        **test,
+        "validation_accuracy": validation["accuracy"],
+        "validation_loss": validation["loss"],
+        "best_epoch": best,
+        "epochs": epochs,
+        "steps": trainer.steps,
+        "lr": lr,
+        "embeddings": faster,
+        "trainable_params": trainable_params,
+        "total_params": total_params,
+        "train_seconds": round(seconds, 1),
+        "total_seconds": round(time.monotonic() - started, 1),
+        # A frozen encoder reads each text once, however many epochs its head trains.
+        "tokens_per_second": round((tokens if learner is not model else trainer.tokens) / seconds),
+        "peak_memory_bytes": peak_memory(device),
+        "train_examples": len(examples["train"]),
+        "seed": job.seed,
+        "model": common.name,
+        "data": args.data,
+        "device": describe(device),
+        "precision": common.precision.name,
+        "attention": common.attention,
+    }
+    if processes.is_main:
+        if job.method in ("full", "scratch"):
+            save_model(model, common.tokenizer, run.directory)
+            weights = run.directory / "model.safetensors"
+        else:
+            names, base_hash = common.reviews.names, common.settings["base"]
+            weights = save_trained(
+                run.directory, job.method, model, names, common.name, base_hash, args.max_len
+            )
+        metrics |= {"saved_bytes": weights.stat().st_size, "trained": trained}
+        run.finish(metrics)
+    return metrics

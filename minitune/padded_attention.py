@@ -1,0 +1,91 @@
+"""Attention by plain products over lengths that are rounded up: for a CPU with bfloat16 products.
+
+There oneDNN compiles a kernel for every new shape of a product, which takes 1 to 5 ms, and texts come in
+all lengths: with `attention.reference` a training step spends as much time on compiling as on computing
+(tests/benchmarks/LOG.md). Lengths that are multiples of 64 are few, and come again. So here, and only in
+here, sequences get a few rows more. As keys these are masked, as queries nobody reads what they say.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+MULTIPLE = 64
+
+
+class Padded(torch.autograd.Function):
+    """softmax(q kᵀ / √D) v for packed q, k, v (T, H, D). Keeps the softmax, as autograd would.
+
+    By hand, since autograd's way back through the padding takes as long as is won by it.
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+        out, kept = torch.empty_like(q), []
+        for group in _groups(cu_seqlens):
+            q1, k1, v1 = (group.pad(x) for x in (q, k, v))
+            scores = (q1 * q.size(-1) ** -0.5) @ k1.mT  # (S, H, n, n)
+            for own, length in zip(scores, group.lengths, strict=True):
+                own[..., length:] = -torch.inf
+            weights = scores.softmax(-1)
+            group.write(out, weights @ v1)
+            kept.append(weights)
+        ctx.save_for_backward(q, k, v, cu_seqlens, *kept)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, cu_seqlens, *kept = ctx.saved_tensors
+        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+        scale = q.size(-1) ** -0.5
+        for group, weights in zip(_groups(cu_seqlens), kept, strict=True):
+            q1, k1, v1, d_out1 = (group.pad(x) for x in (q, k, v, d_out))
+            group.write(dv, weights.mT @ d_out1)
+            d_weights = d_out1 @ v1.mT
+            d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, weights.dtype)
+            group.write(dq, (d_scores @ k1) * scale)
+            group.write(dk, d_scores.mT @ (q1 * scale))
+        return dq, dk, dv, None
+
+
+class _Group:
+    """S neighbouring sequences whose lengths are rounded up to the same n."""
+
+    def __init__(self, n: int, first_row: int, lengths: list[int]):
+        self.n, self.lengths, self.first_row = n, lengths, first_row
+
+    def _rows(self) -> Iterator[tuple[int, slice]]:
+        row = self.first_row
+        for i, length in enumerate(self.lengths):
+            yield i, slice(row, row + length)
+            row += length
+
+    def pad(self, x: Tensor) -> Tensor:
+        """Their rows of a packed (T, H, D) as (S, H, n, D)."""
+        S, (_, H, D) = len(self.lengths), x.shape
+        if min(self.lengths) == self.n:  # nothing to add
+            return x.narrow(0, self.first_row, S * self.n).view(S, self.n, H, D).transpose(1, 2)
+        padded = x.new_zeros(S, self.n, H, D)
+        for i, rows in self._rows():
+            padded[i, : self.lengths[i]] = x[rows]
+        return padded.transpose(1, 2)
+
+    def write(self, x: Tensor, padded: Tensor) -> None:
+        """Put what belongs to them, (S, H, n, D), into their rows of a packed (T, H, D)."""
+        for i, rows in self._rows():
+            x[rows] = padded[i, :, : self.lengths[i]].transpose(0, 1)
+
+
+def _groups(cu_seqlens: Tensor) -> Iterator[_Group]:
+    lengths = cu_seqlens.diff()
+    rounded = (lengths + MULTIPLE - 1) // MULTIPLE * MULTIPLE
+    sides, counts = torch.unique_consecutive(rounded, return_counts=True)
+    starts = cu_seqlens.tolist()
+    first = 0
+    for n, count in zip(sides.tolist(), counts.tolist(), strict=True):
+        bounds = starts[first : first + count + 1]
+        yield _Group(n, bounds[0], [b - a for a, b in zip(bounds, bounds[1:], strict=False)])
+        first += count
