@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from minitune import padded_attention
 from minitune.attention import Tiled, attention, choose
 from minitune.errors import UserError
 from tests.attention_oracle import HERE, assert_is_the_definition, compute, cumulative, random_inputs
@@ -107,6 +108,44 @@ def test_memory_of_tiled_grows_with_the_tokens_not_with_their_square(lengths):
     with LargestResult() as largest:
         compute("reference", lengths, inputs)
     assert largest.elements > T * H * BLOCK
+
+
+# The padded backend
+
+
+def test_padded_gradients_are_those_of_its_output(monkeypatch):
+    monkeypatch.setattr(padded_attention, "MULTIPLE", 4)
+    lengths = [1, 3, 4, 5, 5, 9]
+    *qkv, _ = random_inputs(lengths, 4, torch.float64, heads=2)
+    qkv = [x.detach().requires_grad_() for x in qkv]
+    assert torch.autograd.gradcheck(lambda *qkv: attention(*qkv, cumulative(lengths), 9, "padded"), qkv)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_padded_reads_what_it_learns_from(dtype):
+    """Where no gradient is asked for, it is computed in another way."""
+    lengths = [70, 64, 5]
+    *qkv, _ = random_inputs(lengths, 32, dtype)
+    read = attention(*qkv, cumulative(lengths), 70, "padded")
+    learned_from = attention(*(x.detach().requires_grad_() for x in qkv), cumulative(lengths), 70, "padded")
+    assert learned_from.grad_fn is not None and read.grad_fn is None
+    torch.testing.assert_close(read, learned_from.detach(), rtol=2e-2, atol=2e-2)
+
+
+def test_padded_has_few_shapes_of_products():
+    """Of all lengths from 1 to 128 it makes two, 64 and 128."""
+    lengths, shapes = list(range(1, 129)), set()
+
+    class Shapes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten.bmm.default:
+                shapes.add((args[0].shape, args[1].shape))
+            return function(*args, **(kwargs or {}))
+
+    inputs = random_inputs(lengths, 8, torch.bfloat16)
+    with Shapes():
+        compute("padded", lengths, inputs)
+    assert {max(a[1:]) for a, _ in shapes} == {64, 128} and len(shapes) <= 2 * 3
 
 
 # The choice

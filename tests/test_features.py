@@ -65,7 +65,7 @@ def one_by_one(bert: Bert, inputs: Sequences) -> torch.Tensor:
         batch, parts = inputs.pack(np.array([i])), []
         x = bert.embeddings(batch)
         for layer in [*bert.layers, None]:
-            wide = x.double()
+            wide = x[: batch.tokens.numel()].double()
             mean = wide.sum(0) / len(wide)
             parts += [mean, ((wide - mean).square().sum(0) / len(wide)).sqrt()]
             x = layer(x, batch) if layer else None

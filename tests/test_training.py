@@ -189,7 +189,7 @@ def test_heads_start_by_attending_to_the_words_next_door():
     before = model.bert.layers[2].attention.qkv.weight.clone()
     start_with_neighbours(model.bert)
     batch = PackedBatch.from_sequences([torch.randint(5, config.vocab_size, (100,))])
-    x = model.bert.embeddings(batch)
+    x = model.bert.embeddings(batch)[:100]
     q, k, _ = model.bert.layers[0].attention.qkv(x).view(100, 3, 4, 64).unbind(1)
     weights = torch.einsum("ihd,jhd->hij", q / 8, k).softmax(-1)
     for head, offset in enumerate([-1, 1, -2, 2]):

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import minitune.model
 from minitune.attention import choose
 from minitune.checkpoint import load_for_classification, load_tokenizer, read_config
 from minitune.classification import Sequences
@@ -30,7 +31,7 @@ from minitune.corpus import Corpus
 from minitune.data import Dataset
 from minitune.machine import describe
 from minitune.masking import mask_tokens
-from minitune.model import PRESETS, BertForMaskedLM, Dropout, PackedBatch
+from minitune.model import PRESETS, ROWS, BertForMaskedLM, Dropout, PackedBatch
 from minitune.plots import plt, save
 from minitune.precision import Precision, multiplies_bf16
 from minitune.reviews import Reviews
@@ -53,6 +54,7 @@ class Rung:
     packed: bool = False  # no padding
     attention: str = "reference"
     precision: str = "fp32"
+    rows: int = 1  # numbers of rows are rounded up to a multiple of this
 
 
 def rungs(job: str) -> list[Rung]:
@@ -68,7 +70,9 @@ def rungs(job: str) -> list[Rung]:
     changes += [("batches of alike lengths", {"grouped": True}), ("packing", {"packed": True})]
     changes += [(f"attention: {fastest}", {"attention": fastest})]
     if multiplies_bf16(CPU):
-        changes += [("bf16, attention: auto", {"precision": "bf16", "attention": "auto"})]
+        changes += [("bf16, attention: reference", {"precision": "bf16", "attention": "reference"})]
+        few = f"few shapes, attention: {choose('auto', CPU, torch.bfloat16, 64)}"
+        changes += [(few, {"rows": ROWS, "attention": "auto"})]
     ladder = [Rung("padded, float32, plain AdamW")]
     for name, change in changes:
         ladder.append(replace(ladder[-1], name=name, **change))
@@ -132,6 +136,7 @@ class Climber:
 
     def climb(self) -> float:
         """Seconds for all sequences once."""
+        minitune.model.ROWS = self.rung.rows
         started, precision = time.perf_counter(), Precision(self.rung.precision)
         for rows in self.batches:
             with precision.autocast(CPU):
