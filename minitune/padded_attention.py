@@ -26,28 +26,29 @@ class Padded(torch.autograd.Function):
         out, kept = torch.empty_like(q), []
         for group in _groups(cu_seqlens):
             q1, k1, v1 = (group.pad(x) for x in (q, k, v))
-            scores = (q1 * q.size(-1) ** -0.5) @ k1.mT  # (S, H, n, n)
+            q1 *= q.size(-1) ** -0.5
+            scores = q1 @ k1.mT  # (S, H, n, n)
             for own, length in zip(scores, group.lengths, strict=True):
                 own[..., length:] = -torch.inf
             weights = scores.softmax(-1)
             group.write(out, weights @ v1)
-            kept.append(weights)
-        ctx.save_for_backward(q, k, v, cu_seqlens, *kept)
+            kept += [q1, k1, v1, weights]
+        ctx.save_for_backward(cu_seqlens, *kept)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, cu_seqlens, *kept = ctx.saved_tensors
-        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-        scale = q.size(-1) ** -0.5
-        for group, weights in zip(_groups(cu_seqlens), kept, strict=True):
-            q1, k1, v1, d_out1 = (group.pad(x) for x in (q, k, v, d_out))
+        cu_seqlens, *kept = ctx.saved_tensors
+        dq, dk, dv = (torch.empty_like(d_out) for _ in range(3))
+        for i, group in enumerate(_groups(cu_seqlens)):
+            q1, k1, v1, weights = kept[4 * i : 4 * i + 4]
+            d_out1 = group.pad(d_out)
             group.write(dv, weights.mT @ d_out1)
             d_weights = d_out1 @ v1.mT
             d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, weights.dtype)
-            group.write(dq, (d_scores @ k1) * scale)
-            group.write(dk, d_scores.mT @ (q1 * scale))
+            group.write(dq, (d_scores @ k1) * q1.size(-1) ** -0.5)
+            group.write(dk, d_scores.mT @ q1)  # q1 is scaled already
         return dq, dk, dv, None
 
 
@@ -64,14 +65,11 @@ class _Group:
             row += length
 
     def pad(self, x: Tensor) -> Tensor:
-        """Their rows of a packed (T, H, D) as (S, H, n, D)."""
-        S, (_, H, D) = len(self.lengths), x.shape
-        if min(self.lengths) == self.n:  # nothing to add
-            return x.narrow(0, self.first_row, S * self.n).view(S, self.n, H, D).transpose(1, 2)
-        padded = x.new_zeros(S, self.n, H, D)
+        """A copy of their rows of a packed (T, H, D) as (S, H, n, D)."""
+        padded = x.new_zeros(len(self.lengths), x.size(1), self.n, x.size(2))
         for i, rows in self._rows():
-            padded[i, : self.lengths[i]] = x[rows]
-        return padded.transpose(1, 2)
+            padded[i, :, : self.lengths[i]] = x[rows].transpose(0, 1)
+        return padded
 
     def write(self, x: Tensor, padded: Tensor) -> None:
         """Put what belongs to them, (S, H, n, D), into their rows of a packed (T, H, D)."""

@@ -216,7 +216,11 @@ def test_templates_answer_together(succeed):
 
 
 @pytest.mark.parametrize(
-    "more", [["--batch-tokens", "8"], *(["--attention", name] for name in ("reference", "padded", "tiled", "sdpa"))]
+    "more",
+    [
+        ["--batch-tokens", "8"],
+        *(["--attention", name] for name in ("reference", "padded", "tiled", "sdpa")),
+    ],
 )
 def test_how_it_is_computed_changes_no_answer(succeed, folder, more):
     one, two = (succeed(folder / "data.csv", *ASK, "--json", *options).out for options in ([], more))
