@@ -57,7 +57,7 @@ def parser() -> Parser:
         help="tokens of a text; longer ones keep their ends; default: 512, if there is room")  # fmt: skip
     add("--batch-tokens", type=whole(8), help="tokens in a step, all processes together")
     add("--accumulate", type=whole(1, 1024), default=1, help="compute a batch in N parts, for memory")
-    add("--lr", type=real(0), help="peak learning rate; young embeddings get five times that")
+    add("--lr", type=real(0), help="peak learning rate; in a young model not the same for all")
     add("--weight-decay", type=real(0, closed=True), default=0.01, help="of matrices")
     add = options.add_argument_group("new reviews").add_argument
     add("--predict", nargs="+", metavar="TEXT",
@@ -69,7 +69,7 @@ def parser() -> Parser:
 
 MAY_CHANGE = {"out", "method", "seed", "seeds", "train_examples", "lr",
               "device", "precision", "attention", "save_minutes",
-              "job", "base", "dataset", "embeddings"}  # fmt: skip  # the last four are no options
+              "job", "base", "dataset", "rates"}  # fmt: skip  # the last four are no options
 
 
 def read_arguments() -> tuple[argparse.Namespace, list[Job]]:

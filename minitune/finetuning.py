@@ -3,7 +3,7 @@
 import argparse
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -14,8 +14,8 @@ from minitune.errors import UserError
 from minitune.features import extract
 from minitune.interrupts import Interrupted
 from minitune.machine import describe, forget_peak_memory, peak_memory
-from minitune.methods import METHODS, build, for_embeddings, summary
-from minitune.optimizer import Optimizer
+from minitune.methods import METHODS, build, rates, summary
+from minitune.optimizer import Optimizer, Rates
 from minitune.precision import Precision
 from minitune.prediction import save_trained
 from minitune.processes import Processes
@@ -71,13 +71,12 @@ def fine_tune(job: Job, common: Common) -> dict:
     torch.manual_seed(job.seed)
     model = build(job.method, common.source, common.reviews.names, args.adapter_size, args.attention)
     model.to(device)
-    if run.settings:  # a run that goes on keeps its own
-        faster = run.settings.get("embeddings", 1.0)
-    else:
-        faster = for_embeddings(job.method, common.source)
+    # A run that goes on keeps its own.
+    kept = run.settings.get("rates")
+    own_rates = Rates(**kept) if kept else rates(job.method, common.source)
     if processes.is_main:
         described = {k: v for k, v in vars(job).items() if k != "run"}
-        run.start(common.settings | {"job": described, "embeddings": faster})
+        run.start(common.settings | {"job": described, "rates": asdict(own_rates)})
     processes.agree(None)  # the directory is there, and this job's
 
     # The rows it learns from. With few labels, as few choose the best epoch: no more would be at hand.
@@ -103,7 +102,7 @@ def fine_tune(job: Job, common: Common) -> dict:
         examples["train"], examples["validation"], batch_tokens=batch_tokens, epochs=epochs, seed=job.seed
     )
     lr = args.lr or recipe.lr(model.bert.config.hidden_size)
-    optimizer = Optimizer(learner, recipe.optimizer, lr, recipe.adamw * lr, args.weight_decay, faster)
+    optimizer = Optimizer(learner, recipe.optimizer, lr, recipe.adamw * lr, args.weight_decay, own_rates)
     trainer = Trainer(
         learner,
         optimizer,
@@ -123,8 +122,10 @@ def fine_tune(job: Job, common: Common) -> dict:
     say(f"trains {trainable_params:,} of {total_params:,} parameters: {summary(trained)}")
     rate = f"{recipe.optimizer} at {lr:.2g}"
     rate += f", adamw at {recipe.adamw * lr:.2g} for the rest" if recipe.optimizer == "muon" else ""
-    if faster != 1:
-        rate += f", {faster:g} times that for embeddings"
+    if own_rates.embeddings != 1:
+        rate += f", {own_rates.embeddings:g} times that for embeddings"
+    if own_rates.layer_below != 1:
+        rate += f", {own_rates.layer_below:g} times that of a layer for the one below it"
     say(f"{epochs} epochs, {task.steps:,} steps of at most {batch_tokens:,} {task.unit}, {rate}")
 
     # Train; the best epoch by validation stays.
@@ -156,7 +157,7 @@ def fine_tune(job: Job, common: Common) -> dict:
         "epochs": epochs,
         "steps": trainer.steps,
         "lr": lr,
-        "embeddings": faster,
+        "rates": asdict(own_rates),
         "trainable_params": trainable_params,
         "total_params": total_params,
         "train_seconds": round(seconds, 1),

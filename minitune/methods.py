@@ -21,6 +21,7 @@ from minitune.checkpoint import load_for_classification, read_config
 from minitune.classification import Examples
 from minitune.features import FeatureClassifier
 from minitune.model import BertForSequenceClassification, MeanPooler
+from minitune.optimizer import Rates
 from minitune.sources import began_at_random
 
 
@@ -58,15 +59,18 @@ def for_all_weights(hidden_size: int) -> float:
     return 20 / hidden_size**2
 
 
-def for_embeddings(method: str, source: Path) -> float:
-    """The rate of the embeddings in multiples of AdamW's for everything else.
+def rates(method: str, source: Path) -> Rates:
+    """What learns faster and what slower in a young model, measured in tests/benchmarks/LOG.md.
 
-    Young word vectors, random ones or those of a run of train.py from random weights, want to move faster;
-    those of real weights lost a little by it (tests/benchmarks/LOG.md). Where it is not known how a model
-    began, or where --init went on from another, its vectors count as settled.
+    Young is one of random weights, or of a run of train.py that began with them. Real weights lost a little
+    by the same. Where it is not known how a model began, or where --init went on from another, it counts as
+    settled.
     """
-    young = method == "scratch" or (method == "full" and began_at_random(source))
-    return 5.0 if young else 1.0
+    if method == "scratch":
+        return Rates(embeddings=5.0)  # no layer knows more than another
+    if method == "full" and began_at_random(source):
+        return Rates(embeddings=5.0, layer_below=0.7)
+    return Rates()
 
 
 METHODS = {

@@ -6,6 +6,9 @@ vectors; embeddings, the head, biases and LayerNorms stay with AdamW (Loshchilov
 leaves the plateau early is not Muon but where training starts: initialization.py.
 """
 
+import re
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -63,6 +66,29 @@ def orthogonal(matrices: Tensor) -> Tensor:
     return (X.mT if tall else X).to(matrices.dtype)
 
 
+@dataclass(frozen=True)
+class Rates:
+    """Learning rates of AdamW by what a parameter belongs to, in multiples of the peak rate.
+
+    The vector of a word moves only where a step reads the word: at a rate that suits what moves in all steps,
+    a rare word stays about where it was. So `embeddings` of a young model want a larger one. (Positions and
+    token types are raised with the words; not measured apart.) And what a layer has learned is the more
+    general the lower it is: each layer learns at `layer_below` times the rate of the one above it (Howard &
+    Ruder 2018, "Universal Language Model Fine-tuning for Text Classification", section 3.2).
+    """
+
+    embeddings: float = 1.0
+    layer_below: float = 1.0
+
+    def multiple(self, name: str, layers: int) -> float:
+        """Of the parameter with this name, in a model with so many layers."""
+        if ".embeddings." in name and ".norm." not in name:
+            return self.embeddings
+        if inside := re.search(r"\.layers\.(\d+)\.", name):
+            return self.layer_below ** (layers - 1 - int(inside[1]))
+        return 1.0
+
+
 class Optimizer:
     """Several torch optimizers stepped as one, with learning rates that follow one schedule."""
 
@@ -73,33 +99,28 @@ class Optimizer:
         lr: float,
         adamw_lr: float,
         weight_decay: float,
-        embeddings: float = 1.0,
+        rates: Rates = Rates(),
     ):
-        """`name` is "muon" or "adamw"; `lr` is that optimizer's, `adamw_lr` that of Muon's partner.
-
-        The tables of embeddings learn at `embeddings` times the rate of AdamW. The vector of a word moves
-        only where a step reads the word: at a rate that suits what moves in all of them, a rare word stays
-        about where it was. (Positions and token types are raised with the words; not measured apart.)
-        """
-        self.arguments = (name, lr, adamw_lr, weight_decay, embeddings)
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        hidden = [p for name, p in named if p.ndim == 2 and ".layers." in name]
-        tables = [p for name, p in named if p.ndim == 2 and ".embeddings." in name]
-        self.parts = []
+        """`name` is "muon" or "adamw"; `lr` is that optimizer's, `adamw_lr` that of Muon's partner."""
+        self.arguments = (name, lr, adamw_lr, weight_decay, rates)
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        hidden = {name: p for name, p in named.items() if p.ndim == 2 and ".layers." in name}
+        self.parts, rest = [], named
         if name == "muon":
-            self.parts.append(Muon(hidden, lr=lr, weight_decay=weight_decay))
+            self.parts.append(Muon(list(hidden.values()), lr=lr, weight_decay=weight_decay))
+            rest = {name: p for name, p in named.items() if name not in hidden}
         else:
-            hidden, adamw_lr = [], lr
-        taken = {id(p) for p in hidden + tables}
-        rest = [p for _, p in named if id(p) not in taken]
-        # Decay pulls matrices towards zero; a bias or a LayerNorm gain has no reason to be small.
-        groups = [
-            {"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
-            {"params": tables, "weight_decay": weight_decay, "lr": embeddings * adamw_lr},
-        ]
+            adamw_lr = lr
+        numbers = [int(number) for name in named for number in re.findall(r"\.layers\.(\d+)\.", name)]
+        layers = 1 + max(numbers, default=0)
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for name, p in rest.items():
+            # Decay pulls matrices towards zero; a bias or a LayerNorm gain has no reason to be small.
+            decay = weight_decay if p.ndim >= 2 else 0.0
+            groups.setdefault((adamw_lr * rates.multiple(name, layers), decay), []).append(p)
+        groups = [{"params": ps, "lr": lr, "weight_decay": decay} for (lr, decay), ps in groups.items()]
         self.parts.append(torch.optim.AdamW(groups, lr=adamw_lr, betas=(0.9, 0.98), fused=True))
-        self.names = {id(p): name for name, p in named}
+        self.names = {id(p): name for name, p in named.items()}
         for group in self._groups():
             group["peak_lr"] = group["lr"]
 

@@ -346,10 +346,10 @@ def test_without_a_model_the_last_run_of_train_py_is_taken(folder, tmp_path, mon
 
 
 @pytest.mark.parametrize(
-    ("method", "init", "faster"),
-    [("full", None, True), ("full", "minilm", False), ("full", "no run", False), ("scratch", "no run", True)],
+    ("method", "init", "embeddings", "layer_below"),
+    [("full", None, 5, 0.7), ("full", "minilm", 1, 1), ("full", "no run", 1, 1), ("scratch", "no run", 5, 1)],
 )
-def test_young_embeddings_learn_faster_than_those_of_real_weights(folder, tmp_path, method, init, faster):
+def test_a_young_model_learns_at_rates_of_its_own(folder, tmp_path, method, init, embeddings, layer_below):
     model = shutil.copytree(folder / "base", tmp_path / "model")
     if init != "no run":
         (model / "metrics.json").write_text(json.dumps({"method": "pretrain"}))
@@ -357,9 +357,11 @@ def test_young_embeddings_learn_faster_than_those_of_real_weights(folder, tmp_pa
     done = succeed(
         *options(folder, tmp_path / "out", "--model", str(model), "--method", method, "--epochs", "1")
     )
-    assert (", 5 times that for embeddings" in done.out) == faster
+    assert (", 5 times that for embeddings" in done.out) == (embeddings == 5)
+    assert (", 0.7 times that of a layer" in done.out) == (layer_below == 0.7)
     settings = json.loads((tmp_path / "out" / method / "settings.json").read_text())
-    assert settings["embeddings"] == metrics(tmp_path / "out" / method)["embeddings"] == (5 if faster else 1)
+    expected = {"embeddings": embeddings, "layer_below": layer_below}
+    assert settings["rates"] == metrics(tmp_path / "out" / method)["rates"] == expected
 
 
 # New reviews

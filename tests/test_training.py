@@ -14,7 +14,7 @@ from torch import nn
 from minitune.errors import UserError
 from minitune.initialization import start_with_frequencies, start_with_neighbours
 from minitune.model import BertConfig, BertForMaskedLM, PackedBatch
-from minitune.optimizer import Muon, Optimizer, one_cycle
+from minitune.optimizer import Muon, Optimizer, Rates, one_cycle
 from minitune.plots import plateau
 from minitune.precision import Precision
 from minitune.pretraining import Cloze, MaskedLanguageModelling, summary_loss
@@ -108,24 +108,36 @@ def test_muon_has_the_hidden_matrices_and_only_matrices_decay():
         for layer in range(2)
         for matrix in ("attention.qkv", "attention.out", "feed_forward.up", "feed_forward.down")
     }
-    decayed, free, tables = adamw.param_groups
-    assert {names[id(p)] for p in decayed["params"]} == {"head.dense.weight"}
-    assert {names[id(p)] for p in tables["params"]} == {
+    decayed = {names[id(p)] for group in adamw.param_groups if group["weight_decay"] for p in group["params"]}
+    assert decayed == {
+        "head.dense.weight",
         "bert.embeddings.word.weight",
         "bert.embeddings.position.weight",
         "bert.embeddings.token_type.weight",
     }
-    assert decayed["weight_decay"] == tables["weight_decay"] == 0.01
-    assert free["weight_decay"] == 0 and all(p.ndim == 1 for p in free["params"])
+    free = [group for group in adamw.param_groups if not group["weight_decay"]]
+    assert all(p.ndim == 1 for group in free for p in group["params"])
+    assert {group["weight_decay"] for group in adamw.param_groups} == {0, 0.01}
     assert sum(len(g["params"]) for part in (muon, adamw) for g in part.param_groups) == len(names)
 
 
 @pytest.mark.parametrize(("name", "adamw_lr"), [("muon", 0.001), ("adamw", 0.01)])
-def test_embeddings_learn_at_a_rate_of_their_own(name, adamw_lr):
+def test_embeddings_and_lower_layers_learn_at_rates_of_their_own(name, adamw_lr):
     model = small_model()
-    *_, adamw = Optimizer(model, name, 0.01, 0.001, 0.01, embeddings=5).for_copy(model).parts
-    rates = [group["peak_lr"] for group in adamw.param_groups]
-    assert rates == pytest.approx([adamw_lr, adamw_lr, 5 * adamw_lr])
+    *_, adamw = Optimizer(model, name, 0.01, 0.001, 0.01, Rates(5, 0.7)).for_copy(model).parts
+    names = {id(p): name for name, p in model.named_parameters()}
+    rates = {names[id(p)]: group["peak_lr"] for group in adamw.param_groups for p in group["params"]}
+    for part, multiple in {
+        "bert.embeddings.word.weight": 5,
+        "bert.embeddings.position.weight": 5,
+        "bert.embeddings.norm.weight": 1,
+        "bert.layers.0.feed_forward_norm.weight": 0.7,
+        "bert.layers.1.feed_forward.up.bias": 1,
+        "head.dense.weight": 1,
+    }.items():
+        assert rates[part] == pytest.approx(multiple * adamw_lr), part
+    if name == "adamw":
+        assert rates["bert.layers.0.attention.qkv.weight"] == pytest.approx(0.7 * adamw_lr)
 
 
 @pytest.mark.parametrize(("has_bf16", "tolerance"), [(True, 1e-2), (False, 5e-2)])
