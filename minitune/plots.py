@@ -52,7 +52,8 @@ def plot_pretraining(log: list[dict], uniform: float, unigram: float, final: dic
                   ha="right", color="#08519c")  # fmt: skip
     axes.set(xlabel="minutes of training", ylabel="masked-LM loss (nats a token)")
     axes.set_title("Learning to fill blanks")
-    axes.legend(loc="upper right", bbox_to_anchor=(1, 0.72), frameon=False)
+    between = (right, (uniform + unigram) / 2)
+    axes.legend(loc="center right", bbox_to_anchor=between, bbox_transform=axes.transData, frameon=False)
     save(figure, path)
 
 
