@@ -57,7 +57,7 @@ def parser() -> Parser:
         help="tokens of a text; longer ones keep their ends; default: 512, if there is room")  # fmt: skip
     add("--batch-tokens", type=whole(8), help="tokens in a step, all processes together")
     add("--accumulate", type=whole(1, 1024), default=1, help="compute a batch in N parts, for memory")
-    add("--lr", type=real(0), help="peak learning rate; in a young model not the same for all")
+    add("--lr", type=real(0), help="peak learning rate; some parts get a multiple of it")
     add("--weight-decay", type=real(0, closed=True), default=0.01, help="of matrices")
     add = options.add_argument_group("new reviews").add_argument
     add("--predict", nargs="+", metavar="TEXT",

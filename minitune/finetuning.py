@@ -124,8 +124,8 @@ def fine_tune(job: Job, common: Common) -> dict:
     rate += f", adamw at {recipe.adamw * lr:.2g} for the rest" if recipe.optimizer == "muon" else ""
     if own_rates.embeddings != 1:
         rate += f", {own_rates.embeddings:g} times that for embeddings"
-    if own_rates.layer_below != 1:
-        rate += f", {own_rates.layer_below:g} times that of a layer for the one below it"
+    if own_rates.lowest_layer != 1:
+        rate += f", less for lower layers, down to {own_rates.lowest_layer:.2g} times that"
     say(f"{epochs} epochs, {task.steps:,} steps of at most {batch_tokens:,} {task.unit}, {rate}")
 
     # Train; the best epoch by validation stays.

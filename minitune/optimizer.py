@@ -73,19 +73,20 @@ class Rates:
     The vector of a word moves only where a step reads the word: at a rate that suits what moves in all steps,
     a rare word stays about where it was. So `embeddings` of a young model want a larger one. (Positions and
     token types are raised with the words; not measured apart.) And what a layer has learned is the more
-    general the lower it is: each layer learns at `layer_below` times the rate of the one above it (Howard &
-    Ruder 2018, "Universal Language Model Fine-tuning for Text Classification", section 3.2).
+    general the lower it is: each layer learns more slowly than the one above it by the same factor, down to
+    `lowest_layer` (Howard & Ruder 2018, "Universal Language Model Fine-tuning for Text Classification",
+    section 3.2).
     """
 
     embeddings: float = 1.0
-    layer_below: float = 1.0
+    lowest_layer: float = 1.0
 
     def multiple(self, name: str, layers: int) -> float:
         """Of the parameter with this name, in a model with so many layers."""
         if ".embeddings." in name and ".norm." not in name:
             return self.embeddings
         if inside := re.search(r"\.layers\.(\d+)\.", name):
-            return self.layer_below ** (layers - 1 - int(inside[1]))
+            return self.lowest_layer ** ((layers - 1 - int(inside[1])) / max(1, layers - 1))
         return 1.0
 
 

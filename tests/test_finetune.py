@@ -346,10 +346,13 @@ def test_without_a_model_the_last_run_of_train_py_is_taken(folder, tmp_path, mon
 
 
 @pytest.mark.parametrize(
-    ("method", "init", "embeddings", "layer_below"),
-    [("full", None, 5, 0.7), ("full", "minilm", 1, 1), ("full", "no run", 1, 1), ("scratch", "no run", 5, 1)],
+    ("method", "init", "embeddings", "lowest_layer"),
+    [("full", None, 5, 1 / 3), ("full", "minilm", 1, 1 / 3), ("full", "no run", 1, 1 / 3)]
+    + [("scratch", "no run", 5, 1), ("adapter", None, 1, 1)],
 )
-def test_a_young_model_learns_at_rates_of_its_own(folder, tmp_path, method, init, embeddings, layer_below):
+def test_word_vectors_and_lower_layers_learn_at_rates_of_their_own(
+    folder, tmp_path, method, init, embeddings, lowest_layer
+):
     model = shutil.copytree(folder / "base", tmp_path / "model")
     if init != "no run":
         (model / "metrics.json").write_text(json.dumps({"method": "pretrain"}))
@@ -358,9 +361,9 @@ def test_a_young_model_learns_at_rates_of_its_own(folder, tmp_path, method, init
         *options(folder, tmp_path / "out", "--model", str(model), "--method", method, "--epochs", "1")
     )
     assert (", 5 times that for embeddings" in done.out) == (embeddings == 5)
-    assert (", 0.7 times that of a layer" in done.out) == (layer_below == 0.7)
+    assert (", less for lower layers, down to 0.33 times that" in done.out) == (lowest_layer != 1)
     settings = json.loads((tmp_path / "out" / method / "settings.json").read_text())
-    expected = {"embeddings": embeddings, "layer_below": layer_below}
+    expected = {"embeddings": embeddings, "lowest_layer": lowest_layer}
     assert settings["rates"] == metrics(tmp_path / "out" / method)["rates"] == expected
 
 
