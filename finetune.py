@@ -5,8 +5,9 @@
     python finetune.py --method full --model minilm --data rotten_tomatoes
     python finetune.py --model runs/finetune/adapter --predict "An unforgettable film."
 
-The steps below are those of any fine-tuning: get a pretrained model, get labelled texts, decide what
-is trained, train it, keep the best epoch by validation, and score the test rows once, at the end.
+The steps below are those of any fine-tuning: get a pretrained model, get labelled texts, train, compare.
+Step 3, for one method, is minitune/finetuning.py: decide what is trained, train it, keep the best epoch by
+validation, and score the test rows once, at the end.
 """
 
 import argparse
