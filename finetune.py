@@ -70,7 +70,8 @@ def parser() -> Parser:
 
 MAY_CHANGE = {"out", "method", "seed", "seeds", "train_examples", "lr",
               "device", "precision", "attention", "save_minutes",
-              "job", "base", "dataset", "rates"}  # fmt: skip  # the last four are no options
+              # What is no option; "embeddings" is what runs had before they had "rates".
+              "job", "base", "dataset", "rates", "embeddings"}  # fmt: skip
 
 
 def read_arguments() -> tuple[argparse.Namespace, list[Job]]:

@@ -71,9 +71,10 @@ def fine_tune(job: Job, common: Common) -> dict:
     torch.manual_seed(job.seed)
     model = build(job.method, common.source, common.reviews.names, args.adapter_size, args.attention)
     model.to(device)
-    # A run that goes on keeps its own.
-    kept = run.settings.get("rates")
-    own_rates = Rates(**kept) if kept else rates(job.method, common.source)
+    own_rates = rates(job.method, common.source)
+    if run.settings:  # a run that goes on keeps its own; older ones had that of the embeddings alone
+        kept = {"embeddings": run.settings.get("embeddings", 1.0)}
+        own_rates = Rates(**run.settings.get("rates", kept))
     if processes.is_main:
         described = {k: v for k, v in vars(job).items() if k != "run"}
         run.start(common.settings | {"job": described, "rates": asdict(own_rates)})

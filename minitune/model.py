@@ -2,8 +2,8 @@
 
 The architecture is BERT to the letter: post-LayerNorm, learned positions, token types, exact GELU, a
 masked-LM decoder tied to the word embeddings. What differs from most code is how it is run: a batch
-is its T tokens laid end to end (see attention.py), so no sequence is padded, and where a head reads a
-few tokens only, the last layer's feed-forward is computed for no others.
+is its T tokens laid end to end (see attention.py), so nothing here knows of padded sequences, and where a
+head reads a few tokens only, the last layer's feed-forward is computed for no others.
 
 Shapes: T tokens in the batch, R rows (T rounded up, see `rounded`), B sequences, C = hidden_size, H heads,
 D = C / H, V = vocab_size.
@@ -81,7 +81,7 @@ def rounded(indices: Tensor) -> Tensor:
     """(N,) with zeros added at the end, so that N is a multiple of ROWS.
 
     The matrices of a network then have few different numbers of rows. On a CPU with bfloat16 products oneDNN
-    compiles a kernel for each of these, which took as long as a quarter of all training.
+    compiles a kernel for each of these, which took a tenth of all training and more.
     """
     return F.pad(indices, (0, -indices.numel() % ROWS))
 

@@ -75,7 +75,7 @@ class Rates:
     token types are raised with the words; not measured apart.) And what a layer has learned is the more
     general the lower it is: each layer learns more slowly than the one above it by the same factor, down to
     `lowest_layer` (Howard & Ruder 2018, "Universal Language Model Fine-tuning for Text Classification",
-    section 3.2).
+    section 3.2; unlike there, not the embeddings). What Muon has, learns at Muon's rate.
     """
 
     embeddings: float = 1.0

@@ -1,8 +1,8 @@
 """Attention by plain products over lengths that are rounded up: for a CPU with bfloat16 products.
 
-There oneDNN compiles a kernel for every new shape of a product, which takes 1 to 5 ms, and texts come in
-all lengths: with `attention.reference` a training step spends as much time on compiling as on computing
-(tests/benchmarks/LOG.md). Lengths that are multiples of 64 are few, and come again. So here, and only in
+There oneDNN compiles a kernel for every new shape of a product, which takes 1 to 3 ms, and texts come in
+all lengths: with `attention.reference` compiling was a third of a training step (tests/benchmarks/LOG.md).
+Lengths that are multiples of 64 are few, and come again. So here, and only in
 here, sequences get a few rows more. As keys these are masked, as queries nobody reads what they say.
 """
 
@@ -24,15 +24,16 @@ class Padded(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
         out, kept = torch.empty_like(q), []
-        for group in _groups(cu_seqlens):
-            q1, k1, v1 = (group.pad(x) for x in (q, k, v))
-            q1 *= q.size(-1) ** -0.5
-            scores = q1 @ k1.mT  # (S, H, n, n)
-            for own, length in zip(scores, group.lengths, strict=True):
-                own[..., length:] = -torch.inf
-            weights = scores.softmax(-1)
-            group.write(out, weights @ v1)
-            kept += [q1, k1, v1, weights]
+        with torch.autocast(q.device.type, enabled=False):  # everything in the precision of q
+            for group in _groups(cu_seqlens):
+                q1, k1, v1 = (group.pad(x) for x in (q, k, v))
+                q1 *= q.size(-1) ** -0.5
+                scores = q1 @ k1.mT  # (S, H, n, n)
+                for own, length in zip(scores, group.lengths, strict=True):
+                    own[..., length:] = -torch.inf
+                weights = scores.softmax(-1)
+                group.write(out, weights @ v1)
+                kept += [q1, k1, v1, weights]
         ctx.save_for_backward(cu_seqlens, *kept)
         return out
 
@@ -41,14 +42,15 @@ class Padded(torch.autograd.Function):
     def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
         cu_seqlens, *kept = ctx.saved_tensors
         dq, dk, dv = (torch.empty_like(d_out) for _ in range(3))
-        for i, group in enumerate(_groups(cu_seqlens)):
-            q1, k1, v1, weights = kept[4 * i : 4 * i + 4]
-            d_out1 = group.pad(d_out)
-            group.write(dv, weights.mT @ d_out1)
-            d_weights = d_out1 @ v1.mT
-            d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, weights.dtype)
-            group.write(dq, (d_scores @ k1) * q1.size(-1) ** -0.5)
-            group.write(dk, d_scores.mT @ q1)  # q1 is scaled already
+        with torch.autocast(d_out.device.type, enabled=False):
+            for i, group in enumerate(_groups(cu_seqlens)):
+                q1, k1, v1, weights = kept[4 * i : 4 * i + 4]
+                d_out1 = group.pad(d_out)
+                group.write(dv, weights.mT @ d_out1)
+                d_weights = d_out1 @ v1.mT
+                d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, weights.dtype)
+                group.write(dq, (d_scores @ k1) * q1.size(-1) ** -0.5)
+                group.write(dk, d_scores.mT @ q1)  # q1 is scaled already
         return dq, dk, dv, None
 
 

@@ -132,8 +132,21 @@ def test_padded_reads_what_it_learns_from(dtype):
     torch.testing.assert_close(read, learned_from.detach(), rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_padded_computes_in_the_precision_of_its_inputs_under_autocast_too(dtype):
+    lengths = [70, 64, 5]
+    inputs = random_inputs(lengths, 32, dtype)
+    expected = compute("padded", lengths, inputs)
+    *qkv, upstream = inputs
+    qkv = [x.detach().requires_grad_() for x in qkv]
+    with torch.autocast("cpu", torch.bfloat16):  # in training the way back is outside of it
+        output = attention(*qkv, cumulative(lengths), 70, "padded")
+    computed = [output.detach(), *torch.autograd.grad(output, qkv, upstream)]
+    assert all(torch.equal(a, b) for a, b in zip(computed, expected, strict=True))
+
+
 def test_padded_has_few_shapes_of_products():
-    """Of all lengths from 1 to 128 it makes two, 64 and 128."""
+    """Of all lengths from 1 to 128 it makes two, 64 and 128 (how many of them there are is another matter)."""
     lengths, shapes = list(range(1, 129)), set()
 
     class Shapes(TorchDispatchMode):
