@@ -146,7 +146,7 @@ def test_padded_computes_in_the_precision_of_its_inputs_under_autocast_too(dtype
 
 
 def test_padded_has_few_shapes_of_products():
-    """Of all lengths from 1 to 128 it makes two, 64 and 128 (how many of them there are is another matter)."""
+    """Of all lengths from 1 to 128 it makes two, 64 and 128, in batches of any number."""
     lengths, shapes = list(range(1, 129)), set()
 
     class Shapes(TorchDispatchMode):

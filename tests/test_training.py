@@ -123,7 +123,8 @@ def test_muon_has_the_hidden_matrices_and_only_matrices_decay():
 
 @pytest.mark.parametrize(("name", "adamw_lr"), [("muon", 0.001), ("adamw", 0.01)])
 def test_embeddings_and_lower_layers_learn_at_rates_of_their_own(name, adamw_lr):
-    model = BertForMaskedLM(BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=4, intermediate_size=32))
+    sizes = {"hidden_size": 16, "num_hidden_layers": 4, "intermediate_size": 32}
+    model = BertForMaskedLM(BertConfig(vocab_size=50, **sizes))
     *_, adamw = Optimizer(model, name, 0.01, 0.001, 0.01, Rates(5, 1 / 8)).for_copy(model).parts
     names = {id(p): name for name, p in model.named_parameters()}
     rates = {names[id(p)]: group["peak_lr"] for group in adamw.param_groups for p in group["params"]}
