@@ -24,7 +24,6 @@ from minitune.corpus import Corpus
 from minitune.data import Dataset
 from minitune.errors import UserError
 from minitune.initialization import start_with_frequencies, start_with_neighbours
-from minitune.interrupts import Interrupted
 from minitune.machine import check_device, describe, peak_memory
 from minitune.model import PRESETS, BertForMaskedLM
 from minitune.optimizer import Optimizer
@@ -33,7 +32,7 @@ from minitune.pretraining import MaskedLanguageModelling, fill_examples
 from minitune.processes import Processes
 from minitune.runs import Run
 from minitune.sources import find_model
-from minitune.training import Trainer
+from minitune.training import Trainer, train_or_say_how_to_go_on
 
 STARTED = time.monotonic()
 
@@ -171,13 +170,7 @@ def main() -> None:
     else:
         trainer.steps = trainer.plan(STARTED + 60 * args.minutes)
         say(f"{trainer.steps:,} steps fit into {args.minutes:g} minutes")
-    if processes.is_main:
-        run.rewind_log(trainer.step)
-    try:
-        final = trainer.train()
-    except Interrupted:
-        say(f"\ninterrupted: saved at step {trainer.step:,}; go on with --resume --out {args.out}")
-        raise
+    final = train_or_say_how_to_go_on(trainer, args.out, say)
 
     # 5. Look at the result, and keep it.
     say(f"validation: loss {final['loss']:.3f}, {final['masked_accuracy']:.1%} of the blanks right")

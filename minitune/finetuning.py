@@ -12,7 +12,6 @@ from minitune.checkpoint import save_model
 from minitune.classification import Classification, Examples, evaluate
 from minitune.errors import UserError
 from minitune.features import extract
-from minitune.interrupts import Interrupted
 from minitune.machine import describe, forget_peak_memory, peak_memory
 from minitune.methods import METHODS, build, rates, summary
 from minitune.optimizer import Optimizer, Rates
@@ -22,7 +21,7 @@ from minitune.processes import Processes
 from minitune.reviews import Reviews
 from minitune.runs import Run
 from minitune.tokenizer import Tokenizer
-from minitune.training import Trainer
+from minitune.training import Trainer, train_or_say_how_to_go_on
 
 
 @dataclass
@@ -71,10 +70,11 @@ def fine_tune(job: Job, common: Common) -> dict:
     torch.manual_seed(job.seed)
     model = build(job.method, common.source, common.reviews.names, args.adapter_size, args.attention)
     model.to(device)
-    own_rates = rates(job.method, common.source)
     if run.settings:  # a run that goes on keeps its own; older ones had that of the embeddings alone
         kept = {"embeddings": run.settings.get("embeddings", 1.0)}
         own_rates = Rates(**run.settings.get("rates", kept))
+    else:
+        own_rates = rates(job.method, common.source)
     if processes.is_main:
         described = {k: v for k, v in vars(job).items() if k != "run"}
         run.start(common.settings | {"job": described, "rates": asdict(own_rates)})
@@ -133,13 +133,7 @@ def fine_tune(job: Job, common: Common) -> dict:
     if checkpoint:
         trainer.restore(*checkpoint)
         say(f"resumed at step {trainer.step:,} of {trainer.steps:,}")
-    if processes.is_main:
-        run.rewind_log(trainer.step)
-    try:
-        validation = trainer.train()
-    except Interrupted:
-        say(f"\ninterrupted: saved at step {trainer.step:,}; go on with --resume --out {args.out}")
-        raise
+    validation = train_or_say_how_to_go_on(trainer, args.out, say)
 
     # Score the test rows, this once, and keep what was trained.
     learner.eval()

@@ -7,6 +7,7 @@ here, sequences get a few rows more. As keys these are masked, as queries nobody
 """
 
 from collections.abc import Iterator
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -79,13 +80,13 @@ class _Group:
             x[rows] = padded[i, :, : self.lengths[i]].transpose(0, 1)
 
 
+def _rounded_up(length: int) -> int:
+    return -(-length // MULTIPLE) * MULTIPLE
+
+
 def _groups(cu_seqlens: Tensor) -> Iterator[_Group]:
-    lengths = cu_seqlens.diff()
-    rounded = (lengths + MULTIPLE - 1) // MULTIPLE * MULTIPLE
-    sides, counts = torch.unique_consecutive(rounded, return_counts=True)
-    starts = cu_seqlens.tolist()
-    first = 0
-    for n, count in zip(sides.tolist(), counts.tolist(), strict=True):
-        bounds = starts[first : first + count + 1]
-        yield _Group(n, bounds[0], [b - a for a, b in zip(bounds, bounds[1:], strict=False)])
-        first += count
+    row = 0
+    for n, neighbours in groupby(cu_seqlens.diff().tolist(), _rounded_up):
+        lengths = list(neighbours)
+        yield _Group(n, row, lengths)
+        row += sum(lengths)

@@ -11,7 +11,8 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -299,3 +300,14 @@ class Trainer:
         started = time.monotonic()
         yield
         self.seconds += time.monotonic() - started
+
+
+def train_or_say_how_to_go_on(trainer: Trainer, out: Path, say: Callable[[str], None]) -> dict:
+    """`trainer.train()`, with the log as it was at the trainer's step; `out` is the script's --out."""
+    if trainer.processes.is_main:
+        trainer.run.rewind_log(trainer.step)
+    try:
+        return trainer.train()
+    except Interrupted:
+        say(f"\ninterrupted: saved at step {trainer.step:,}; go on with --resume --out {out}")
+        raise

@@ -10,7 +10,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from minitune import padded_attention
 from minitune.attention import Tiled, attention, choose
 from minitune.errors import UserError
-from tests.attention_oracle import HERE, assert_is_the_definition, compute, cumulative, random_inputs
+from tests.attention_oracle import (
+    HERE,
+    assert_is_the_definition,
+    compute,
+    cumulative,
+    output_and_gradients,
+    random_inputs,
+)
 
 BLOCK = Tiled.BLOCK
 LENGTHS = [[1], [7], [BLOCK - 1], [BLOCK], [BLOCK + 1], [40] * 6, [129, 1, 64, 64, 127], [512, 3]]
@@ -137,11 +144,12 @@ def test_padded_computes_in_the_precision_of_its_inputs_under_autocast_too(dtype
     lengths = [70, 64, 5]
     inputs = random_inputs(lengths, 32, dtype)
     expected = compute("padded", lengths, inputs)
-    *qkv, upstream = inputs
-    qkv = [x.detach().requires_grad_() for x in qkv]
-    with torch.autocast("cpu", torch.bfloat16):  # in training the way back is outside of it
-        output = attention(*qkv, cumulative(lengths), 70, "padded")
-    computed = [output.detach(), *torch.autograd.grad(output, qkv, upstream)]
+
+    def forward(*qkv):
+        with torch.autocast("cpu", torch.bfloat16):  # in training the way back is outside of it
+            return attention(*qkv, cumulative(lengths), 70, "padded")
+
+    computed = output_and_gradients(forward, inputs)
     assert all(torch.equal(a, b) for a, b in zip(computed, expected, strict=True))
 
 
