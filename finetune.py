@@ -53,6 +53,8 @@ def parser() -> Parser:
     add("--save-minutes", type=real(0), default=2, help="between checkpoints")
     add = options.add_argument_group("the recipe; what is not given is the method's own").add_argument
     add("--epochs", type=whole(1, 10_000), help="passes over the training rows")
+    add("--soup", type=whole(1, 100), default=1, metavar="N",
+        help="train N times from the same weights, in other orders, and average the results")  # fmt: skip
     add("--adapter-size", type=whole(1, 10_000), default=64, help="units in the bottleneck of an adapter")
     add("--max-len", type=whole(8),
         help="tokens of a text; longer ones keep their ends; default: 512, if there is room")  # fmt: skip

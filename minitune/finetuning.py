@@ -20,6 +20,7 @@ from minitune.prediction import save_trained
 from minitune.processes import Processes
 from minitune.reviews import Reviews
 from minitune.runs import Run
+from minitune.soup import Soup
 from minitune.tokenizer import Tokenizer
 from minitune.training import Trainer, train_or_say_how_to_go_on
 
@@ -100,7 +101,11 @@ def fine_tune(job: Job, common: Common) -> dict:
     batch_tokens = asked or recipe.batch_tokens(examples["train"])
     epochs = args.epochs or recipe.epochs(examples["train"], batch_tokens)
     task = Classification(
-        examples["train"], examples["validation"], batch_tokens=batch_tokens, epochs=epochs, seed=job.seed
+        examples["train"],
+        examples["validation"],
+        batch_tokens=batch_tokens,
+        epochs=epochs * args.soup,
+        seed=job.seed,
     )
     lr = args.lr or recipe.lr(model.bert.config.hidden_size)
     optimizer = Optimizer(learner, recipe.optimizer, lr, recipe.adamw * lr, args.weight_decay, own_rates)
@@ -116,6 +121,8 @@ def fine_tune(job: Job, common: Common) -> dict:
         accumulate=args.accumulate,
         save_minutes=args.save_minutes,
     )
+    if args.soup > 1:
+        trainer.soup = Soup(trainer.trained(), ends=task.epoch_ends[epochs - 1 :: epochs])
     trainer.steps = task.steps
     total_params = sum(p.numel() for p in model.parameters())
     trainable_params = sum(p.numel() for p in trainer.parameters)
@@ -127,7 +134,8 @@ def fine_tune(job: Job, common: Common) -> dict:
         rate += f", {own_rates.embeddings:g} times that for embeddings"
     if own_rates.lowest_layer != 1:
         rate += f", less for lower layers, down to {own_rates.lowest_layer:.2g} times that"
-    say(f"{epochs} epochs, {task.steps:,} steps of at most {batch_tokens:,} {task.unit}, {rate}")
+    times = f"{args.soup} times, to be averaged, " if args.soup > 1 else ""
+    say(f"{times}{epochs} epochs, {task.steps:,} steps of at most {batch_tokens:,} {task.unit}, {rate}")
 
     # Train; the best epoch by validation stays.
     if checkpoint:
@@ -139,8 +147,9 @@ def fine_tune(job: Job, common: Common) -> dict:
     learner.eval()
     with precision.autocast(device):
         test = evaluate(learner, examples["test"], batch_tokens, processes)
-    best = 1 + task.epoch_ends.index(trainer.best["step"])
-    say(f"best epoch {best} of {epochs}: validation accuracy {validation['accuracy']:.2%}")
+    best, average_of = 1 + task.epoch_ends.index(trainer.best["step"]), trainer.best.get("average_of", 1)
+    what = f"average of {average_of} trainings" if average_of > 1 else f"epoch {best} of {epochs * args.soup}"
+    say(f"best: {what}, validation accuracy {validation['accuracy']:.2%}")
     say(f"test accuracy {test['accuracy']:.2%}")
     seconds = trainer.seconds + extraction_seconds
     metrics = {
@@ -150,6 +159,7 @@ def fine_tune(job: Job, common: Common) -> dict:
         "validation_loss": validation["loss"],
         "best_epoch": best,
         "epochs": epochs,
+        "average_of": average_of,
         "steps": trainer.steps,
         "lr": lr,
         "rates": asdict(own_rates),

@@ -25,6 +25,7 @@ from minitune.optimizer import Optimizer, one_cycle
 from minitune.precision import Precision
 from minitune.processes import Processes
 from minitune.runs import Run
+from minitune.soup import Soup
 
 MAX_GRADIENT_NORM = 1.0
 LOG_EVERY = 10  # steps
@@ -81,7 +82,8 @@ class Trainer:
         self.step, self.steps, self.seconds, self.tokens = 0, 0, 0.0, 0
         self.last_save = self.last_report = -math.inf
         self.interrupts = Interrupts()
-        # Of the best evaluation so far: {"score", "step", "metrics"}, and what was trained.
+        self.soup: Soup | None = None  # where several trainings, one after the other, are to be averaged
+        # Of the best evaluation so far: {"score", "step", "average_of", "metrics"}, and what was trained.
         self.best: dict = {}
         self.best_weights: dict[str, Tensor] = {}
 
@@ -125,12 +127,14 @@ class Trainer:
 
     def restore(self, tensors: dict[str, Tensor], progress: dict) -> None:
         """Go on from a checkpoint of `save`."""
-        parts = {"model": {}, "optimizer": {}, "best": {}}
+        parts = {"model": {}, "optimizer": {}, "best": {}, "average": {}}
         for name, tensor in tensors.items():
             part, _, name = name.partition("/")
             parts[part][name] = tensor
         self._load(parts["model"])
         self.best, self.best_weights = progress["best"], parts["best"]
+        if self.soup:
+            self.soup.average, self.soup.count = parts["average"], progress.get("average_of", 0)
         self.optimizer.load_state(parts["optimizer"])
         if progress["scaler"]:
             self.scaler.load_state_dict(progress["scaler"])
@@ -147,6 +151,9 @@ class Trainer:
             tensors |= {f"best/{name}": tensor for name, tensor in self.best_weights.items()}
             progress = {"step": self.step, "steps": self.steps, "seconds": self.seconds}
             progress |= {"tokens": self.tokens, "scaler": self.scaler.state_dict(), "best": self.best}
+            if self.soup:
+                tensors |= {f"average/{name}": tensor for name, tensor in self.soup.average.items()}
+                progress |= {"average_of": self.soup.count}
             self.run.save(tensors, progress)
         self.last_save = time.monotonic()
 
@@ -205,13 +212,28 @@ class Trainer:
         if self.task.evaluation_due(self.step, self.steps):
             entry["validation"] = self.evaluate(quick=True)
             self._report(entry, bar)
-            self._keep_the_best(entry["validation"])
+            self._keep_the_best(entry)
         due = self.step % LOG_EVERY == 0 or "validation" in entry or self.step == self.steps
         if due and self.processes.is_main:
             self.run.log(entry)
+        if self.soup and self.step in self.soup.ends:
+            self._stir(entry, bar)
         bar.update()
         speed = f"{self.tokens / self.seconds:,.0f} {self.task.unit}/s"
         bar.set_postfix_str(f"loss {loss:.3f} ({self.task.yardstick}), {speed}")
+
+    def _stir(self, entry: dict, bar: tqdm) -> None:
+        """Put what a training ended with into the soup, try the average, and begin the next training."""
+        self._load(self.soup.add(self.trained()))
+        if self.soup.count > 1:
+            entry |= {"average_of": self.soup.count, "validation": self.evaluate(quick=True)}
+            self._report(entry, bar)
+            self._keep_the_best(entry)
+            if self.processes.is_main:
+                self.run.log(entry)
+        if self.step < self.steps:
+            self._load(self.soup.start)
+            self.optimizer.forget()
 
     def _gradients(self, batch: Any) -> tuple[float, float, bool]:
         """Fill p.grad: (mean loss, gradient norm before clipping, whether to stop here)."""
@@ -248,7 +270,8 @@ class Trainer:
 
     def _apply(self, norm: float) -> None:
         """Update the weights from p.grad, and clear it."""
-        self.optimizer.set_rate(one_cycle(self.step, self.steps, self.warmup))
+        first, end = self.soup.span(self.step) if self.soup else (0, self.steps)
+        self.optimizer.set_rate(one_cycle(self.step - first, end - first, self.warmup))
         if math.isfinite(norm):  # else float16 overflowed: skip every part, not only the one it hit
             for optimizer in self.optimizer.parts:
                 self.scaler.step(optimizer)
@@ -275,21 +298,25 @@ class Trainer:
         self.model.train()
         return metrics
 
-    def _keep_the_best(self, metrics: dict) -> None:
+    def _keep_the_best(self, entry: dict) -> None:
+        metrics = entry["validation"]
         score = self.task.score(metrics)
         if score is not None and (not self.best or list(score) > self.best["score"]):
             self.best = {"score": list(score), "step": self.step, "metrics": metrics}
+            self.best["average_of"] = entry.get("average_of", 1)
             self.best_weights = {name: p.detach().clone() for name, p in self.trained().items()}
 
     def _report(self, entry: dict, bar: tqdm) -> None:
         """One line for people. tqdm's bar is for terminals; a log file gets only these lines."""
-        due = time.monotonic() - self.last_report > REPORT_EVERY or self.step == self.steps
+        average_of = entry.get("average_of")
+        due = average_of or time.monotonic() - self.last_report > REPORT_EVERY or self.step == self.steps
         if due and self.processes.is_main:
             self.last_report = time.monotonic()
             speed = self.tokens / self.seconds
             left = (self.steps - self.step) * self.seconds / self.step / 60
             validation = ", ".join(f"{k} {v:.3f}" for k, v in entry["validation"].items())
-            line = f"step {self.step:>6,} of {self.steps:,}   validation {validation}"
+            what = f"average of {average_of} trainings" if average_of else "validation"
+            line = f"step {self.step:>6,} of {self.steps:,}   {what} {validation}"
             line += f" ({self.task.yardstick})   {speed:,.0f} {self.task.unit}/s   {left:.1f} min left"
             bar.write(line, file=sys.stdout)
             sys.stdout.flush()

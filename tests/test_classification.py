@@ -22,6 +22,7 @@ from minitune.precision import Precision
 from minitune.processes import Processes
 from minitune.reviews import SPLITS, Reviews, label_index
 from minitune.runs import Run
+from minitune.soup import Soup
 from minitune.tokenizer import Tokenizer
 from minitune.training import Trainer
 
@@ -273,6 +274,34 @@ def test_among_epochs_of_equal_accuracy_the_surest_is_the_best(tmp_path):
 def test_the_first_of_equals_is_the_best(tmp_path):
     trainer, _ = train_threshold(tmp_path, numbers((-1e6, 1), (1e6, 0)))
     assert trainer.best["step"] == 1 and trainer.model.w.item() == trainer.task.seen[0]
+
+
+def test_trainings_of_a_soup_begin_alike_and_their_average_is_tried(tmp_path):
+    # Two trainings of two steps: optimizer and schedule start anew, so both go the same way.
+    train = numbers((100, 1), (100, 1))
+    task = Watched(train, numbers((0.5, 1), (3, 0)), batch_tokens=2, epochs=4, seed=0)
+    model, run = Threshold(), Run(tmp_path)
+    run.start({})
+    optimizer = Optimizer(model, "adamw", 1.0, 1.0, 0.0)
+    trainer = Trainer(model, optimizer, task, run, CPU, Precision("fp32"), seed=0)
+    trainer.steps, trainer.soup = task.steps, Soup(trainer.trained(), ends=[2, 4])
+    trainer.train()
+    first, second = task.seen[:2], task.seen[2:4]
+    assert first == second and first[0] < first[1]
+    assert task.seen[4] == pytest.approx(first[1])
+
+
+def test_a_soup_is_the_mean_of_all_that_is_put_in():
+    rng = torch.Generator().manual_seed(0)
+    members = [{"w": torch.randn(3, 4, generator=rng), "b": torch.randn(4, generator=rng)} for _ in range(3)]
+    soup = Soup(members[0], ends=[5, 9, 12])
+    for count, member in enumerate(members, start=1):
+        average = soup.add(member)
+        for name in ("w", "b"):
+            expected = torch.stack([m[name].double() for m in members[:count]]).mean(0)
+            torch.testing.assert_close(average[name].double(), expected, atol=1e-6, rtol=0)
+    assert torch.equal(soup.start["w"], members[0]["w"])  # and what goes in is left alone
+    assert [soup.span(step) for step in (0, 4, 5, 8, 9, 11)] == [(0, 5)] * 2 + [(5, 9)] * 2 + [(9, 12)] * 2
 
 
 # The first four are in Newcombe (1998), "Two-sided confidence intervals for the single proportion", table I.

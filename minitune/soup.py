@@ -1,0 +1,36 @@
+"""Averaging the weights of several trainings that began with the same ones."""
+
+import torch
+from torch import Tensor
+
+
+class Soup:
+    """The average so far, and where the next training begins.
+
+    Each training reads the same rows in another order and ends somewhere else, but pretrained weights
+    hardly leave the valley of the loss that they are in. The average lies in it too, deeper than what went
+    into it, and is still one network (Wortsman et al. 2022, "Model soups: averaging weights of multiple
+    fine-tuned models improves accuracy without increasing inference time").
+    """
+
+    def __init__(self, weights: dict[str, Tensor], ends: list[int]):
+        """`weights` by name, from which every training starts; `ends`, the last step of each, ascending."""
+        self.start = {name: tensor.detach().clone() for name, tensor in weights.items()}
+        self.ends = ends
+        self.average: dict[str, Tensor] = {}
+        self.count = 0  # of trainings in the average
+
+    def span(self, step: int) -> tuple[int, int]:
+        """(first, end): the training that this step is in, as a half-open range of steps."""
+        return max([0, *(end for end in self.ends if end <= step)]), min(e for e in self.ends if e > step)
+
+    @torch.no_grad()
+    def add(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Put in what a training has learned; returns the average."""
+        self.count += 1
+        for name, tensor in weights.items():
+            if name in self.average:
+                self.average[name].lerp_(tensor, 1 / self.count)
+            else:
+                self.average[name] = tensor.detach().clone()
+        return self.average
