@@ -71,6 +71,7 @@ def fine_tune(job: Job, common: Common) -> dict:
     torch.manual_seed(job.seed)
     model = build(job.method, common.source, common.reviews.names, args.adapter_size, args.attention)
     model.to(device)
+    precision.freeze(model.bert)
     if run.settings:  # a run that goes on keeps its own; older ones had that of the embeddings alone
         kept = {"embeddings": run.settings.get("embeddings", 1.0)}
         own_rates = Rates(**run.settings.get("rates", kept))

@@ -5,6 +5,7 @@ import functools
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from minitune.errors import UserError
 
@@ -45,3 +46,13 @@ class Precision:
     def autocast(self, device: torch.device) -> contextlib.AbstractContextManager:
         """The context to run forward passes in."""
         return torch.autocast(device.type, self.dtype, enabled=self.name != "fp32")
+
+    def freeze(self, module: nn.Module) -> None:
+        """Put the linear maps in it that nobody trains into the format of the products, for good.
+
+        The numbers are those of autocast, which would make them anew from float32 for every batch.
+        """
+        for linear in module.modules():
+            if isinstance(linear, nn.Linear):
+                for p in linear.parameters():
+                    p.data = p.data if p.requires_grad else p.data.to(self.dtype)

@@ -197,10 +197,11 @@ class Classifier:
         while block := list(itertools.islice(texts, BLOCK)):
             sequences = Sequences(block, self.tokenizer, self.max_len)
             probabilities = torch.empty(len(block), len(self.labels))
-            for indices in sorted_batches(sequences.lengths, batch_tokens):
-                with torch.inference_mode(), precision.autocast(device):
+            # One context for all batches: while it lasts, autocast keeps the weights that it has converted.
+            with torch.inference_mode(), precision.autocast(device):
+                for indices in sorted_batches(sequences.lengths, batch_tokens):
                     logits = self.model(sequences.pack(indices).to(device))
-                probabilities[torch.from_numpy(indices)] = logits.float().softmax(-1).cpu()
+                    probabilities[torch.from_numpy(indices)] = logits.float().softmax(-1).cpu()
             for text, p, truncated in zip(block, probabilities.tolist(), sequences.truncated, strict=True):
                 label = max(range(len(p)), key=p.__getitem__)
                 by_name = {self.labels[i]: p[i] for i in range(len(p))}

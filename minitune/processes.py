@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Processes:
@@ -43,6 +43,17 @@ class Processes:
             dist.all_reduce(moved)
             tensor.copy_(moved)
         return tensor
+
+    def sum_gradients(self, parameters: list[nn.Parameter]) -> None:
+        """Add up the gradients of all processes, in one message."""
+        if self.count == 1:
+            return
+        for p in parameters:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        flat = self.sum(torch.cat([p.grad.flatten() for p in parameters]))
+        for p, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            p.grad.copy_(grad.view_as(p))
 
     def agree(self, value: Any) -> Any:
         """The main process's value, everywhere."""

@@ -251,7 +251,7 @@ class Trainer:
             self.scaler.scale(loss).backward()
             total[0] += loss.detach().cpu()
         total[1] = self.interrupts.asked
-        self._sum_gradients()
+        self.processes.sum_gradients(self.parameters)
         loss, stop = self.processes.sum(total).tolist()
         for optimizer in self.optimizer.parts:
             self.scaler.unscale_(optimizer)
@@ -277,18 +277,6 @@ class Trainer:
                 self.scaler.step(optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
-
-    def _sum_gradients(self) -> None:
-        """Add up the gradients of all processes, in one message."""
-        if self.processes.count == 1:
-            return
-        parameters = self.parameters
-        for p in parameters:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-        flat = self.processes.sum(torch.cat([p.grad.flatten() for p in parameters]))
-        for p, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-            p.grad.copy_(grad.view_as(p))
 
     def evaluate(self, quick: bool = False) -> dict:
         """The task's metrics on validation rows."""

@@ -244,6 +244,25 @@ def test_auto_precision_says_why_and_a_cpu_refuses_fp16():
         Precision.choose("fp16", CPU)
 
 
+@pytest.mark.parametrize("name", ["fp32", "bf16"])
+def test_frozen_maps_give_the_numbers_that_autocast_gives(name):
+    model, cloze, precision = small_model(), some_cloze(), Precision(name)
+    for parameter in model.bert.layers[0].parameters():
+        parameter.requires_grad_(False)
+
+    def logits():
+        with torch.no_grad(), precision.autocast(CPU):
+            return model(cloze.batch, cloze.positions)
+
+    before = logits()
+    precision.freeze(model)
+    assert torch.equal(logits(), before)
+    changed = {name for name, p in model.named_parameters() if p.dtype != torch.float32}
+    maps = ["attention.qkv", "attention.out", "feed_forward.up", "feed_forward.down"]
+    frozen = {f"bert.layers.0.{path}.{kind}" for path in maps for kind in ("weight", "bias")}
+    assert changed == (frozen if name == "bf16" else set())  # no LayerNorm, and nothing that trains
+
+
 def test_two_processes_cannot_train_in_one_directory(tmp_path):
     first, second = Run(tmp_path), Run(tmp_path)
     first.start({"corpus": "x"})
