@@ -47,7 +47,7 @@ def save_trained(
     """
     if method == "adapter":
         modules = adapter_modules(model)
-        extra = {"adapter_size": model.bert.layers[0].attention_adapter.down.out_features}
+        extra = {"reads": "[CLS]", "adapter_size": model.bert.layers[0].attention_adapter.down.out_features}
     else:
         modules, extra = {"head": model.head}, {}
     tensors = {
@@ -86,6 +86,8 @@ class Trained:
             method, max_len = raw["method"], int(raw["max_len"])
             if method not in ("adapter", "feature") or max_len < 3:
                 raise ValueError(f"method {method}, max_len {max_len}")
+            if method == "adapter" and raw.get("reads") != "[CLS]":
+                raise ValueError("its adapters read the mean of all tokens; train them again")
             return cls(method, labels, max_len, raw.get("adapter_size"), base, base_hash, tensors)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{directory}/trained.json is damaged: {error!r}") from error
