@@ -6,7 +6,7 @@
     python finetune.py --model runs/finetune/adapter --predict "An unforgettable film."
 
 The steps below are those of any fine-tuning: get a pretrained model, get labelled texts, train, compare.
-Step 3, for one method, is minitune/finetuning.py: decide what is trained, train it, keep the best epoch by
+Step 3, for one method, is minitune/finetuning.py: decide what is trained, train it, keep the best by
 validation, and score the test rows once, at the end.
 """
 
@@ -54,7 +54,7 @@ def parser() -> Parser:
     add = options.add_argument_group("the recipe; what is not given is the method's own").add_argument
     add("--epochs", type=whole(1, 10_000), help="passes over the training rows")
     add("--soup", type=whole(1, 100), default=1, metavar="N",
-        help="train N times from the same weights, in other orders, and average the results")  # fmt: skip
+        help="train N times from the same weights, in other orders, and try their average too")  # fmt: skip
     add("--adapter-size", type=whole(1, 10_000), default=64, help="units in the bottleneck of an adapter")
     add("--max-len", type=whole(8),
         help="tokens of a text; longer ones keep their ends; default: 512, if there is room")  # fmt: skip
@@ -100,7 +100,8 @@ def read_arguments() -> tuple[argparse.Namespace, list[Job]]:
         if k:
             directory /= f"seed-{args.seed + k}"
         run = Run.open(directory, args.resume)
-        check_same(args, run.settings, MAY_CHANGE, directory)
+        if run.settings:  # an older run had no soup
+            check_same(args, {"soup": 1} | run.settings, MAY_CHANGE, directory)
         job = {"method": method, "train_examples": size, "seed": args.seed + k}
         if run.settings and run.settings.get("job") != job:
             raise UserError(f"--resume: the run in {directory} is another: {run.settings.get('job')}")

@@ -135,10 +135,10 @@ def fine_tune(job: Job, common: Common) -> dict:
         rate += f", {own_rates.embeddings:g} times that for embeddings"
     if own_rates.lowest_layer != 1:
         rate += f", less for lower layers, down to {own_rates.lowest_layer:.2g} times that"
-    times = f"{args.soup} times, to be averaged, " if args.soup > 1 else ""
+    times = f"{args.soup} trainings of " if args.soup > 1 else ""
     say(f"{times}{epochs} epochs, {task.steps:,} steps of at most {batch_tokens:,} {task.unit}, {rate}")
 
-    # Train; the best epoch by validation stays.
+    # Train; the best by validation stays, of the epochs and of the averages.
     if checkpoint:
         trainer.restore(*checkpoint)
         say(f"resumed at step {trainer.step:,} of {trainer.steps:,}")
@@ -148,9 +148,11 @@ def fine_tune(job: Job, common: Common) -> dict:
     learner.eval()
     with precision.autocast(device):
         test = evaluate(learner, examples["test"], batch_tokens, processes)
-    best, average_of = 1 + task.epoch_ends.index(trainer.best["step"]), trainer.best.get("average_of", 1)
-    what = f"average of {average_of} trainings" if average_of > 1 else f"epoch {best} of {epochs * args.soup}"
-    say(f"best: {what}, validation accuracy {validation['accuracy']:.2%}")
+    training, epoch = divmod(task.epoch_ends.index(trainer.best["step"]), epochs)
+    average_of = trainer.best.get("average_of", 1)
+    best = f"epoch {epoch + 1} of {epochs}" + (f", training {training + 1}" if args.soup > 1 else "")
+    best = f"the average of {average_of} trainings" if average_of > 1 else best
+    say(f"best: {best}, validation accuracy {validation['accuracy']:.2%}")
     say(f"test accuracy {test['accuracy']:.2%}")
     seconds = trainer.seconds + extraction_seconds
     metrics = {
@@ -158,8 +160,9 @@ def fine_tune(job: Job, common: Common) -> dict:
         **test,
         "validation_accuracy": validation["accuracy"],
         "validation_loss": validation["loss"],
-        "best_epoch": best,
+        "best_epoch": epoch + 1,
         "epochs": epochs,
+        "soup": args.soup,
         "average_of": average_of,
         "steps": trainer.steps,
         "lr": lr,

@@ -103,7 +103,7 @@ def build(
         model = FeatureClassifier(model.bert, len(labels))
     elif method == "adapter":
         insert_adapters(model.bert, adapter_size)
-        # BERT's pooler would be a fifth of all that a small model trains, and is new in most of them.
+        # BERT's pooler, which most checkpoints lack, would be a fifth of all that a small model trains.
         model.pooler = FirstToken()
     chosen = set(choose_trained(model, method))
     for name, parameter in model.named_parameters():

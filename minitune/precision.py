@@ -21,7 +21,7 @@ def multiplies_bf16(device: torch.device) -> bool:
 
 @dataclass
 class Precision:
-    """"fp32", "bf16" or "fp16". The last two by autocast: weights, LayerNorm and loss stay float32."""
+    """"fp32", "bf16" or "fp16". The last two by autocast: what trains, LayerNorm and loss stay float32."""
 
     name: str
     why: str = "as asked"
@@ -55,4 +55,5 @@ class Precision:
         for linear in module.modules():
             if isinstance(linear, nn.Linear):
                 for p in linear.parameters():
-                    p.data = p.data if p.requires_grad else p.data.to(self.dtype)
+                    if not p.requires_grad:
+                        p.data = p.data.to(self.dtype)

@@ -4,7 +4,8 @@ Full fine-tuning leaves a whole BERT directory (checkpoint.py). The other method
 and what it belongs to:
 
     trained.safetensors   adapters, LayerNorms and head; or the head alone
-    trained.json          method, label names, longest text, and path and SHA-256 of the base model
+    trained.json          method, label names, longest text, path and SHA-256 of the base model; size of
+                          the adapters, and what the classifier over them reads
 """
 
 import itertools
@@ -29,6 +30,7 @@ from minitune.precision import Precision
 from minitune.sources import find_model
 from minitune.tokenizer import Tokenizer
 
+READS = "[CLS]"  # what the classifier over adapters reads (model.FirstToken)
 BLOCK = 2048  # texts that are in memory at a time
 
 
@@ -47,7 +49,7 @@ def save_trained(
     """
     if method == "adapter":
         modules = adapter_modules(model)
-        extra = {"reads": "[CLS]", "adapter_size": model.bert.layers[0].attention_adapter.down.out_features}
+        extra = {"reads": READS, "adapter_size": model.bert.layers[0].attention_adapter.down.out_features}
     else:
         modules, extra = {"head": model.head}, {}
     tensors = {
@@ -86,8 +88,8 @@ class Trained:
             method, max_len = raw["method"], int(raw["max_len"])
             if method not in ("adapter", "feature") or max_len < 3:
                 raise ValueError(f"method {method}, max_len {max_len}")
-            if method == "adapter" and raw.get("reads") != "[CLS]":
-                raise ValueError("its adapters read the mean of all tokens; train them again")
+            if method == "adapter" and raw.get("reads") != READS:
+                raise UserError(f"{directory} was trained by an older minitune, to be read otherwise")
             return cls(method, labels, max_len, raw.get("adapter_size"), base, base_hash, tensors)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{directory}/trained.json is damaged: {error!r}") from error
@@ -199,8 +201,9 @@ class Classifier:
         while block := list(itertools.islice(texts, BLOCK)):
             sequences = Sequences(block, self.tokenizer, self.max_len)
             probabilities = torch.empty(len(block), len(self.labels))
-            # One context for all batches: while it lasts, autocast keeps the weights that it has converted.
-            with torch.inference_mode(), precision.autocast(device):
+            # One context for all batches: while it lasts, autocast keeps the weights that it has converted
+            # (not so in inference_mode, which would do otherwise).
+            with torch.no_grad(), precision.autocast(device):
                 for indices in sorted_batches(sequences.lengths, batch_tokens):
                     logits = self.model(sequences.pack(indices).to(device))
                     probabilities[torch.from_numpy(indices)] = logits.float().softmax(-1).cpu()

@@ -1,5 +1,7 @@
 """Averaging the weights of several trainings that began with the same ones."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -8,9 +10,9 @@ class Soup:
     """The average so far, and where the next training begins.
 
     Each training reads the same rows in another order and ends somewhere else, but pretrained weights
-    hardly leave the valley of the loss that they are in. The average lies in it too, deeper than what went
-    into it, and is still one network (Wortsman et al. 2022, "Model soups: averaging weights of multiple
-    fine-tuned models improves accuracy without increasing inference time").
+    hardly leave the valley of the loss that they are in. The average lies in it too, as a rule deeper than
+    what went into it, and is still one network (Wortsman et al. 2022, "Model soups: averaging weights of
+    multiple fine-tuned models improves accuracy without increasing inference time").
     """
 
     def __init__(self, weights: dict[str, Tensor], ends: list[int]):
@@ -22,7 +24,7 @@ class Soup:
 
     def span(self, step: int) -> tuple[int, int]:
         """(first, end): the training that this step is in, as a half-open range of steps."""
-        return max([0, *(end for end in self.ends if end <= step)]), min(e for e in self.ends if e > step)
+        return next(span for span in pairwise([0, *self.ends]) if step < span[1])
 
     @torch.no_grad()
     def add(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:

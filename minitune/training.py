@@ -134,7 +134,8 @@ class Trainer:
         self._load(parts["model"])
         self.best, self.best_weights = progress["best"], parts["best"]
         if self.soup:
-            self.soup.average, self.soup.count = parts["average"], progress.get("average_of", 0)
+            self.soup.average = {name: t.to(self.processes.device) for name, t in parts["average"].items()}
+            self.soup.count = progress["average_of"]
         self.optimizer.load_state(parts["optimizer"])
         if progress["scaler"]:
             self.scaler.load_state_dict(progress["scaler"])
@@ -217,16 +218,18 @@ class Trainer:
         if due and self.processes.is_main:
             self.run.log(entry)
         if self.soup and self.step in self.soup.ends:
-            self._stir(entry, bar)
+            self._stir(bar)
         bar.update()
         speed = f"{self.tokens / self.seconds:,.0f} {self.task.unit}/s"
         bar.set_postfix_str(f"loss {loss:.3f} ({self.task.yardstick}), {speed}")
 
-    def _stir(self, entry: dict, bar: tqdm) -> None:
+    def _stir(self, bar: tqdm) -> None:
         """Put what a training ended with into the soup, try the average, and begin the next training."""
-        self._load(self.soup.add(self.trained()))
+        average = self.soup.add(self.trained())
         if self.soup.count > 1:
-            entry |= {"average_of": self.soup.count, "validation": self.evaluate(quick=True)}
+            self._load(average)
+            entry = {"step": self.step, "average_of": self.soup.count}
+            entry["validation"] = self.evaluate(quick=True)
             self._report(entry, bar)
             self._keep_the_best(entry)
             if self.processes.is_main:

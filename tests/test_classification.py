@@ -276,19 +276,24 @@ def test_the_first_of_equals_is_the_best(tmp_path):
     assert trainer.best["step"] == 1 and trainer.model.w.item() == trainer.task.seen[0]
 
 
-def test_trainings_of_a_soup_begin_alike_and_their_average_is_tried(tmp_path):
-    # Two trainings of two steps: optimizer and schedule start anew, so both go the same way.
-    train = numbers((100, 1), (100, 1))
-    task = Watched(train, numbers((0.5, 1), (3, 0)), batch_tokens=2, epochs=4, seed=0)
+def test_trainings_of_a_soup_begin_alike_and_end_in_their_average(tmp_path):
+    # One row pushes the threshold up from zero, the other pulls it down as hard. In the other order a
+    # training is the mirror image, if weights, moments and schedule have begun anew.
+    rows = numbers((100, 1), (-100, 0))
+    task = Watched(rows, numbers((0.1, 1), (3, 0)), batch_tokens=1, epochs=2, seed=2)
+    (first,), (second,) = (batch.indices for batch in itertools.islice(task.batches(0), 1, 3))
+    assert first == second  # so the orders differ
     model, run = Threshold(), Run(tmp_path)
     run.start({})
     optimizer = Optimizer(model, "adamw", 1.0, 1.0, 0.0)
     trainer = Trainer(model, optimizer, task, run, CPU, Precision("fp32"), seed=0)
-    trainer.steps, trainer.soup = task.steps, Soup(trainer.trained(), ends=[2, 4])
+    trainer.steps, trainer.soup = task.steps, Soup(trainer.trained(), ends=task.epoch_ends)
     trainer.train()
-    first, second = task.seen[:2], task.seen[2:4]
-    assert first == second and first[0] < first[1]
-    assert task.seen[4] == pytest.approx(first[1])
+    one, other, average = task.seen
+    assert one == pytest.approx(-other) and abs(one) > 0.1
+    assert average == pytest.approx(0, abs=1e-7)
+    logged = [entry for entry in run.read_log() if "validation" in entry]
+    assert [entry.get("average_of") for entry in logged] == [None, None, 2]
 
 
 def test_a_soup_is_the_mean_of_all_that_is_put_in():

@@ -327,7 +327,7 @@ def test_seeds_and_numbers_of_labels(folder, tmp_path):
 def test_a_soup_is_the_average_of_trainings_in_other_orders(folder, tmp_path):
     out = tmp_path / "out"
     done = succeed(*options(folder, out, "--method", "adapter", "--soup", "3", "--epochs", "2"))
-    assert "3 times, to be averaged, 2 epochs" in done.out
+    assert "3 trainings of 2 epochs" in done.out
     assert done.out.count("average of 2 trainings accuracy") == done.out.count("of 3 trainings accuracy") == 1
     figures, validated = metrics(out / "adapter"), [e for e in log(out / "adapter") if "validation" in e]
     assert [e.get("average_of", 1) for e in validated] == [1, 1, 1, 1, 2, 1, 1, 3]
@@ -485,7 +485,7 @@ def test_without_a_model_the_newest_run_answers(compared, tmp_path, monkeypatch)
 # Nothing is lost
 
 
-@pytest.mark.parametrize(("method", "soup"), [*((method, "1") for method in METHODS), ("full", "2")])
+@pytest.mark.parametrize(("method", "soup"), [*((method, "1") for method in METHODS), ("adapter", "2")])
 def test_killed_at_random_moments_it_ends_with_the_same_bits(folder, tmp_path, method, soup):
     undisturbed, killed, notes = tmp_path / "undisturbed", tmp_path / "killed", tmp_path / "notes"
     size = ("32", "3") if method == "feature" else ("128", "1")  # of a feature run the tokens are its rows

@@ -120,7 +120,7 @@ class Ours:
 
     def train(self) -> float:
         """Seconds of training, saving not among them."""
-        self.precision.freeze(self.model)  # as finetune.py does
+        self.precision.freeze(self.model.bert)  # as finetune.py does
         if self.problem.job == "adapter":
             self.model.pooler = FirstToken()  # what finetune.py puts there; for the check it was BERT's
         with tempfile.TemporaryDirectory() as folder:
