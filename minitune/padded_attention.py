@@ -17,34 +17,38 @@ MULTIPLE = 64
 
 
 class Padded(torch.autograd.Function):
-    """softmax(q kᵀ / √D) v for packed q, k, v (T, H, D). Keeps no more than these for the way back.
+    """softmax(q kᵀ / √D) v for packed q, k, v (T, H, D). Keeps the softmax, as autograd would.
 
-    The softmax is computed again there: it grows with the square of the length, and keeping it costs more
-    memory than it saves time. By hand, since autograd's way back through the padding takes as long as is
-    won by it.
+    By hand, since autograd's way back through the padding takes as long as is won by it.
     """
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
-        out = torch.empty_like(q)
+        out, kept = torch.empty_like(q), []
         with torch.autocast(q.device.type, enabled=False):  # everything in the precision of q
             for group in _groups(cu_seqlens):
-                _, _, weights = group.weights(q, k)
-                group.write(out, weights @ group.pad(v))
-        ctx.save_for_backward(q, k, v, cu_seqlens)
+                q1, k1, v1 = (group.pad(x) for x in (q, k, v))
+                q1 *= q.size(-1) ** -0.5
+                scores = q1 @ k1.mT  # (S, H, n, n)
+                for own, length in zip(scores, group.lengths, strict=True):
+                    own[..., length:] = -torch.inf
+                weights = scores.softmax(-1)
+                group.write(out, weights @ v1)
+                kept += [q1, k1, v1, weights]
+        ctx.save_for_backward(cu_seqlens, *kept)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, cu_seqlens = ctx.saved_tensors
+        cu_seqlens, *kept = ctx.saved_tensors
         dq, dk, dv = (torch.empty_like(d_out) for _ in range(3))
         with torch.autocast(d_out.device.type, enabled=False):
-            for group in _groups(cu_seqlens):
-                q1, k1, weights = group.weights(q, k)
+            for i, group in enumerate(_groups(cu_seqlens)):
+                q1, k1, v1, weights = kept[4 * i : 4 * i + 4]
                 d_out1 = group.pad(d_out)
                 group.write(dv, weights.mT @ d_out1)
-                d_weights = d_out1 @ group.pad(v).mT
+                d_weights = d_out1 @ v1.mT
                 d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, weights.dtype)
                 group.write(dq, (d_scores @ k1) * q1.size(-1) ** -0.5)
                 group.write(dk, d_scores.mT @ q1)  # q1 is scaled already
@@ -69,15 +73,6 @@ class _Group:
         for i, rows in self._rows():
             padded[i, :, : self.lengths[i]] = x[rows].transpose(0, 1)
         return padded
-
-    def weights(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(q / √D, k, their softmax), padded: (S, H, n, D) twice, and (S, H, n, n)."""
-        q1, k1 = self.pad(q), self.pad(k)
-        q1 *= q.size(-1) ** -0.5
-        scores = q1 @ k1.mT
-        for own, length in zip(scores, self.lengths, strict=True):
-            own[..., length:] = -torch.inf
-        return q1, k1, scores.softmax(-1)
 
     def write(self, x: Tensor, padded: Tensor) -> None:
         """Put what belongs to them, (S, H, n, D), into their rows of a packed (T, H, D)."""
