@@ -10,7 +10,7 @@ backward pass stops there, and frozen matrices need no gradient of their own.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minitune.model import Bert, BertConfig, BertForSequenceClassification, FirstToken, LayerNorm
+from minitune.model import Bert, BertConfig, BertForSequenceClassification, LayerNorm, MeanPooler
 
 
 class Adapter(nn.Module):
@@ -75,7 +75,7 @@ class AdapterSwitch:
 
     def __init__(self, model: BertForSequenceClassification):
         self.model = model
-        self.model.pooler = FirstToken()
+        self.model.pooler = MeanPooler()
         self.sets: dict[str, tuple[dict[str, nn.Module], dict[int, str]]] = {}
 
     def add(self, name: str, modules: dict[str, nn.Module], labels: dict[int, str]) -> None:

@@ -18,7 +18,7 @@ from minitune.batching import filled, reading_tokens
 from minitune.classification import Examples, Sequences
 from minitune.errors import UserError
 from minitune.files import write_tensors
-from minitune.model import Bert, PackedBatch
+from minitune.model import Bert, PackedBatch, mean_of_tokens
 from minitune.precision import Precision
 from minitune.processes import Processes
 
@@ -91,15 +91,6 @@ def pooled_layers(bert: Bert, batch: PackedBatch) -> Tensor:
         variance = mean_of_tokens(x.float().square(), batch) - mean.square()
         pooled += [mean, variance.clamp_min(0).sqrt()]  # rounding may take a variance below zero
     return torch.cat(pooled, dim=1)
-
-
-def mean_of_tokens(hidden: Tensor, batch: PackedBatch) -> Tensor:
-    """The mean over each sequence's tokens, in float32: (T, C) to (B, C)."""
-    lengths = batch.cu_seqlens.diff()
-    B, T = lengths.numel(), hidden.size(0)
-    owner = torch.arange(B, device=lengths.device).repeat_interleave(lengths, output_size=T)
-    sums = hidden.new_zeros(B, hidden.size(1), dtype=torch.float32).index_add(0, owner, hidden.float())
-    return sums / lengths[:, None]
 
 
 def extract(

@@ -20,7 +20,7 @@ from minitune.adapters import adapter_modules, insert_adapters
 from minitune.checkpoint import load_for_classification, read_config
 from minitune.classification import Examples
 from minitune.features import FeatureClassifier
-from minitune.model import BertForSequenceClassification, FirstToken
+from minitune.model import BertForSequenceClassification, MeanPooler
 from minitune.optimizer import Rates
 from minitune.sources import began_at_random
 
@@ -103,8 +103,9 @@ def build(
         model = FeatureClassifier(model.bert, len(labels))
     elif method == "adapter":
         insert_adapters(model.bert, adapter_size)
-        # BERT's pooler, which most checkpoints lack, would be a fifth of all that a small model trains.
-        model.pooler = FirstToken()
+        # In a frozen network [CLS] gathers little, since masked-language modelling asks nothing of it;
+        # and BERT's pooler would be a fifth of all that a small model trains.
+        model.pooler = MeanPooler()
     chosen = set(choose_trained(model, method))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in chosen)

@@ -220,11 +220,20 @@ class Pooler(nn.Module):
         return torch.tanh(self.dense(bert(batch, batch.cu_seqlens[:-1])))  # (B, C)
 
 
-class FirstToken(nn.Module):
-    """The same summary with no weights of its own: the hidden state of [CLS] as it is."""
+def mean_of_tokens(hidden: Tensor, batch: PackedBatch) -> Tensor:
+    """The mean over each sequence's tokens, in float32: (T, C) to (B, C)."""
+    lengths = batch.cu_seqlens.diff()
+    B, T = lengths.numel(), hidden.size(0)
+    owner = torch.arange(B, device=lengths.device).repeat_interleave(lengths, output_size=T)
+    sums = hidden.new_zeros(B, hidden.size(1), dtype=torch.float32).index_add(0, owner, hidden.float())
+    return sums / lengths[:, None]
+
+
+class MeanPooler(nn.Module):
+    """Another summary of a sequence: the mean of its tokens. BERT has none such, and no weights for it."""
 
     def forward(self, bert: Bert, batch: PackedBatch) -> Tensor:
-        return bert(batch, batch.cu_seqlens[:-1])  # (B, C)
+        return mean_of_tokens(bert(batch), batch)  # (B, C)
 
 
 class MaskedLMHead(nn.Module):

@@ -4,8 +4,7 @@ Full fine-tuning leaves a whole BERT directory (checkpoint.py). The other method
 and what it belongs to:
 
     trained.safetensors   adapters, LayerNorms and head; or the head alone
-    trained.json          method, label names, longest text, path and SHA-256 of the base model; size of
-                          the adapters, and what the classifier over them reads
+    trained.json          method, label names, longest text, and path and SHA-256 of the base model
 """
 
 import itertools
@@ -30,7 +29,6 @@ from minitune.precision import Precision
 from minitune.sources import find_model
 from minitune.tokenizer import Tokenizer
 
-READS = "[CLS]"  # what the classifier over adapters reads (model.FirstToken)
 BLOCK = 2048  # texts that are in memory at a time
 
 
@@ -49,7 +47,7 @@ def save_trained(
     """
     if method == "adapter":
         modules = adapter_modules(model)
-        extra = {"reads": READS, "adapter_size": model.bert.layers[0].attention_adapter.down.out_features}
+        extra = {"adapter_size": model.bert.layers[0].attention_adapter.down.out_features}
     else:
         modules, extra = {"head": model.head}, {}
     tensors = {
@@ -88,8 +86,6 @@ class Trained:
             method, max_len = raw["method"], int(raw["max_len"])
             if method not in ("adapter", "feature") or max_len < 3:
                 raise ValueError(f"method {method}, max_len {max_len}")
-            if method == "adapter" and raw.get("reads") != READS:
-                raise UserError(f"{directory} was trained by an older minitune, to be read otherwise")
             return cls(method, labels, max_len, raw.get("adapter_size"), base, base_hash, tensors)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{directory}/trained.json is damaged: {error!r}") from error
@@ -202,7 +198,7 @@ class Classifier:
             sequences = Sequences(block, self.tokenizer, self.max_len)
             probabilities = torch.empty(len(block), len(self.labels))
             # One context for all batches: while it lasts, autocast keeps the weights that it has converted
-            # (not so in inference_mode, which would do otherwise).
+            # (not in inference_mode, which would do otherwise).
             with torch.no_grad(), precision.autocast(device):
                 for indices in sorted_batches(sequences.lengths, batch_tokens):
                     logits = self.model(sequences.pack(indices).to(device))

@@ -243,7 +243,6 @@ DAMAGES = {
     "another method": (of_json(lambda raw: raw | {"method": "feature"}), "does not fit its description"),
     "another size": (of_json(lambda raw: raw | {"adapter_size": 5}), "does not fit its description"),
     "no size": (of_json(without("adapter_size")), "does not fit its description"),
-    "another pooling": (of_json(without("reads")), "run was trained by an older minitune"),
 }
 
 

@@ -14,7 +14,7 @@ largest of them: of six, these are a 97% interval for the median. Saving is coun
 
 In two jobs the task is the same and the way is each one's own. Features: minitune reads every text once
 and trains a head on means and deviations of all layers; the peer runs its frozen encoder in each epoch.
-Adapters: the bottlenecks are the same; minitune trains the LayerNorms too and has no pooler.
+Adapters: the bottlenecks are the same; minitune trains the LayerNorms too and takes the mean of the tokens.
 """
 
 import argparse

@@ -17,7 +17,7 @@ from minitune.checkpoint import load_classifier, load_masked_lm, load_tokenizer,
 from minitune.classification import Batch, Classification, Examples, Sequences
 from minitune.features import FeatureClassifier, extract
 from minitune.methods import choose_trained
-from minitune.model import FirstToken, PackedBatch
+from minitune.model import MeanPooler, PackedBatch
 from minitune.optimizer import Optimizer
 from minitune.precision import Precision
 from minitune.prediction import Classifier
@@ -122,7 +122,7 @@ class Ours:
         """Seconds of training, saving not among them."""
         self.precision.freeze(self.model.bert)  # as finetune.py does
         if self.problem.job == "adapter":
-            self.model.pooler = FirstToken()  # what finetune.py puts there; for the check it was BERT's
+            self.model.pooler = MeanPooler()  # what finetune.py puts there; for the check it was BERT's
         with tempfile.TemporaryDirectory() as folder:
             trainer = self._trainer(self.model, self.task, self.precision, folder)
             trainer.train()
