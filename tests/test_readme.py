@@ -68,7 +68,7 @@ def quicker(words, out, tiny):
             words = [*words, "--data", SAMPLES / "reviews.txt"]
         return [*words, "--steps", "2", "--batch-tokens", "512", "--out", out]
     if "prompt.py" in words:  # the small vocabulary of the tiny model has few words
-        instead = {"imdb": tiny.data, "rotten_tomatoes": tiny.data, "runs/labels/compare.json": tiny.curves}
+        instead = {"imdb": tiny.data, "rotten_tomatoes": tiny.data, "runs/few/compare.json": tiny.curves}
         words = [instead.get(word, word) for word in words]
         words += ["--model", tiny.pretrained, "--data", tiny.data]
         if "--evaluate" in words:
