@@ -211,9 +211,7 @@ class Trainer:
         entry = {"step": self.step, "loss": loss, "gradient_norm": norm if math.isfinite(norm) else None}
         entry |= {"tokens": self.tokens, "seconds": round(self.seconds, 2)}
         if self.task.evaluation_due(self.step, self.steps):
-            entry["validation"] = self.evaluate(quick=True)
-            self._report(entry, bar)
-            self._keep_the_best(entry)
+            self._validate(entry, bar)
         due = self.step % LOG_EVERY == 0 or "validation" in entry or self.step == self.steps
         if due and self.processes.is_main:
             self.run.log(entry)
@@ -229,9 +227,7 @@ class Trainer:
         if self.soup.count > 1:
             self._load(average)
             entry = {"step": self.step, "average_of": self.soup.count}
-            entry["validation"] = self.evaluate(quick=True)
-            self._report(entry, bar)
-            self._keep_the_best(entry)
+            self._validate(entry, bar)
             if self.processes.is_main:
                 self.run.log(entry)
         if self.step < self.steps:
@@ -288,6 +284,12 @@ class Trainer:
             metrics = self.task.evaluate(self.model, self.processes, quick)
         self.model.train()
         return metrics
+
+    def _validate(self, entry: dict, bar: tqdm) -> None:
+        """Evaluate, add that to an entry of the log, and keep these weights if they are the best."""
+        entry["validation"] = self.evaluate(quick=True)
+        self._report(entry, bar)
+        self._keep_the_best(entry)
 
     def _keep_the_best(self, entry: dict) -> None:
         metrics = entry["validation"]
