@@ -20,19 +20,18 @@ class Soup:
         self.start = {name: tensor.detach().clone() for name, tensor in weights.items()}
         self.ends = ends
         self.average: dict[str, Tensor] = {}
-        self.count = 0  # of trainings in the average
 
     def span(self, step: int) -> tuple[int, int]:
         """(first, end): the training that this step is in, as a half-open range of steps."""
         return next(span for span in pairwise([0, *self.ends]) if step < span[1])
 
     @torch.no_grad()
-    def add(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Put in what a training has learned; returns the average."""
-        self.count += 1
+    def add(self, weights: dict[str, Tensor], end: int) -> int:
+        """Put in what the training that ended with this step has learned; how many the average is of now."""
+        count = self.ends.index(end) + 1
         for name, tensor in weights.items():
-            if name in self.average:
-                self.average[name].lerp_(tensor, 1 / self.count)
-            else:
+            if count == 1:
                 self.average[name] = tensor.detach().clone()
-        return self.average
+            else:
+                self.average[name].lerp_(tensor, 1 / count)
+        return count

@@ -1,4 +1,4 @@
-"""The one training loop: precision, accumulation, clipping, schedule, progress, resume.
+"""The one training loop: precision, accumulation, clipping, schedule, resume.
 
 A task brings its batches and its loss (pretraining.py); the loop does not look inside them. What a step
 computes depends on the seed and the step's number alone, so a run that was killed and resumed ends
@@ -9,7 +9,6 @@ import contextlib
 import copy
 import itertools
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,19 +16,18 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from minitune.errors import UserError
 from minitune.interrupts import Interrupted, Interrupts
 from minitune.optimizer import Optimizer, one_cycle
 from minitune.precision import Precision
 from minitune.processes import Processes
+from minitune.progress import Progress
 from minitune.runs import Run
 from minitune.soup import Soup
 
 MAX_GRADIENT_NORM = 1.0
 LOG_EVERY = 10  # steps
-REPORT_EVERY = 10  # seconds: small tasks have evaluations faster than anyone reads
 REHEARSAL_STEPS = 4  # twice: to warm up, and to measure
 
 
@@ -80,8 +78,9 @@ class Trainer:
         # float16 gradients underflow to zero unless the loss is scaled up (Micikevicius et al. 2018).
         self.scaler = torch.amp.GradScaler(enabled=precision.name == "fp16")
         self.step, self.steps, self.seconds, self.tokens = 0, 0, 0.0, 0
-        self.last_save = self.last_report = -math.inf
+        self.last_save = -math.inf
         self.interrupts = Interrupts()
+        self.progress = Progress(task.unit, task.yardstick, speaks=processes.is_main)
         self.soup: Soup | None = None  # where several trainings, one after the other, are to be averaged
         # Of the best evaluation so far: {"score", "step", "average_of", "metrics"}, and what was trained.
         self.best: dict = {}
@@ -135,7 +134,6 @@ class Trainer:
         self.best, self.best_weights = progress["best"], parts["best"]
         if self.soup:
             self.soup.average = {name: t.to(self.processes.device) for name, t in parts["average"].items()}
-            self.soup.count = progress["average_of"]
         self.optimizer.load_state(parts["optimizer"])
         if progress["scaler"]:
             self.scaler.load_state_dict(progress["scaler"])
@@ -154,7 +152,6 @@ class Trainer:
             progress |= {"tokens": self.tokens, "scaler": self.scaler.state_dict(), "best": self.best}
             if self.soup:
                 tensors |= {f"average/{name}": tensor for name, tensor in self.soup.average.items()}
-                progress |= {"average_of": self.soup.count}
             self.run.save(tensors, progress)
         self.last_save = time.monotonic()
 
@@ -171,21 +168,11 @@ class Trainer:
 
         Raises Interrupted after Ctrl-C, and UserError when the loss is no number any more.
         """
-        with (
-            self.interrupts,
-            tqdm(
-                total=self.steps,
-                initial=self.step,
-                unit="step",
-                dynamic_ncols=True,
-                # None: only where there is a terminal.
-                disable=None if self.processes.is_main else True,
-            ) as bar,
-        ):
+        with self.interrupts, self.progress.bar(self.step, self.steps):
             self.model.train()
             batches = self.task.batches(self.step)
             while self.step < self.steps:
-                self._step(batches, bar)
+                self._step(batches)
         if self.best:
             self._load(self.best_weights)
         final = self.best.get("metrics") or self.evaluate()
@@ -195,7 +182,7 @@ class Trainer:
             raise Interrupted  # asked for during the last step; nothing is left but to write the results
         return final
 
-    def _step(self, batches: Iterator[Any], bar: tqdm) -> None:
+    def _step(self, batches: Iterator[Any]) -> None:
         with self._clock():
             batch = next(batches)
             loss, norm, stop = self._gradients(batch)
@@ -211,23 +198,21 @@ class Trainer:
         entry = {"step": self.step, "loss": loss, "gradient_norm": norm if math.isfinite(norm) else None}
         entry |= {"tokens": self.tokens, "seconds": round(self.seconds, 2)}
         if self.task.evaluation_due(self.step, self.steps):
-            self._validate(entry, bar)
+            self._validate(entry)
         due = self.step % LOG_EVERY == 0 or "validation" in entry or self.step == self.steps
         if due and self.processes.is_main:
             self.run.log(entry)
         if self.soup and self.step in self.soup.ends:
-            self._stir(bar)
-        bar.update()
-        speed = f"{self.tokens / self.seconds:,.0f} {self.task.unit}/s"
-        bar.set_postfix_str(f"loss {loss:.3f} ({self.task.yardstick}), {speed}")
+            self._stir()
+        self.progress.advance(loss, self.tokens / self.seconds)
 
-    def _stir(self, bar: tqdm) -> None:
+    def _stir(self) -> None:
         """Put what a training ended with into the soup, try the average, and begin the next training."""
-        average = self.soup.add(self.trained())
-        if self.soup.count > 1:
-            self._load(average)
-            entry = {"step": self.step, "average_of": self.soup.count}
-            self._validate(entry, bar)
+        average_of = self.soup.add(self.trained(), self.step)
+        if average_of > 1:
+            self._load(self.soup.average)
+            entry = {"step": self.step, "average_of": average_of}
+            self._validate(entry)
             if self.processes.is_main:
                 self.run.log(entry)
         if self.step < self.steps:
@@ -285,34 +270,17 @@ class Trainer:
         self.model.train()
         return metrics
 
-    def _validate(self, entry: dict, bar: tqdm) -> None:
+    def _validate(self, entry: dict) -> None:
         """Evaluate, add that to an entry of the log, and keep these weights if they are the best."""
-        entry["validation"] = self.evaluate(quick=True)
-        self._report(entry, bar)
-        self._keep_the_best(entry)
-
-    def _keep_the_best(self, entry: dict) -> None:
-        metrics = entry["validation"]
+        entry["validation"] = metrics = self.evaluate(quick=True)
+        average_of = entry.get("average_of", 1)
+        minutes_left = (self.steps - self.step) * self.seconds / self.step / 60
+        self.progress.report(self.step, metrics, self.tokens / self.seconds, minutes_left, average_of)
         score = self.task.score(metrics)
         if score is not None and (not self.best or list(score) > self.best["score"]):
             self.best = {"score": list(score), "step": self.step, "metrics": metrics}
-            self.best["average_of"] = entry.get("average_of", 1)
+            self.best["average_of"] = average_of
             self.best_weights = {name: p.detach().clone() for name, p in self.trained().items()}
-
-    def _report(self, entry: dict, bar: tqdm) -> None:
-        """One line for people. tqdm's bar is for terminals; a log file gets only these lines."""
-        average_of = entry.get("average_of")
-        due = average_of or time.monotonic() - self.last_report > REPORT_EVERY or self.step == self.steps
-        if due and self.processes.is_main:
-            self.last_report = time.monotonic()
-            speed = self.tokens / self.seconds
-            left = (self.steps - self.step) * self.seconds / self.step / 60
-            validation = ", ".join(f"{k} {v:.3f}" for k, v in entry["validation"].items())
-            what = f"average of {average_of} trainings" if average_of else "validation"
-            line = f"step {self.step:>6,} of {self.steps:,}   {what} {validation}"
-            line += f" ({self.task.yardstick})   {speed:,.0f} {self.task.unit}/s   {left:.1f} min left"
-            bar.write(line, file=sys.stdout)
-            sys.stdout.flush()
 
     @contextlib.contextmanager
     def _clock(self) -> Iterator[None]:

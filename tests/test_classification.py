@@ -301,10 +301,10 @@ def test_a_soup_is_the_mean_of_all_that_is_put_in():
     members = [{"w": torch.randn(3, 4, generator=rng), "b": torch.randn(4, generator=rng)} for _ in range(3)]
     soup = Soup(members[0], ends=[5, 9, 12])
     for count, member in enumerate(members, start=1):
-        average = soup.add(member)
+        assert soup.add(member, soup.ends[count - 1]) == count
         for name in ("w", "b"):
             expected = torch.stack([m[name].double() for m in members[:count]]).mean(0)
-            torch.testing.assert_close(average[name].double(), expected, atol=1e-6, rtol=0)
+            torch.testing.assert_close(soup.average[name].double(), expected, atol=1e-6, rtol=0)
     assert torch.equal(soup.start["w"], members[0]["w"])  # and what goes in is left alone
     assert [soup.span(step) for step in (0, 4, 5, 8, 9, 11)] == [(0, 5)] * 2 + [(5, 9)] * 2 + [(9, 12)] * 2
 

@@ -45,7 +45,7 @@ def some_cloze(lengths=(5, 9, 30, 2, 17, 12)) -> Cloze:
 def trainer_for(model, tmp_path, accumulate=1) -> Trainer:
     options = SimpleNamespace(rate=0.15, summary_weight=1.0, tokenizer=SimpleNamespace(special_ids=SPECIAL))
     loss = functools.partial(MaskedLanguageModelling.loss, options)
-    task = SimpleNamespace(loss=loss, yardstick="")
+    task = SimpleNamespace(loss=loss, yardstick="", unit="")
     optimizer = Optimizer(model, "muon", 0.01, 0.001, 0.01)
     precision = Precision("fp32")
     run = Run(tmp_path)
