@@ -72,8 +72,7 @@ def parser() -> Parser:
 
 MAY_CHANGE = {"out", "method", "seed", "seeds", "train_examples", "lr",
               "device", "precision", "attention", "save_minutes",
-              # What is no option; "embeddings" is what runs had before they had "rates".
-              "job", "base", "dataset", "rates", "embeddings"}  # fmt: skip
+              "job", "base", "dataset", "rates"}  # fmt: skip
 
 
 def read_arguments() -> tuple[argparse.Namespace, list[Job]]:
@@ -99,9 +98,8 @@ def read_arguments() -> tuple[argparse.Namespace, list[Job]]:
             directory /= str(size)
         if k:
             directory /= f"seed-{args.seed + k}"
-        run = Run.open(directory, args.resume)
-        if run.settings:  # an older run had no soup
-            check_same(args, {"soup": 1} | run.settings, MAY_CHANGE, directory)
+        run = Run.open(directory, args.resume, mark="job")
+        check_same(args, run.settings, MAY_CHANGE, directory)
         job = {"method": method, "train_examples": size, "seed": args.seed + k}
         if run.settings and run.settings.get("job") != job:
             raise UserError(f"--resume: the run in {directory} is another: {run.settings.get('job')}")

@@ -75,7 +75,7 @@ def read_arguments() -> tuple[argparse.Namespace, Run]:
     """The options and the run's directory; with --resume, options that are not given are the run's."""
     options = parser()
     args = options.parse_args()
-    run = Run.open(args.out, args.resume)
+    run = Run.open(args.out, args.resume, mark="corpus")
     args = options.resumed(run.settings, MAY_CHANGE, args.out)
     check_device(args.device)
     return args, run
@@ -118,7 +118,7 @@ def main() -> None:
     if run.state_path.is_file() and run.settings.get("corpus") != key:
         raise UserError(f"--data {args.data} has changed since the run in {args.out} began")
     corpus = Corpus.open(dataset, tokenizer, args.vocab_size) if processes.is_main else None
-    processes.agree(None)
+    processes.wait()
     corpus = corpus or Corpus.open(dataset, tokenizer, args.vocab_size)
     if not args.init:
         config = replace(config, vocab_size=corpus.tokenizer.vocab_size)

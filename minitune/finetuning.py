@@ -71,16 +71,13 @@ def fine_tune(job: Job, common: Common) -> dict:
     torch.manual_seed(job.seed)
     model = build(job.method, common.source, common.reviews.names, args.adapter_size, args.attention)
     model.to(device)
-    precision.freeze(model.bert)
-    if run.settings:  # a run that goes on keeps its own; older ones had that of the embeddings alone
-        kept = {"embeddings": run.settings.get("embeddings", 1.0)}
-        own_rates = Rates(**run.settings.get("rates", kept))
-    else:
-        own_rates = rates(job.method, common.source)
+    precision.cast_frozen(model.bert)
+    # A run that goes on keeps its own.
+    own_rates = Rates(**run.settings["rates"]) if run.settings else rates(job.method, common.source)
     if processes.is_main:
         described = {k: v for k, v in vars(job).items() if k != "run"}
         run.start(common.settings | {"job": described, "rates": asdict(own_rates)})
-    processes.agree(None)  # the directory is there, and this job's
+    processes.wait()  # the directory is there, and this job's
 
     # The rows it learns from. With few labels, as few choose the best epoch: no more would be at hand.
     examples = dict(common.examples)
@@ -149,7 +146,7 @@ def fine_tune(job: Job, common: Common) -> dict:
     with precision.autocast(device):
         test = evaluate(learner, examples["test"], batch_tokens, processes)
     training, epoch = divmod(task.epoch_ends.index(trainer.best["step"]), epochs)
-    average_of = trainer.best.get("average_of", 1)
+    average_of = trainer.best["average_of"]
     best = f"epoch {epoch + 1} of {epochs}" + (f", training {training + 1}" if args.soup > 1 else "")
     best = f"the average of {average_of} trainings" if average_of > 1 else best
     say(f"best: {best}, validation accuracy {validation['accuracy']:.2%}")
@@ -163,6 +160,7 @@ def fine_tune(job: Job, common: Common) -> dict:
         "best_epoch": epoch + 1,
         "epochs": epochs,
         "soup": args.soup,
+        "best_training": training + 1,
         "average_of": average_of,
         "steps": trainer.steps,
         "lr": lr,

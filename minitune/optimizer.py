@@ -115,10 +115,10 @@ class Optimizer:
         numbers = [int(number) for name in named for number in re.findall(r"\.layers\.(\d+)\.", name)]
         layers = 1 + max(numbers, default=0)
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-        for name, p in rest.items():
+        for path, p in rest.items():
             # Decay pulls matrices towards zero; a bias or a LayerNorm gain has no reason to be small.
             decay = weight_decay if p.ndim >= 2 else 0.0
-            groups.setdefault((adamw_lr * rates.multiple(name, layers), decay), []).append(p)
+            groups.setdefault((adamw_lr * rates.multiple(path, layers), decay), []).append(p)
         groups = [{"params": ps, "lr": lr, "weight_decay": decay} for (lr, decay), ps in groups.items()]
         self.parts.append(torch.optim.AdamW(groups, lr=adamw_lr, betas=(0.9, 0.98), fused=True))
         self.names = {id(p): name for name, p in named.items()}
@@ -142,7 +142,7 @@ class Optimizer:
         for part in self.parts:
             part.zero_grad(set_to_none=True)
 
-    def forget(self) -> None:
+    def reset_state(self) -> None:
         """Be as new: no moments, no steps."""
         for part in self.parts:
             part.state.clear()

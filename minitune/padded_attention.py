@@ -14,6 +14,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 MULTIPLE = 64
+# Numbers in the softmax of a group, at most. With 50 MB of them in one tensor the same work takes half as
+# long again: memory for so large a tensor is given back to the system and asked for anew each time.
+PIECE = 2**22
 
 
 class Padded(torch.autograd.Function):
@@ -26,7 +29,7 @@ class Padded(torch.autograd.Function):
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
         out, kept = torch.empty_like(q), []
         with torch.autocast(q.device.type, enabled=False):  # everything in the precision of q
-            for group in _groups(cu_seqlens):
+            for group in _groups(cu_seqlens, q.size(1)):
                 q1, k1, v1 = (group.pad(x) for x in (q, k, v))
                 q1 *= q.size(-1) ** -0.5
                 scores = q1 @ k1.mT  # (S, H, n, n)
@@ -44,7 +47,7 @@ class Padded(torch.autograd.Function):
         cu_seqlens, *kept = ctx.saved_tensors
         dq, dk, dv = (torch.empty_like(d_out) for _ in range(3))
         with torch.autocast(d_out.device.type, enabled=False):
-            for i, group in enumerate(_groups(cu_seqlens)):
+            for i, group in enumerate(_groups(cu_seqlens, d_out.size(1))):
                 q1, k1, v1, weights = kept[4 * i : 4 * i + 4]
                 d_out1 = group.pad(d_out)
                 group.write(dv, weights.mT @ d_out1)
@@ -84,9 +87,11 @@ def _rounded_up(length: int) -> int:
     return -(-length // MULTIPLE) * MULTIPLE
 
 
-def _groups(cu_seqlens: Tensor) -> Iterator[_Group]:
+def _groups(cu_seqlens: Tensor, heads: int) -> Iterator[_Group]:
     row = 0
     for n, neighbours in groupby(cu_seqlens.diff().tolist(), _rounded_up):
-        lengths = list(neighbours)
-        yield _Group(n, row, lengths)
-        row += sum(lengths)
+        alike, most = list(neighbours), max(1, PIECE // (heads * n * n))
+        for first in range(0, len(alike), most):
+            lengths = alike[first : first + most]
+            yield _Group(n, row, lengths)
+            row += sum(lengths)

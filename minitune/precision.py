@@ -47,8 +47,8 @@ class Precision:
         """The context to run forward passes in."""
         return torch.autocast(device.type, self.dtype, enabled=self.name != "fp32")
 
-    def freeze(self, module: nn.Module) -> None:
-        """Put the linear maps in it that nobody trains into the format of the products, for good.
+    def cast_frozen(self, module: nn.Module) -> None:
+        """Put the linear maps in it that are frozen into the format of the products, for good.
 
         The numbers are those of autocast, which would make them anew from float32 for every batch.
         """

@@ -83,9 +83,9 @@ class Trained:
             tensors = load_file(directory / "trained.safetensors")
             labels = {i: str(label) for i, label in enumerate(raw["labels"])}
             base, base_hash = str(raw["base"]["path"]), str(raw["base"]["sha256"])
-            method, max_len = raw["method"], int(raw["max_len"])
-            if method not in ("adapter", "feature") or max_len < 3:
-                raise ValueError(f"method {method}, max_len {max_len}")
+            method, max_len = raw["method"], raw["max_len"]
+            if method not in ("adapter", "feature"):
+                raise ValueError(f"method {method}")
             return cls(method, labels, max_len, raw.get("adapter_size"), base, base_hash, tensors)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{directory}/trained.json is damaged: {error!r}") from error
@@ -134,6 +134,12 @@ def load_adapters(runs: dict[str, str], attention: str = "auto") -> AdapterSwitc
     return switch
 
 
+def check_max_len(max_len: object, config: BertConfig, where: Path) -> None:
+    """Raise UserError where a saved limit is none that the model has room for, [CLS] and [SEP] included."""
+    if not isinstance(max_len, int) or not 3 <= max_len <= config.max_position_embeddings:
+        raise UserError(f"{where} is damaged: max_len {max_len}")
+
+
 def fill(module: nn.Module, path: str, tensors: dict[str, Tensor]) -> None:
     """Give a module its tensors out of those of a whole model."""
     prefix = path + "."
@@ -169,13 +175,15 @@ class Classifier:
         directory = find_model(name)
         if not (directory / "trained.json").is_file():
             model = load_classifier(directory, attention)
-            settings = directory / "settings.json"
-            longest = model.config.max_position_embeddings
-            max_len = read_json(settings).get("max_len", longest) if settings.is_file() else longest
-            return cls(model, Tokenizer.load(directory), model.config.id2label, min(max_len, longest))
+            settings, max_len = directory / "settings.json", model.config.max_position_embeddings
+            if settings.is_file():
+                max_len = read_json(settings).get("max_len", max_len)
+            check_max_len(max_len, model.config, settings)
+            return cls(model, Tokenizer.load(directory), model.config.id2label, max_len)
         trained = Trained.read(directory)
         base = trained.find_base(directory)
         model = load_for_classification(base, trained.labels, attention)
+        check_max_len(trained.max_len, model.config, directory / "trained.json")
         if trained.method == "adapter":
             switch = AdapterSwitch(model)
             switch.add(name, trained.adapter_modules(model.config, directory), trained.labels)
@@ -197,8 +205,8 @@ class Classifier:
         while block := list(itertools.islice(texts, BLOCK)):
             sequences = Sequences(block, self.tokenizer, self.max_len)
             probabilities = torch.empty(len(block), len(self.labels))
-            # One context for all batches: while it lasts, autocast keeps the weights that it has converted
-            # (not in inference_mode, which would do otherwise).
+            # One context for all batches: while it lasts, autocast keeps what it has made of weights that
+            # require gradients (of others, and under inference_mode, it keeps nothing).
             with torch.no_grad(), precision.autocast(device):
                 for indices in sorted_batches(sequences.lengths, batch_tokens):
                     logits = self.model(sequences.pack(indices).to(device))

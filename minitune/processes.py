@@ -63,6 +63,10 @@ class Processes:
             value = box[0]
         return value
 
+    def wait(self) -> None:
+        """Until all processes are here."""
+        self.agree(None)
+
     def close(self) -> None:
         """Leave the group."""
         if self.count > 1:

@@ -38,14 +38,17 @@ class Run:
         self.lock_path = directory / "run.lock"
 
     @classmethod
-    def open(cls, directory: Path, resume: bool) -> "Run":
-        """A new run, or with `resume` the one that is there; UserError where neither is safe."""
+    def open(cls, directory: Path, resume: bool, mark: str) -> "Run":
+        """A new run, or with `resume` the one that is there; UserError where neither is safe.
+
+        `mark` is a key that the settings of this script's runs have, and those of no other.
+        """
         run = cls(directory)
         if directory.exists() and not directory.is_dir():
             raise UserError(f"--out {directory} is a file")
         names = {path.name for path in directory.glob("*") if path.suffix not in NOT_YET_A_RUN}
-        if names and not run.settings.keys() & {"corpus", "job"}:  # of train.py, of finetune.py
-            raise UserError(f"--out {directory} holds something that is no run of minitune")
+        if names and mark not in run.settings:
+            raise UserError(f"--out {directory} holds something that is no run of this script")
         if names and not resume:
             state = "a finished" if run.is_finished else "an unfinished"
             raise UserError(f"--out {directory} holds {state} run: add --resume, or name a new --out")

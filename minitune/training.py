@@ -22,7 +22,7 @@ from minitune.interrupts import Interrupted, Interrupts
 from minitune.optimizer import Optimizer, one_cycle
 from minitune.precision import Precision
 from minitune.processes import Processes
-from minitune.progress import Progress
+from minitune.reporter import Reporter
 from minitune.runs import Run
 from minitune.soup import Soup
 
@@ -51,7 +51,10 @@ class Task(Protocol):
         """Metrics on validation rows; `quick` on a part of them."""
 
     def score(self, metrics: dict) -> Any:
-        """If the weights with the best score are to be kept at the end, that; None keeps the last."""
+        """If the weights with the best score are to be kept at the end, that; None keeps the last.
+
+        A task that scores evaluates all rows each time, quickly or not: what was best is not evaluated again.
+        """
 
 
 class Trainer:
@@ -78,9 +81,9 @@ class Trainer:
         # float16 gradients underflow to zero unless the loss is scaled up (Micikevicius et al. 2018).
         self.scaler = torch.amp.GradScaler(enabled=precision.name == "fp16")
         self.step, self.steps, self.seconds, self.tokens = 0, 0, 0.0, 0
-        self.last_save = -math.inf
+        self.last_save = -math.inf  # so a checkpoint is written at the first step, to go back to after a NaN
         self.interrupts = Interrupts()
-        self.progress = Progress(task.unit, task.yardstick, speaks=processes.is_main)
+        self.reporter = Reporter(task.unit, task.yardstick, speaks=processes.is_main)
         self.soup: Soup | None = None  # where several trainings, one after the other, are to be averaged
         # Of the best evaluation so far: {"score", "step", "average_of", "metrics"}, and what was trained.
         self.best: dict = {}
@@ -168,7 +171,7 @@ class Trainer:
 
         Raises Interrupted after Ctrl-C, and UserError when the loss is no number any more.
         """
-        with self.interrupts, self.progress.bar(self.step, self.steps):
+        with self.interrupts, self.reporter.bar(self.step, self.steps):
             self.model.train()
             batches = self.task.batches(self.step)
             while self.step < self.steps:
@@ -203,10 +206,10 @@ class Trainer:
         if due and self.processes.is_main:
             self.run.log(entry)
         if self.soup and self.step in self.soup.ends:
-            self._stir()
-        self.progress.advance(loss, self.tokens / self.seconds)
+            self._end_of_training()
+        self.reporter.advance(loss, self.tokens / self.seconds)
 
-    def _stir(self) -> None:
+    def _end_of_training(self) -> None:
         """Put what a training ended with into the soup, try the average, and begin the next training."""
         average_of = self.soup.add(self.trained(), self.step)
         if average_of > 1:
@@ -217,7 +220,7 @@ class Trainer:
                 self.run.log(entry)
         if self.step < self.steps:
             self._load(self.soup.start)
-            self.optimizer.forget()
+            self.optimizer.reset_state()
 
     def _gradients(self, batch: Any) -> tuple[float, float, bool]:
         """Fill p.grad: (mean loss, gradient norm before clipping, whether to stop here)."""
@@ -275,7 +278,7 @@ class Trainer:
         entry["validation"] = metrics = self.evaluate(quick=True)
         average_of = entry.get("average_of", 1)
         minutes_left = (self.steps - self.step) * self.seconds / self.step / 60
-        self.progress.report(self.step, metrics, self.tokens / self.seconds, minutes_left, average_of)
+        self.reporter.report(self.step, metrics, self.tokens / self.seconds, minutes_left, average_of)
         score = self.task.score(metrics)
         if score is not None and (not self.best or list(score) > self.best["score"]):
             self.best = {"score": list(score), "step": self.step, "metrics": metrics}

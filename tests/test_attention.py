@@ -120,8 +120,10 @@ def test_memory_of_tiled_grows_with_the_tokens_not_with_their_square(lengths):
 # The padded backend
 
 
-def test_padded_gradients_are_those_of_its_output(monkeypatch):
+@pytest.mark.parametrize("piece", [1, 64, 2**22])  # one, two, all of the sequences of four tokens at a time
+def test_padded_gradients_are_those_of_its_output(monkeypatch, piece):
     monkeypatch.setattr(padded_attention, "MULTIPLE", 4)
+    monkeypatch.setattr(padded_attention, "PIECE", piece)
     lengths = [1, 3, 4, 5, 5, 9]
     *qkv, _ = random_inputs(lengths, 4, torch.float64, heads=2)
     qkv = [x.detach().requires_grad_() for x in qkv]
@@ -167,6 +169,16 @@ def test_padded_has_few_shapes_of_products():
     with Shapes():
         compute("padded", lengths, inputs)
     assert {max(a[1:]) for a, _ in shapes} == {64, 128} and len(shapes) <= 2 * 3
+
+
+def test_padded_computes_a_piece_at_a_time(monkeypatch):
+    lengths = [64] * 20
+    inputs = random_inputs(lengths, 8, torch.bfloat16, heads=2)
+    for sequences in (20, 3):
+        monkeypatch.setattr(padded_attention, "PIECE", sequences * 2 * 64 * 64)
+        with LargestResult() as largest:
+            compute("padded", lengths, inputs)
+        assert largest.elements == sequences * 2 * 64 * 64
 
 
 # The choice

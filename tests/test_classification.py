@@ -280,7 +280,7 @@ def test_trainings_of_a_soup_begin_alike_and_end_in_their_average(tmp_path):
     # One row pushes the threshold up from zero, the other pulls it down as hard. In the other order a
     # training is the mirror image, if weights, moments and schedule have begun anew.
     rows = numbers((100, 1), (-100, 0))
-    task = Watched(rows, numbers((0.1, 1), (3, 0)), batch_tokens=1, epochs=2, seed=2)
+    task = Watched(rows, numbers((-0.05, 1), (0.05, 0)), batch_tokens=1, epochs=2, seed=2)
     (first,), (second,) = (batch.indices for batch in itertools.islice(task.batches(0), 1, 3))
     assert first == second  # so the orders differ
     model, run = Threshold(), Run(tmp_path)
@@ -294,6 +294,11 @@ def test_trainings_of_a_soup_begin_alike_and_end_in_their_average(tmp_path):
     assert average == pytest.approx(0, abs=1e-7)
     logged = [entry for entry in run.read_log() if "validation" in entry]
     assert [entry.get("average_of") for entry in logged] == [None, None, 2]
+    # Only the average is right on both rows of validation, so it stays, and is what a checkpoint has.
+    assert [entry["validation"]["accuracy"] for entry in logged] == [0.5, 0.5, 1.0]
+    assert trainer.best["average_of"] == 2 and trainer.model.w.item() == average
+    saved, _ = run.load()
+    assert saved["model/w"].item() == saved["best/w"].item() == average
 
 
 def test_a_soup_is_the_mean_of_all_that_is_put_in():

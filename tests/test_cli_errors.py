@@ -744,6 +744,12 @@ def test_out_holds_an_unfinished_fine_tuning(not_finetuned, unfinished_too):
     not_finetuned(naming=["run/feature", "an unfinished run", "--resume"])
 
 
+def test_a_run_of_one_script_is_none_of_the_other(refused, not_finetuned, unfinished_too, train_py, folder):
+    refused("--resume", "--out", "run/feature", naming=["run/feature", "no run of this script"])
+    assert train_py("--data", "good.txt", "--out", "other/feature")[0] == 0
+    not_finetuned("--out", "other", naming=["other/feature", "no run of this script"])
+
+
 @pytest.mark.parametrize(
     "option, value",
     [("--epochs", "2"), ("--max-len", "17"), ("--adapter-size", "3"), ("--weight-decay", "0.5"),
@@ -916,6 +922,7 @@ def test_predict_with_weights_cut_short(not_predicted, tuned, name, file):
     "key, value",
     [("method", "magic"), ("method", 5), ("labels", ["fine"]), ("labels", []), ("labels", 5),
      ("labels", ["a", "b", "c"]), ("max_len", "long"), ("max_len", -5), ("max_len", 2),
+     ("max_len", 100_000), ("max_len", None),
      ("base", {}), ("base", "model")],
 )  # fmt: skip
 def test_predict_with_a_description_that_cannot_be(not_predicted, tuned, name, key, value):

@@ -278,6 +278,15 @@ def test_the_fingerprint_sees_a_change_of_the_same_size(tmp_path):
     assert Dataset(str(path)).fingerprint() != before
 
 
+def test_the_fingerprint_sees_another_test_file_beside_the_reviews_of_the_package(tmp_path):
+    path = write(tmp_path / "test.csv", "text,label\nfine,1\npoor,0\n")
+    os.utime(path, (1_000_000_000, 1_000_000_000))
+    before = Dataset("rotten_tomatoes", str(path)).fingerprint()
+    assert Dataset("rotten_tomatoes", str(path)).fingerprint() == before
+    write(path, "text,label\nfine,0\npoor,1\n")
+    assert Dataset("rotten_tomatoes", str(path)).fingerprint() != before
+
+
 def test_the_fingerprint_does_not_depend_on_where_it_is_taken(tmp_path, monkeypatch):
     path = write(tmp_path / "a.txt", "first\nsecond\n")
     monkeypatch.chdir(tmp_path)

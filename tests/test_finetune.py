@@ -335,6 +335,7 @@ def test_a_soup_is_the_average_of_trainings_in_other_orders(folder, tmp_path):
     assert figures["validation_accuracy"] == best["validation"]["accuracy"]
     assert figures["validation_loss"] == best["validation"]["loss"]
     assert figures["average_of"] == best.get("average_of", 1)
+    assert figures["best_training"] == [1, 1, 2, 2, 2, 3, 3, 3][validated.index(best)]
     assert figures["steps"] == validated[-1]["step"]
 
 
@@ -529,7 +530,8 @@ def test_ctrl_c_saves_and_resume_goes_on_with_all_methods(compared, folder, tmp_
     assert not (out / "adapter" / "metrics.json").exists() and not (out / "full").exists()
 
     done = succeed("--resume", "--out", out)  # everything else is as it was asked for
-    assert "resumed at step" in done.out
+    step = re.search(r"saved at step (\d+);", stopped.out)[1]
+    assert int(step) > 0 and f"resumed at step {step} of" in done.out
     for method in TRAINED:
         assert_same_bits(undisturbed / method, out / method)
     assert [line.split()[:3] for line in table(done.out)] == [line.split()[:3] for line in table(printed)]

@@ -235,6 +235,10 @@ DAMAGES = {
         r"trained\.json is damaged.*magic",
     ),
     "a limit of nothing": (of_json(lambda raw: raw | {"max_len": 0}), r"trained\.json is damaged"),
+    "a limit of more than the model has": (
+        of_json(lambda raw: raw | {"max_len": CONFIG.max_position_embeddings + 1}),
+        r"trained\.json is damaged",
+    ),
     "a limit that is a word": (of_json(lambda raw: raw | {"max_len": "long"}), r"trained\.json is damaged"),
     "a label too many": (
         of_json(lambda raw: raw | {"labels": [*raw["labels"], "newt"]}),

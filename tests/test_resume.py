@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -116,9 +117,10 @@ def test_ctrl_c_saves_and_exits_with_130(text, tmp_path):
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate()
     assert process.returncode == 130
-    assert b"--resume" in output
-    assert not (stopped / "metrics.json").exists()
-    assert train(text, stopped, "--resume").returncode == 0
+    step = int(re.search(rb"saved at step (\d+); go on with --resume", output)[1])
+    assert step > 0 and not (stopped / "metrics.json").exists()
+    resumed = train(text, stopped, "--resume")
+    assert resumed.returncode == 0 and f"resumed at step {step} of {STEPS}" in resumed.stdout
     assert_same_bits(undisturbed, stopped)
 
 
@@ -185,11 +187,13 @@ def test_two_processes_resume(text, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     assert distributed(text, one, "--precision", "fp32").returncode == 0
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    process = start([*launch[1:], *command(text, two, "--precision", "fp32")])
+    more = ("--precision", "fp32", "--save-minutes", "1e-9")  # a checkpoint after every step
+    process = start([*launch[1:], *command(text, two, *more)])
     wait_for_log(two, process)
     process.send_signal(signal.SIGTERM)
     process.wait()
     assert not (two / "metrics.json").exists()
     result = distributed(text, two, "--precision", "fp32", "--resume")
     assert result.returncode == 0, result.stderr
+    assert int(re.search(r"resumed at step (\d+) of", result.stdout)[1]) > 0
     assert_same_bits(one, two)

@@ -255,7 +255,7 @@ def test_frozen_maps_give_the_numbers_that_autocast_gives(name):
             return model(cloze.batch, cloze.positions)
 
     before = logits()
-    precision.freeze(model)
+    precision.cast_frozen(model)
     assert torch.equal(logits(), before)
     changed = {name for name, p in model.named_parameters() if p.dtype != torch.float32}
     maps = ["attention.qkv", "attention.out", "feed_forward.up", "feed_forward.down"]
@@ -269,13 +269,13 @@ def test_two_processes_cannot_train_in_one_directory(tmp_path):
     with pytest.raises(UserError, match="another process"):
         second.start({"corpus": "y"})
     assert first.settings == {"corpus": "x"}
-    assert Run.open(tmp_path, resume=True).settings == {"corpus": "x"}
+    assert Run.open(tmp_path, resume=True, mark="corpus").settings == {"corpus": "x"}
 
 
 def test_a_kill_before_the_settings_leaves_a_directory_that_can_be_used(tmp_path):
     (tmp_path / "run.lock").touch()
     (tmp_path / "settings.json.partial").write_text("{")
-    Run.open(tmp_path, resume=False).start({"corpus": "x"})
+    Run.open(tmp_path, resume=False, mark="corpus").start({"corpus": "x"})
     assert Run(tmp_path).settings == {"corpus": "x"}
 
 

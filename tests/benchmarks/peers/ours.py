@@ -120,7 +120,7 @@ class Ours:
 
     def train(self) -> float:
         """Seconds of training, saving not among them."""
-        self.precision.freeze(self.model.bert)  # as finetune.py does
+        self.precision.cast_frozen(self.model.bert)  # as finetune.py does
         if self.problem.job == "adapter":
             self.model.pooler = MeanPooler()  # what finetune.py puts there; for the check it was BERT's
         with tempfile.TemporaryDirectory() as folder:
@@ -132,7 +132,7 @@ class Ours:
         """Seconds for reading every text once and training a head on what was read."""
         model = FeatureClassifier(self.model.bert, len(LABELS)).requires_grad_(False)
         model.head.requires_grad_(True)
-        self.precision.freeze(model.bert)  # as finetune.py does
+        self.precision.cast_frozen(model.bert)  # as finetune.py does
         with tempfile.TemporaryDirectory() as folder:
             train, started = {"train": self.examples}, time.perf_counter()
             extracted, _ = extract(model.bert, train, Path(folder), PROCESSES, self.precision)

@@ -11,7 +11,7 @@ from tqdm import tqdm
 REPORT_EVERY = 10  # seconds: small tasks have evaluations faster than anyone reads
 
 
-class Progress:
+class Reporter:
     """A bar where there is a terminal, and lines with the validation metrics, which a log file gets too."""
 
     def __init__(self, unit: str, yardstick: str, speaks: bool):
