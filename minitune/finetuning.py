@@ -7,13 +7,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from minitune.checkpoint import save_model
 from minitune.classification import Classification, Examples, evaluate
 from minitune.errors import UserError
 from minitune.features import extract
 from minitune.machine import describe, forget_peak_memory, peak_memory
-from minitune.methods import METHODS, build, rates, summary
+from minitune.methods import METHODS, build, rates, rates_in_words, summary
 from minitune.optimizer import Optimizer, Rates
 from minitune.precision import Precision
 from minitune.prediction import save_trained
@@ -126,14 +127,9 @@ def fine_tune(job: Job, common: Common) -> dict:
     trainable_params = sum(p.numel() for p in trainer.parameters)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     say(f"trains {trainable_params:,} of {total_params:,} parameters: {summary(trained)}")
-    rate = f"{recipe.optimizer} at {lr:.2g}"
-    rate += f", adamw at {recipe.adamw * lr:.2g} for the rest" if recipe.optimizer == "muon" else ""
-    if own_rates.embeddings != 1:
-        rate += f", {own_rates.embeddings:g} times that for embeddings"
-    if own_rates.lowest_layer != 1:
-        rate += f", less for lower layers, down to {own_rates.lowest_layer:.2g} times that"
     times = f"{args.soup} trainings of " if args.soup > 1 else ""
-    say(f"{times}{epochs} epochs, {task.steps:,} steps of at most {batch_tokens:,} {task.unit}, {rate}")
+    steps = f"{times}{epochs} epochs, {task.steps:,} steps of at most {batch_tokens:,} {task.unit}"
+    say(f"{steps}, {rates_in_words(recipe, lr, own_rates)}")
 
     # Train; the best by validation stays, of the epochs and of the averages.
     if checkpoint:
@@ -181,14 +177,17 @@ def fine_tune(job: Job, common: Common) -> dict:
         "attention": common.attention,
     }
     if processes.is_main:
-        if job.method in ("full", "scratch"):
-            save_model(model, common.tokenizer, run.directory)
-            weights = run.directory / "model.safetensors"
-        else:
-            names, base_hash = common.reviews.names, common.settings["base"]
-            weights = save_trained(
-                run.directory, job.method, model, names, common.name, base_hash, args.max_len
-            )
+        weights = save(model, job, common)
         metrics |= {"saved_bytes": weights.stat().st_size, "trained": trained}
         run.finish(metrics)
     return metrics
+
+
+def save(model: nn.Module, job: Job, common: Common) -> Path:
+    """Write the whole model where all of it was trained, else what was; returns the path of the weights."""
+    directory = job.run.directory
+    if job.method in ("full", "scratch"):
+        save_model(model, common.tokenizer, directory)
+        return directory / "model.safetensors"
+    names, base_hash = common.reviews.names, common.settings["base"]
+    return save_trained(directory, job.method, model, names, common.name, base_hash, common.args.max_len)

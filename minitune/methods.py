@@ -71,6 +71,18 @@ def rates(method: str, source: Path) -> Rates:
     return Rates(embeddings=5.0 if young else 1.0, lowest_layer=1 / 3 if method == "full" else 1.0)
 
 
+def rates_in_words(recipe: Method, lr: float, rates: Rates) -> str:
+    """The optimizer and its learning rates, in a line; `lr` is the peak."""
+    words = f"{recipe.optimizer} at {lr:.2g}"
+    if recipe.optimizer == "muon":
+        words += f", adamw at {recipe.adamw * lr:.2g} for the rest"
+    if rates.embeddings != 1:
+        words += f", {rates.embeddings:g} times that for embeddings"
+    if rates.lowest_layer != 1:
+        words += f", less for lower layers, down to {rates.lowest_layer:.2g} times that"
+    return words
+
+
 METHODS = {
     "feature": Method(
         summary="the encoder is frozen and reads each text once; a linear head learns from what it says",
