@@ -118,7 +118,7 @@ def main() -> None:
     if run.state_path.is_file() and run.settings.get("corpus") != key:
         raise UserError(f"--data {args.data} has changed since the run in {args.out} began")
     corpus = Corpus.open(dataset, tokenizer, args.vocab_size) if processes.is_main else None
-    processes.wait()
+    processes.barrier()
     corpus = corpus or Corpus.open(dataset, tokenizer, args.vocab_size)
     if not args.init:
         config = replace(config, vocab_size=corpus.tokenizer.vocab_size)

@@ -129,7 +129,7 @@ def _extract(
                 parts.append(pooled_layers(bert, batch).float().cpu())
         seconds = str(time.monotonic() - started)
         write_tensors(paths[i], {"features": torch.cat(parts)}, {"seconds": seconds})
-    processes.wait()  # now all blocks are there
+    processes.barrier()  # now all blocks are there
     matrix, seconds = torch.empty(len(order), feature_size(bert)), 0.0
     for path, block in zip(paths, blocks, strict=True):
         try:

@@ -78,7 +78,7 @@ def fine_tune(job: Job, common: Common) -> dict:
     if processes.is_main:
         described = {k: v for k, v in vars(job).items() if k != "run"}
         run.start(common.settings | {"job": described, "rates": asdict(own_rates)})
-    processes.wait()  # the directory is there, and this job's
+    processes.barrier()  # the directory is there, and this job's
 
     # The rows it learns from. With few labels, as few choose the best epoch: no more would be at hand.
     examples = dict(common.examples)

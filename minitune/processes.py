@@ -55,7 +55,7 @@ class Processes:
         for p, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             p.grad.copy_(grad.view_as(p))
 
-    def agree(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """The main process's value, everywhere."""
         if self.count > 1:
             box = [value]
@@ -63,9 +63,9 @@ class Processes:
             value = box[0]
         return value
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Until all processes are here."""
-        self.agree(None)
+        self.broadcast(None)
 
     def close(self) -> None:
         """Leave the group."""

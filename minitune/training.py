@@ -125,7 +125,7 @@ class Trainer:
         # Evaluation is a forward pass, a third of the work of a step.
         evaluations = self.task.validation_tokens * seconds / tokens / 3
         steps = (deadline - time.monotonic() - evaluations) / (seconds / REHEARSAL_STEPS)
-        return self.processes.agree(max(int(steps), 1))
+        return self.processes.broadcast(max(int(steps), 1))
 
     def restore(self, tensors: dict[str, Tensor], progress: dict) -> None:
         """Go on from a checkpoint of `save`."""
