@@ -12,7 +12,6 @@ validation, and score the test rows once, at the end.
 
 import argparse
 import functools
-import gc
 import itertools
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from minitune.errors import UserError
 from minitune.files import write_json
 from minitune.finetuning import Common, Job, fine_tune
 from minitune.labelling import label_new_reviews
-from minitune.machine import check_device, describe
+from minitune.machine import check_device, describe, give_back_freed_memory
 from minitune.methods import METHODS
 from minitune.precision import Precision
 from minitune.processes import Processes
@@ -153,7 +152,7 @@ def main() -> None:
     results = []
     for job in jobs:
         results.append(fine_tune(job, common))
-        gc.collect()  # the next one's peak memory is its own
+        give_back_freed_memory()  # the next one's peak memory is its own
 
     # 4. Compare, also with methods that need no network.
     processes.close()

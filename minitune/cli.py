@@ -11,6 +11,7 @@ import torch
 
 from minitune.attention import BACKENDS
 from minitune.errors import UserError
+from minitune.machine import keep_freed_memory
 
 
 class Parser(argparse.ArgumentParser):
@@ -102,6 +103,7 @@ def check_utf8(what: str, *texts: str) -> None:
 
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's `main`: 0, 2 with one line for what the user can put right, 130 for Ctrl-C."""
+    keep_freed_memory()
     try:
         main()
         sys.stdout.flush()

@@ -1,6 +1,8 @@
-"""The machine a run is on: its device in words, and how much memory was used."""
+"""The machine a run is on: its device in words, and its memory."""
 
 import contextlib
+import ctypes
+import gc
 import resource
 import sys
 from pathlib import Path
@@ -33,6 +35,27 @@ def peak_memory(device: torch.device) -> int:
         return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep the memory that its tensors free, for those of the next step.
+
+    By itself glibc gives it back to the system, which has to find and clear the same pages again at every
+    step: on a CPU up to a fifth of full fine-tuning (tests/benchmarks/LOG.md). Other C libraries: no change.
+    """
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_MMAP_THRESHOLD, 2**30)
+
+
+def give_back_freed_memory() -> None:
+    """Give it back now, so that what comes next has a peak of its own."""
+    gc.collect()
+    if malloc_trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        malloc_trim(0)
 
 
 def forget_peak_memory(device: torch.device) -> None:

@@ -8,7 +8,7 @@ from multiprocessing.connection import Connection
 
 import torch
 
-from minitune.machine import forget_peak_memory, peak_memory
+from minitune.machine import forget_peak_memory, keep_freed_memory, peak_memory
 from tests.benchmarks.peers.problem import Problem
 
 CPU = torch.device("cpu")
@@ -24,6 +24,10 @@ def serve(connection: Connection, side: str, problem: Problem) -> None:
     """A side's process: does what it is asked until it is asked nothing more."""
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # trainers report as they go
     module, name, tuned = SIDES[side]
+    if side == "ours":
+        keep_freed_memory()  # as the scripts do
+    else:  # what minitune/__init__.py sets, and a library's user has not; not read yet
+        del os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"]
     worker = getattr(import_module(f"tests.benchmarks.peers.{module}"), name)(problem, tuned)
     while request := connection.recv():
         if request == "check":
