@@ -164,11 +164,11 @@ def test_two_processes_share_the_blocks_and_both_have_all(examples, directory, t
     read, cpu = count_texts(bert), torch.device("cpu")
     matrices = {}
 
-    def second(_):  # the first process waits for the others: here, by being them
-        own = SimpleNamespace(rank=1, count=2, device=cpu, agree=lambda _: None)
+    def second():  # the first process waits for the others: here, by being them
+        own = SimpleNamespace(rank=1, count=2, device=cpu, barrier=lambda: None)
         matrices[1] = extract(bert, train, shared, own, FP32)[0]["train"].inputs.matrix
 
-    first = SimpleNamespace(rank=0, count=2, device=cpu, agree=second)
+    first = SimpleNamespace(rank=0, count=2, device=cpu, barrier=second)
     matrices[0] = extract(bert, train, shared, first, FP32)[0]["train"].inputs.matrix
     assert sum(read) == len(TEXTS)
     for matrix in matrices.values():
