@@ -99,6 +99,8 @@ def read_arguments() -> tuple[argparse.Namespace, list[Job]]:
             directory /= f"seed-{args.seed + k}"
         run = Run.open(directory, args.resume, mark="job")
         check_same(args, run.settings, MAY_CHANGE, directory)
+        if run.settings and not run.settings.keys() >= {"base", "dataset", "rates", "soup"}:
+            raise UserError(f"--resume: the settings of the run in {directory} are not whole")
         job = {"method": method, "train_examples": size, "seed": args.seed + k}
         if run.settings and run.settings.get("job") != job:
             raise UserError(f"--resume: the run in {directory} is another: {run.settings.get('job')}")
@@ -151,8 +153,8 @@ def main() -> None:
     )
     results = []
     for job in jobs:
+        give_back_freed_memory()  # each one's peak memory is its own
         results.append(fine_tune(job, common))
-        give_back_freed_memory()  # the next one's peak memory is its own
 
     # 4. Compare, also with methods that need no network.
     processes.close()

@@ -46,9 +46,10 @@ def keep_freed_memory() -> None:
     By itself glibc gives it back to the system, which has to find and clear the same pages again at every
     step: on a CPU up to a fifth of full fine-tuning (tests/benchmarks/LOG.md). Other C libraries: no change.
     """
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    # Before version 2.35 glibc refuses more than 32 MB and answers 0.
+    if mallopt and (mallopt(M_MMAP_THRESHOLD, 2**30) or mallopt(M_MMAP_THRESHOLD, 2**25)):
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        mallopt(M_MMAP_THRESHOLD, 2**30)
 
 
 def give_back_freed_memory() -> None:

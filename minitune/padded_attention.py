@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 MULTIPLE = 64
-# Numbers in the softmax of a group, at most. With 50 MB of them in one tensor the same work takes half as
-# long again: memory for so large a tensor is given back to the system and asked for anew each time.
+# Numbers in the softmax of a group, if it is not of one sequence. With 50 MB of them in one tensor the same
+# work takes half as long again (measured without machine.keep_freed_memory, tests/benchmarks/LOG.md).
 PIECE = 2**22
 
 
@@ -90,7 +90,7 @@ def _rounded_up(length: int) -> int:
 def _groups(cu_seqlens: Tensor, heads: int) -> Iterator[_Group]:
     row = 0
     for n, neighbours in groupby(cu_seqlens.diff().tolist(), _rounded_up):
-        alike, most = list(neighbours), max(1, PIECE // (heads * n * n))
+        alike, most = list(neighbours), max(1, PIECE // max(1, heads * n * n))
         for first in range(0, len(alike), most):
             lengths = alike[first : first + most]
             yield _Group(n, row, lengths)

@@ -259,6 +259,14 @@ def test_a_damaged_run_is_refused_with_one_line(base, tmp_path, tokenizer, damag
     assert "\n" not in str(error.value) and str(tmp_path / "run") in str(error.value)
 
 
+@pytest.mark.parametrize("max_len", ["long", 2, CONFIG.max_position_embeddings + 1])
+def test_a_limit_that_a_whole_model_cannot_have_is_refused(base, tmp_path, tokenizer, max_len):
+    save_run("full", base, tmp_path / "run", tokenizer)
+    change_json(tmp_path / "run" / "settings.json", lambda raw: raw | {"max_len": max_len})
+    with pytest.raises(UserError, match=r"settings\.json is damaged"):
+        Classifier.load(str(tmp_path / "run"))
+
+
 def test_what_was_saved_says_on_which_base(base, tmp_path, tokenizer):
     save_run("adapter", base, tmp_path / "run", tokenizer)
     trained = Trained.read(tmp_path / "run")
