@@ -18,6 +18,7 @@ import functools
 import importlib.util
 import os
 from collections.abc import Iterator
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -28,28 +29,39 @@ from minitune.errors import UserError
 from minitune.padded_attention import Padded
 
 
-def reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+def reference(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens: Tensor, max_seqlen: int
+) -> Tensor:
     """softmax(q kᵀ / √D) v for each sequence by itself: the definition, and the oracle of the tests."""
-    q = q * q.size(-1) ** -0.5  # scaling q costs T·H·D products, scaling the scores T·H·n
+    q = q * q.size(-1) ** -0.5  # scaling q costs M·H·D products, scaling the scores M·H·n
     outputs = []
-    for q1, k1, v1 in _rectangles(cu_seqlens, q, k, v):
-        scores = q1 @ k1.mT  # (sequences, H, n, n)
+    for (q1,), (k1, v1) in _rectangles(cu_seqlens_q, cu_seqlens, [q], [k, v]):
+        scores = q1 @ k1.mT  # (sequences, H, m, n)
         # torch sums a bfloat16 softmax in float32 inside and rounds once, at the end.
-        out = torch.softmax(scores, dim=-1) @ v1  # (sequences, H, n, D)
+        out = torch.softmax(scores, dim=-1) @ v1  # (sequences, H, m, D)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs)
 
 
-def _rectangles(cu_seqlens: Tensor, *packed: Tensor) -> Iterator[list[Tensor]]:
-    """Neighbouring sequences of equal length n as one: views (sequences, H, n, …) of tensors (T, H, …).
+def _rectangles(
+    cu_seqlens_q: Tensor, cu_seqlens: Tensor, of_queries: list[Tensor], of_keys: list[Tensor]
+) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Neighbouring sequences with equally many queries m and keys n as one.
 
+    They are views, (sequences, H, m, …) of tensors (M, H, …) and (sequences, H, n, …) of tensors (T, H, …).
     They share one batched product, which changes no result and is fast where batches are sorted by length.
     """
-    lengths, counts = torch.unique_consecutive(cu_seqlens.diff(), return_counts=True)
-    shapes = list(zip(counts.tolist(), lengths.tolist(), strict=True))
-    rows = [count * length for count, length in shapes]
-    for shape, *parts in zip(shapes, *(x.split(rows) for x in packed), strict=True):
-        yield [part.unflatten(0, shape).transpose(1, 2) for part in parts]
+    sizes = zip(cu_seqlens_q.diff().tolist(), cu_seqlens.diff().tolist(), strict=True)
+    alike = [(len(list(same)), m, n) for (m, n), same in groupby(sizes)]
+
+    def views(x: Tensor, shapes: list[tuple[int, int]]) -> list[Tensor]:
+        parts = x.split([count * length for count, length in shapes])
+        return [part.unflatten(0, shape).transpose(1, 2) for part, shape in zip(parts, shapes, strict=True)]
+
+    queries = [views(x, [(count, m) for count, m, _ in alike]) for x in of_queries]
+    keys = [views(x, [(count, n) for count, _, n in alike]) for x in of_keys]
+    for i in range(len(alike)):
+        yield [x[i] for x in queries], [x[i] for x in keys]
 
 
 class Tiled(torch.autograd.Function):
@@ -81,33 +93,35 @@ class Tiled(torch.autograd.Function):
     BLOCK = 64  # keys; the largest tensor of all is a block of scores, T·H·BLOCK
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens: Tensor) -> Tensor:
         out, lse = torch.empty_like(q), torch.empty_like(q[..., :1], dtype=_sum_dtype(q))
         with _no_autocast(q):
-            for *qkv, out1, lse1 in _rectangles(cu_seqlens, q, k, v, out, lse):
-                out1[:], lse1[:] = _tiled_forward(*qkv)
-        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
+            for (q1, out1, lse1), kv in _rectangles(cu_seqlens_q, cu_seqlens, [q, out, lse], [k, v]):
+                out1[:], lse1[:] = _tiled_forward(q1, *kv)
+        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
-        gradients = [torch.empty_like(x) for x in (q, k, v)]
+        q, k, v, out, lse, *cu_seqlens = ctx.saved_tensors
+        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
         with _no_autocast(q):
-            for *given, dq, dk, dv in _rectangles(cu_seqlens, q, k, v, out, lse, d_out, *gradients):
-                dq[:], dk[:], dv[:] = _tiled_backward(*given)
-        return *gradients, None
+            for of_queries, of_keys in _rectangles(*cu_seqlens, [q, out, lse, d_out, dq], [k, v, dk, dv]):
+                *given_q, dq1 = of_queries
+                *given_k, dk1, dv1 = of_keys
+                dq1[:], dk1[:], dv1[:] = _tiled_backward(*given_q, *given_k)
+        return dq, dk, dv, None, None
 
 
 def _tiled_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """The output (sequences, H, n, D) and lse (sequences, H, n, 1) of one rectangle."""
+    """The output (sequences, H, m, D) and lse (sequences, H, m, 1) of one rectangle."""
     q, k, v = (x.to(_sum_dtype(x)) for x in (q, k, v))
     q = q * q.size(-1) ** -0.5
     top = q.new_full((*q.shape[:-1], 1), -torch.inf)
     total, out = torch.zeros_like(top), torch.zeros_like(q)
     for k1, v1 in zip(k.split(Tiled.BLOCK, -2), v.split(Tiled.BLOCK, -2), strict=True):
-        scores = q @ k1.mT  # (sequences, H, n, BLOCK)
+        scores = q @ k1.mT  # (sequences, H, m, BLOCK)
         old_top, top = top, torch.maximum(top, scores.amax(-1, keepdim=True))
         weights = torch.exp(scores - top)
         correction = torch.exp(old_top - top)  # 0 for the first block: nothing has been summed yet
@@ -117,16 +131,16 @@ def _tiled_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _tiled_backward(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, d_out: Tensor
+    q: Tensor, out: Tensor, lse: Tensor, d_out: Tensor, k: Tensor, v: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of one rectangle's q, k and v, each (sequences, H, n, D)."""
+    """The gradients of one rectangle's q (sequences, H, m, D), k and v (sequences, H, n, D)."""
     q, k, v, out, d_out = (x.to(lse.dtype) for x in (q, k, v, out, d_out))
     scale = q.size(-1) ** -0.5
     q = q * scale
-    delta = (d_out * out).sum(-1, keepdim=True)  # (sequences, H, n, 1)
+    delta = (d_out * out).sum(-1, keepdim=True)  # (sequences, H, m, 1)
     dq, dk, dv = torch.zeros_like(q), [], []
     for k1, v1 in zip(k.split(Tiled.BLOCK, -2), v.split(Tiled.BLOCK, -2), strict=True):
-        weights = torch.exp(q @ k1.mT - lse)  # (sequences, H, n, BLOCK)
+        weights = torch.exp(q @ k1.mT - lse)  # (sequences, H, m, BLOCK)
         d_scores = weights * (d_out @ v1.mT - delta)
         dq += d_scores @ k1
         dk.append(d_scores.mT @ q)
@@ -144,32 +158,40 @@ def _no_autocast(x: Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, enabled=False)
 
 
-def tiled(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+def tiled(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens: Tensor, max_seqlen: int
+) -> Tensor:
     """FlashAttention in plain torch, to be read."""
-    return Tiled.apply(q, k, v, cu_seqlens)
+    return Tiled.apply(q, k, v, cu_seqlens_q, cu_seqlens)
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+def sdpa(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens: Tensor, max_seqlen: int
+) -> Tensor:
     """torch's own fused attention. It wants rectangles, and gets them without any padding."""
     outputs = []
-    for q1, k1, v1 in _rectangles(cu_seqlens, q, k, v):
-        out = F.scaled_dot_product_attention(q1, k1, v1)  # (sequences, H, n, D)
+    for (q1,), (k1, v1) in _rectangles(cu_seqlens_q, cu_seqlens, [q], [k, v]):
+        out = F.scaled_dot_product_attention(q1, k1, v1)  # (sequences, H, m, D)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def fused(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+def fused(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens: Tensor, max_seqlen: int
+) -> Tensor:
     """FlashAttention as Triton kernels. Imported only when asked for: not every machine has triton."""
     from minitune.kernels import Fused
 
-    return Fused.apply(q, k, v, cu_seqlens, max_seqlen)
+    return Fused.apply(q, k, v, cu_seqlens_q, cu_seqlens, max_seqlen)
 
 
-def padded(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+def padded(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens: Tensor, max_seqlen: int
+) -> Tensor:
     """Products of few different shapes, to learn; torch's kernel, whose forward pass is faster, to read."""
     if torch.is_grad_enabled() and q.requires_grad:
-        return Padded.apply(q, k, v, cu_seqlens)
-    return sdpa(q, k, v, cu_seqlens, max_seqlen)
+        return Padded.apply(q, k, v, cu_seqlens_q, cu_seqlens)
+    return sdpa(q, k, v, cu_seqlens_q, cu_seqlens, max_seqlen)
 
 
 BACKENDS = {"reference": reference, "padded": padded, "tiled": tiled, "sdpa": sdpa, "triton": fused}
@@ -209,11 +231,18 @@ def obstacle_to_triton(device: torch.device, head_size: int) -> str:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, backend: str = "auto"
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    backend: str = "auto",
+    cu_seqlens_q: Tensor | None = None,
 ) -> Tensor:
     """Attend within each sequence of a packed batch. Shapes as at the top of this file.
 
     Raises KeyError for a backend that does not exist, UserError for "triton" where it cannot run.
     """
     backend = choose(backend, q.device, q.dtype, q.size(-1))
-    return BACKENDS[backend](q, k, v, cu_seqlens, max_seqlen)
+    cu_seqlens_q = cu_seqlens if cu_seqlens_q is None else cu_seqlens_q
+    return BACKENDS[backend](q, k, v, cu_seqlens_q, cu_seqlens, max_seqlen)

@@ -2,9 +2,10 @@
 
 Triton (Tillet et al. 2019) compiles a Python function into a program that runs many times at once, each
 time on one tile of the work. Here a program owns a block of queries (or of keys) of one head of one
-sequence, which it looks up in `cu_seqlens`: nothing is padded, and no sequence sees another. It walks over
-the blocks of the other side and keeps its sums in registers. A tile of scores lives and dies inside the
-chip; what attention waits for is traffic to memory, not arithmetic (FlashAttention, Dao et al. 2022).
+sequence, which it looks up in the cumulative lengths: nothing is padded, and no sequence sees another. It
+walks over the blocks of the other side and keeps its sums in registers. A tile of scores lives and dies
+inside the chip; what attention waits for is traffic to memory, not arithmetic (FlashAttention, Dao et al.
+2022).
 
 dq is a sum over keys, dk and dv are sums over queries. Hence two backward kernels, each of which computes
 the scores anew (FlashAttention-2, Dao 2023, computes them once and adds up dq with atomics). So every
@@ -35,17 +36,16 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
-def find_work(cu_seqlens, T, H, stride, head_stride, D: tl.constexpr, BLOCK: tl.constexpr):
-    """Where the program's sequence and head begin, the sequence's length, and the program's rows in it.
+def find_work(cu_seqlens, T, H, stride, head_stride, D: tl.constexpr):
+    """Where the program's sequence and head begin among T rows of queries or of keys, and how many it has.
 
-    Three beginnings: in q, k and v, which have strides; in tensors (T, H, D) without gaps; in (H, T).
+    Three beginnings: in a tensor with these strides; in one (T, H, D) without gaps; in one (H, T).
     """
     sequence, head = tl.program_id(0) // H, (tl.program_id(0) % H).to(tl.int64)
     start = tl.load(cu_seqlens + sequence)
     length = tl.load(cu_seqlens + sequence + 1) - start
     first = start.to(tl.int64)
-    rows = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    return first * stride + head * head_stride, (first * H + head) * D, head * T + first, length, rows
+    return first * stride + head * head_stride, (first * H + head) * D, head * T + first, length
 
 
 @triton.jit
@@ -72,13 +72,16 @@ def product(a, b):
 
 @triton.jit
 def forward_kernel(
-    Q, K, V, Out, Lse, cu_seqlens, T, H, stride, head_stride, D: tl.constexpr, BLOCK: tl.constexpr
-):
+    Q, K, V, Out, Lse, cu_q, cu_k, M, T, H, q_stride, q_head_stride, stride, head_stride,
+    D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Out and Lse for a block of queries: the online softmax over blocks of keys."""
-    strided, packed, row_sums, length, queries = find_work(cu_seqlens, T, H, stride, head_stride, D, BLOCK)
-    if tl.program_id(1) * BLOCK >= length:  # the grid has room for the longest sequence
+    own, packed, row_sums, count = find_work(cu_q, M, H, q_stride, q_head_stride, D)
+    strided, _, _, length = find_work(cu_k, T, H, stride, head_stride, D)
+    if tl.program_id(1) * BLOCK >= count:  # the grid has room for the longest sequence
         return
-    q = load(Q + strided, queries, length, stride, D)
+    queries = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    q = load(Q + own, queries, count, q_stride, D)
     top = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     out = tl.zeros((BLOCK, D), tl.float32)
@@ -94,25 +97,27 @@ def forward_kernel(
         total = correction * total + tl.sum(weights, 1)
         out = correction[:, None] * out + product(weights.to(v.dtype), v)
         top = new_top
-    store(Out + packed, queries, length, H * D, D, out / total[:, None])
-    tl.store(Lse + row_sums + queries, top + tl.log2(total), mask=queries < length)
+    store(Out + packed, queries, count, H * D, D, out / total[:, None])
+    tl.store(Lse + row_sums + queries, top + tl.log2(total), mask=queries < count)
 
 
 @triton.jit
 def dq_kernel(
-    Q, K, V, Out, dOut, Lse, Delta, dQ, cu_seqlens, T, H, stride, head_stride,
+    Q, K, V, Out, dOut, Lse, Delta, dQ, cu_q, cu_k, M, T, H, q_stride, q_head_stride, stride, head_stride,
     D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dQ for a block of queries, and Delta, the row sums of dOut ∘ Out, which `dkdv_kernel` reads."""
-    strided, packed, row_sums, length, queries = find_work(cu_seqlens, T, H, stride, head_stride, D, BLOCK)
-    if tl.program_id(1) * BLOCK >= length:
+    own, packed, row_sums, count = find_work(cu_q, M, H, q_stride, q_head_stride, D)
+    strided, _, _, length = find_work(cu_k, T, H, stride, head_stride, D)
+    if tl.program_id(1) * BLOCK >= count:
         return
-    q = load(Q + strided, queries, length, stride, D)
-    out = load(Out + packed, queries, length, H * D, D)
-    d_out = load(dOut + packed, queries, length, H * D, D)
-    lse = tl.load(Lse + row_sums + queries, mask=queries < length, other=0.0)
+    queries = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    q = load(Q + own, queries, count, q_stride, D)
+    out = load(Out + packed, queries, count, H * D, D)
+    d_out = load(dOut + packed, queries, count, H * D, D)
+    lse = tl.load(Lse + row_sums + queries, mask=queries < count, other=0.0)
     delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1)
-    tl.store(Delta + row_sums + queries, delta, mask=queries < length)
+    tl.store(Delta + row_sums + queries, delta, mask=queries < count)
     dq = tl.zeros((BLOCK, D), tl.float32)
     for start in range(0, length, BLOCK):
         keys = start + tl.arange(0, BLOCK)
@@ -123,30 +128,32 @@ def dq_kernel(
         weights = tl.where((keys < length)[None, :], weights, 0.0)
         d_scores = weights * (product(d_out, tl.trans(v)) - delta[:, None])
         dq += product(d_scores.to(k.dtype), k)
-    store(dQ + packed, queries, length, H * D, D, dq * D**-0.5)
+    store(dQ + packed, queries, count, H * D, D, dq * D**-0.5)
 
 
 @triton.jit
 def dkdv_kernel(
-    Q, K, V, dOut, Lse, Delta, dK, dV, cu_seqlens, T, H, stride, head_stride,
+    Q, K, V, dOut, Lse, Delta, dK, dV, cu_q, cu_k, M, T, H, q_stride, q_head_stride, stride, head_stride,
     D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dK and dV for a block of keys. Scores are (keys, queries) here: no sum needs them transposed."""
-    strided, packed, row_sums, length, keys = find_work(cu_seqlens, T, H, stride, head_stride, D, BLOCK)
+    own, packed_q, row_sums, count = find_work(cu_q, M, H, q_stride, q_head_stride, D)
+    strided, packed, _, length = find_work(cu_k, T, H, stride, head_stride, D)
     if tl.program_id(1) * BLOCK >= length:
         return
+    keys = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     k = load(K + strided, keys, length, stride, D)
     v = load(V + strided, keys, length, stride, D)
     dk = tl.zeros((BLOCK, D), tl.float32)
     dv = tl.zeros((BLOCK, D), tl.float32)
-    for start in range(0, length, BLOCK):
+    for start in range(0, count, BLOCK):
         # Past the last query q, d_out and delta are 0 and add nothing, and past the last key the tile's
         # rows are nonsense, which stays in those rows and is not stored.
         queries = start + tl.arange(0, BLOCK)
-        q = load(Q + strided, queries, length, stride, D)
-        d_out = load(dOut + packed, queries, length, H * D, D)
-        lse = tl.load(Lse + row_sums + queries, mask=queries < length, other=0.0)
-        delta = tl.load(Delta + row_sums + queries, mask=queries < length, other=0.0)
+        q = load(Q + own, queries, count, q_stride, D)
+        d_out = load(dOut + packed_q, queries, count, H * D, D)
+        lse = tl.load(Lse + row_sums + queries, mask=queries < count, other=0.0)
+        delta = tl.load(Delta + row_sums + queries, mask=queries < count, other=0.0)
         weights = tl.exp2(product(k, tl.trans(q)) * (D**-0.5 * LOG2_E) - lse[None, :])
         dv += product(weights.to(d_out.dtype), d_out)
         d_scores = weights * (product(v, tl.trans(d_out)) - delta[None, :])
@@ -162,36 +169,45 @@ class Fused(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    def forward(
+        ctx, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens: Tensor, max_seqlen: int
+    ) -> Tensor:
         # Views of one fused tensor (T, 3, H, D), which is what the model has, are read where they are.
-        if not q.stride() == k.stride() == v.stride() or q.stride(-1) != 1:
-            q, k, v = (x.contiguous() for x in (q, k, v))
-        T, H, D = q.shape
-        out, lse = q.new_empty(T, H, D), q.new_empty(H, T, dtype=torch.float32)
-        launch(forward_kernel, (q, k, v, out, lse), cu_seqlens, max_seqlen)
-        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
+        if q.stride(-1) != 1:
+            q = q.contiguous()
+        if k.stride() != v.stride() or k.stride(-1) != 1:
+            k, v = k.contiguous(), v.contiguous()
+        M, H, D = q.shape
+        out, lse = q.new_empty(M, H, D), q.new_empty(H, M, dtype=torch.float32)
+        launch(forward_kernel, (q, k, v, out, lse), cu_seqlens_q, cu_seqlens, max_seqlen)
+        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens)
         ctx.max_seqlen = max_seqlen
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
+        q, k, v, out, lse, *cu_seqlens = ctx.saved_tensors
         d_out, delta = d_out.contiguous(), torch.empty_like(lse)
-        dq, dk, dv = torch.empty_like(out), torch.empty_like(out), torch.empty_like(out)
-        launch(dq_kernel, (q, k, v, out, d_out, lse, delta, dq), cu_seqlens, ctx.max_seqlen)
-        launch(dkdv_kernel, (q, k, v, d_out, lse, delta, dk, dv), cu_seqlens, ctx.max_seqlen)
-        return dq, dk, dv, None, None
+        dq, dk, dv = torch.empty_like(out), k.new_empty(k.shape), v.new_empty(v.shape)
+        launch(dq_kernel, (q, k, v, out, d_out, lse, delta, dq), *cu_seqlens, ctx.max_seqlen)
+        launch(dkdv_kernel, (q, k, v, d_out, lse, delta, dk, dv), *cu_seqlens, ctx.max_seqlen)
+        return dq, dk, dv, None, None, None
 
 
 def launch(
-    kernel: triton.JITFunction, tensors: tuple[Tensor, ...], cu_seqlens: Tensor, max_seqlen: int
+    kernel: triton.JITFunction,
+    tensors: tuple[Tensor, ...],
+    cu_seqlens_q: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
 ) -> None:
-    """Run a kernel for each block of each head of each sequence; the first of `tensors` is q."""
-    q = tensors[0]
-    T, H, D = q.shape
+    """Run a kernel for each block of each head of each sequence; the first of `tensors` are q and k."""
+    q, k, *_ = tensors
+    (M, H, D), T = q.shape, k.size(0)
     tile = TILES[q.element_size()]
     # In this order because CUDA allows 2³¹ programs along the first axis and 65,535 along the second.
     grid = (cu_seqlens.numel() - 1) * H, triton.cdiv(max_seqlen, tile["BLOCK"])
+    sizes = M, T, H, *q.stride()[:2], *k.stride()[:2]
     with torch.cuda.device_of(q):  # triton launches on the current GPU
-        kernel[grid](*tensors, cu_seqlens, T, H, q.stride(0), q.stride(1), D=D, **tile)
+        kernel[grid](*tensors, cu_seqlens_q, cu_seqlens, *sizes, D=D, **tile)

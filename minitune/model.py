@@ -3,10 +3,10 @@
 The architecture is BERT to the letter: post-LayerNorm, learned positions, token types, exact GELU, a
 masked-LM decoder tied to the word embeddings. What differs from most code is how it is run: a batch
 is its T tokens laid end to end (see attention.py), so nothing here knows of padded sequences, and where a
-head reads a few tokens only, the last layer's feed-forward is computed for no others.
+head reads a few tokens only, the last layer is computed for no others.
 
-Shapes: T tokens in the batch, R rows (T rounded up, see `rounded`), B sequences, C = hidden_size, H heads,
-D = C / H, V = vocab_size.
+Shapes: T tokens in the batch, M of them wanted, R rows (T or M rounded up, see `rounded`), B sequences,
+C = hidden_size, H heads, D = C / H, V = vocab_size.
 """
 
 from dataclasses import dataclass, field
@@ -78,12 +78,14 @@ ROWS = 64
 
 
 def rounded(indices: Tensor) -> Tensor:
-    """(N,) with zeros added at the end, so that N is a multiple of ROWS.
+    """(N,) with zeros added at the end, to a multiple of ROWS, or for large N of an eighth of it and less.
 
     The matrices of a network then have few different numbers of rows. On a CPU with bfloat16 products oneDNN
     compiles a kernel for each of these, which took a tenth of all training and more.
     """
-    return F.pad(indices, (0, -indices.numel() % ROWS))
+    N = indices.numel()
+    multiple = max(ROWS, 2 ** (N.bit_length() - 4))
+    return F.pad(indices, (0, -N % multiple))
 
 
 class LayerNorm(nn.LayerNorm):
@@ -137,12 +139,21 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)  # three products in one
         self.out = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: Tensor, batch: PackedBatch, wanted: Tensor | None = None) -> Tensor:
-        T, (R, C) = batch.tokens.numel(), x.shape
-        qkv = self.qkv(x)[:T]
-        q, k, v = qkv.view(T, 3, self.heads, C // self.heads).unbind(1)  # each (T, H, D)
-        y = attention(q, k, v, batch.cu_seqlens, batch.max_seqlen, self.backend)
-        return self.out(at(wanted, F.pad(y.reshape(T, C), (0, 0, 0, R - T))))
+    def forward(self, x: Tensor, batch: PackedBatch, wanted: "Wanted | None" = None) -> Tensor:
+        C, lengths = x.size(1), (batch.cu_seqlens, batch.max_seqlen)
+        if wanted is None:
+            T = M = batch.tokens.numel()
+            R, cu_seqlens_q = x.size(0), None
+            q, k, v = self.qkv(x).chunk(3, dim=1)
+        else:  # these ask, all are asked
+            T, M = batch.tokens.numel(), wanted.count
+            R, cu_seqlens_q = wanted.rows.numel(), wanted.cu_seqlens
+            (w_q, w_kv), (b_q, b_kv) = (p.split([C, 2 * C]) for p in (self.qkv.weight, self.qkv.bias))
+            q = F.linear(at(wanted, x), w_q, b_q)
+            k, v = F.linear(x, w_kv, b_kv).chunk(2, dim=1)
+        q, k, v = (y[:n].unflatten(1, (self.heads, -1)) for y, n in ((q, M), (k, T), (v, T)))
+        y = attention(q, k, v, *lengths, self.backend, cu_seqlens_q)  # (M, H, D)
+        return self.out(F.pad(y.flatten(1), (0, 0, 0, R - M)))
 
 
 class FeedForward(nn.Module):
@@ -171,17 +182,32 @@ class Layer(nn.Module):
         self.attention_adapter = nn.Identity()
         self.feed_forward_adapter = nn.Identity()
 
-    def forward(self, x: Tensor, batch: PackedBatch, wanted: Tensor | None = None) -> Tensor:
-        """(R, C) to (R, C); or to (M, C), the M tokens `wanted`, where the others are just attended to."""
+    def forward(self, x: Tensor, batch: PackedBatch, wanted: "Wanted | None" = None) -> Tensor:
+        """(R, C) to (R, C), of all tokens; or of those wanted, where the others are just attended to."""
         y = self.attention_adapter(self.dropout(self.attention(x, batch, wanted)))
         x = self.attention_norm(at(wanted, x) + y)
         y = self.feed_forward_adapter(self.dropout(self.feed_forward(x)))
         return self.feed_forward_norm(x + y)
 
 
-def at(wanted: Tensor | None, x: Tensor) -> Tensor:
+@dataclass
+class Wanted:
+    """The tokens of a batch whose last hidden states a head reads."""
+
+    rows: Tensor  # (R,) their indices, ascending, then what `rounded` adds
+    count: int  # M
+    cu_seqlens: Tensor  # (B+1,) int32, how they are spread over the sequences
+
+    @classmethod
+    def of(cls, tokens: Tensor, batch: PackedBatch) -> "Wanted":
+        """These M indices into the packed tokens, ascending."""
+        cu_seqlens = torch.searchsorted(tokens, batch.cu_seqlens.to(tokens.dtype), out_int32=True)
+        return cls(rounded(tokens), tokens.numel(), cu_seqlens)
+
+
+def at(wanted: Wanted | None, x: Tensor) -> Tensor:
     """The rows of these tokens; None wants all of them."""
-    return x if wanted is None else x.index_select(0, wanted)
+    return x if wanted is None else x.index_select(0, wanted.rows)
 
 
 class Bert(nn.Module):
@@ -198,15 +224,16 @@ class Bert(nn.Module):
     def forward(self, batch: PackedBatch, wanted: Tensor | None = None) -> Tensor:
         """Hidden states (T, C); or (M, C) of the M tokens `wanted`, indices into the packed ones.
 
-        What nobody reads is not computed: after the last attention other tokens are of no use, and the
-        rest of that layer is three quarters of its work.
+        What nobody reads is not computed: of other tokens the last layer needs keys and values, which is
+        a sixth of its work and less.
         """
         x = self.embeddings(batch)
         for layer in self.layers[:-1]:
             x = layer(x, batch)
         if wanted is None:
             return self.layers[-1](x, batch)[: batch.tokens.numel()]
-        return self.layers[-1](x, batch, rounded(wanted))[: wanted.numel()]
+        ascending, order = wanted.sort()
+        return self.layers[-1](x, batch, Wanted.of(ascending, batch))[order.argsort()]
 
 
 class Pooler(nn.Module):

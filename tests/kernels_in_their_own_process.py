@@ -16,8 +16,8 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 
 
-def inputs(lengths, head_size, dtype=torch.float32, heads=2):
-    return [x.to(DEVICE) for x in random_inputs(lengths, head_size, dtype, heads)]
+def inputs(lengths, head_size, dtype=torch.float32, heads=2, counts=None):
+    return [x.to(DEVICE) for x in random_inputs(lengths, head_size, dtype, heads, counts)]
 
 
 def run(lengths, tensors):
@@ -46,6 +46,14 @@ def test_output_and_gradients_are_those_of_the_definition(case, dtype):
 def test_other_sizes_of_heads(head_size, dtype):
     lengths = [70, 3]
     assert_is_the_definition("triton", lengths, inputs(lengths, head_size, dtype))
+
+
+@each_dtype
+@pytest.mark.parametrize("counts", [[1, 1, 1], [0, 20, 65], [70, 0, 0]], ids=str)
+def test_only_some_tokens_may_ask(counts, dtype):
+    lengths = [70, 20, 130]
+    tensors = inputs(lengths, 32, dtype, counts=counts)
+    assert_is_the_definition("triton", lengths, tensors, counts)
 
 
 def test_tensors_of_any_strides():

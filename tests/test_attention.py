@@ -21,6 +21,8 @@ from tests.attention_oracle import (
 
 BLOCK = Tiled.BLOCK
 LENGTHS = [[1], [7], [BLOCK - 1], [BLOCK], [BLOCK + 1], [40] * 6, [129, 1, 64, 64, 127], [512, 3]]
+MIXED = [129, 5, 9, 64, 64, 20, 1]
+FEWER = [[1] * 7, [20, 1, 2, 10, 10, 0, 1], [0, 0, 0, 64, 1, 0, 0]]  # queries of each
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CPU = torch.device("cpu")
 
@@ -37,6 +39,13 @@ def test_output_and_gradients_are_those_of_the_definition(backend, dtype, length
 def test_other_sizes_of_heads(backend, head_size):
     lengths = [70, 5, 5]
     assert_is_the_definition(backend, lengths, random_inputs(lengths, head_size))
+
+
+@pytest.mark.parametrize("counts", FEWER, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", HERE)
+def test_only_some_tokens_may_ask(backend, dtype, counts):
+    assert_is_the_definition(backend, MIXED, random_inputs(MIXED, 32, dtype, counts=counts), counts)
 
 
 @pytest.mark.parametrize("backend", HERE)
@@ -111,7 +120,8 @@ def test_memory_of_tiled_grows_with_the_tokens_not_with_their_square(lengths):
     with LargestResult() as largest, hooks:
         compute("tiled", lengths, inputs)
     assert largest.elements <= T * H * BLOCK
-    assert sorted(saved) == sorted([len(lengths) + 1, T * H] + 4 * [T * H * D])  # q, k, v, out; lse
+    ends = len(lengths) + 1
+    assert sorted(saved) == sorted([ends, ends, T * H] + 4 * [T * H * D])  # of q and k; lse; q, k, v, out
     with LargestResult() as largest:
         compute("reference", lengths, inputs)
     assert largest.elements > T * H * BLOCK
@@ -120,14 +130,44 @@ def test_memory_of_tiled_grows_with_the_tokens_not_with_their_square(lengths):
 # The padded backend
 
 
+@pytest.fixture
+def set_sizes(monkeypatch):
+    """Change the constants of padded_attention.py, and forget what it remembers of the old ones."""
+
+    def change(**sizes):
+        for name, size in sizes.items():
+            monkeypatch.setattr(padded_attention, name, size)
+        padded_attention.plan.cache_clear()
+
+    yield change
+    padded_attention.plan.cache_clear()
+
+
 @pytest.mark.parametrize("piece", [1, 64, 2**22])  # one, two, all of the sequences of four tokens at a time
-def test_padded_gradients_are_those_of_its_output(monkeypatch, piece):
-    monkeypatch.setattr(padded_attention, "MULTIPLE", 4)
-    monkeypatch.setattr(padded_attention, "PIECE", piece)
+def test_padded_gradients_are_those_of_its_output(set_sizes, piece):
+    set_sizes(MULTIPLE=4, PIECE=piece)
     lengths = [1, 3, 4, 5, 5, 9]
     *qkv, _ = random_inputs(lengths, 4, torch.float64, heads=2)
     qkv = [x.detach().requires_grad_() for x in qkv]
     assert torch.autograd.gradcheck(lambda *qkv: attention(*qkv, cumulative(lengths), 9, "padded"), qkv)
+
+
+def test_padded_gradients_of_fewer_queries_are_those_of_its_output(set_sizes):
+    set_sizes(MULTIPLE=4, FEW=2)
+    lengths, counts = [1, 3, 1, 2, 5, 9], [1, 1, 0, 2, 3, 1]
+    *qkv, _ = random_inputs(lengths, 4, torch.float64, heads=2, counts=counts)
+    qkv = [x.detach().requires_grad_() for x in qkv]
+    asking = cumulative(counts)
+    assert torch.autograd.gradcheck(
+        lambda *qkv: attention(*qkv, cumulative(lengths), 9, "padded", asking), qkv
+    )
+
+
+def test_padded_lets_short_sequences_share_their_rows():
+    inputs = random_inputs([30, 30, 4, 60, 5], 8, torch.bfloat16, heads=2)
+    with LargestResult() as largest:
+        compute("padded", [30, 30, 4, 60, 5], inputs)
+    assert largest.elements == 3 * 2 * 64 * 64  # not five times
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -171,11 +211,11 @@ def test_padded_has_few_shapes_of_products():
     assert {max(a[1:]) for a, _ in shapes} == {64, 128} and len(shapes) <= 2 * 3
 
 
-def test_padded_computes_a_piece_at_a_time(monkeypatch):
+def test_padded_computes_a_piece_at_a_time(set_sizes):
     lengths = [64] * 20
     inputs = random_inputs(lengths, 8, torch.bfloat16, heads=2)
     for sequences in (20, 3):
-        monkeypatch.setattr(padded_attention, "PIECE", sequences * 2 * 64 * 64)
+        set_sizes(PIECE=sequences * 2 * 64 * 64)
         with LargestResult() as largest:
             compute("padded", lengths, inputs)
         assert largest.elements == sequences * 2 * 64 * 64
