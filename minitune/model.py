@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from minitune.attention import attention
 
@@ -156,6 +157,27 @@ class SelfAttention(nn.Module):
         return self.out(F.pad(y.flatten(1), (0, 0, 0, R - M)))
 
 
+class GeluLinear(torch.autograd.Function):
+    """gelu(x) Wᵀ + b, which keeps x for the way back and makes gelu(x) again, where autograd keeps both.
+
+    That is an eighth less of all that a layer keeps, for one more GELU (checkpointing, Chen et al. 2016).
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(F.gelu(x), weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        dx = torch.ops.aten.gelu_backward(d_out @ weight, x) if ctx.needs_input_grad[0] else None
+        d_weight = d_out.mT @ F.gelu(x) if ctx.needs_input_grad[1] else None
+        d_bias = d_out.sum(0) if ctx.needs_input_grad[2] else None
+        return dx, d_weight, d_bias
+
+
 class FeedForward(nn.Module):
     """Two linear maps with a GELU between, applied to every token by itself."""
 
@@ -165,7 +187,8 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x)))
+        x = self.up(x)
+        return GeluLinear.apply(x, self.down.weight.to(x.dtype), self.down.bias.to(x.dtype))
 
 
 class Layer(nn.Module):

@@ -20,10 +20,13 @@ FEW = 16  # multiple of rows of queries where only some tokens ask
 # Numbers in the softmax of a group, if it is not of one block. With 50 MB of them in one tensor the same
 # work takes half as long again (measured without machine.keep_freed_memory, tests/benchmarks/LOG.md).
 PIECE = 2**22
+# The softmax of a token, H·n numbers, is kept for the way back if it takes no more than eight hidden vectors
+# of H·D, as much as its feed-forward layer keeps; else it is made again. That is a third more of attention.
+KEPT = 8
 
 
 class Padded(torch.autograd.Function):
-    """softmax(q kᵀ / √D) v for packed q (M, H, D), k and v (T, H, D). Keeps the softmax, as autograd would.
+    """softmax(q kᵀ / √D) v for packed q (M, H, D), k and v (T, H, D).
 
     By hand, since autograd's way back through the padding takes as long as is won by it.
     """
@@ -37,14 +40,9 @@ class Padded(torch.autograd.Function):
             for group in ctx.groups:
                 q1 = pad(q, group.queries, group.m) * q.size(-1) ** -0.5
                 k1, v1 = pad(k, group.keys, group.n), pad(v, group.keys, group.n)
-                scores = q1 @ k1.mT  # (S, H, m, n)
-                for own, rows in zip(scores, group.keys, strict=True):
-                    own[..., rows.stop - rows.start :] = -torch.inf
-                if group.strangers is not None:
-                    scores.masked_fill_(group.strangers, -torch.inf)
-                weights = scores.softmax(-1)
+                weights = softmax(q1, k1, group)
                 unpad(weights @ v1, group.queries, out)
-                kept += [q1, k1, v1, weights]
+                kept += [q1, k1, v1, weights if group.n <= KEPT * q.size(-1) else None]
         ctx.save_for_backward(*kept)
         return out
 
@@ -57,6 +55,7 @@ class Padded(torch.autograd.Function):
         with torch.autocast(d_out.device.type, enabled=False):
             for i, group in enumerate(ctx.groups):
                 q1, k1, v1, weights = kept[4 * i : 4 * i + 4]
+                weights = softmax(q1, k1, group) if weights is None else weights
                 d_out1 = pad(d_out, group.queries, group.m)
                 unpad(weights.mT @ d_out1, group.keys, dv)
                 d_weights = d_out1 @ v1.mT
@@ -64,6 +63,16 @@ class Padded(torch.autograd.Function):
                 unpad((d_scores @ k1) * q1.size(-1) ** -0.5, group.queries, dq)
                 unpad(d_scores.mT @ q1, group.keys, dk)  # q1 is scaled already
         return dq, dk, dv, None, None
+
+
+def softmax(q1: Tensor, k1: Tensor, group: "Group") -> Tensor:
+    """The attention weights (S, H, m, n) of a group, with zeros for keys that are none of the query's."""
+    scores = q1 @ k1.mT
+    for own, rows in zip(scores, group.keys, strict=True):
+        own[..., rows.stop - rows.start :] = -torch.inf
+    if group.strangers is not None:
+        scores.masked_fill_(group.strangers, -torch.inf)
+    return scores.softmax(-1)
 
 
 def pad(x: Tensor, blocks: list[slice], n: int) -> Tensor:
