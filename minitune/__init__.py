@@ -2,6 +2,6 @@
 
 import os
 
-# On a CPU, oneDNN compiles a kernel for every size of product it meets and keeps the last 1,024, scratch
-# memory included: gigabytes, where lengths vary. A training step needs a few dozen.
+# On a CPU, oneDNN compiles a kernel for every size of product it meets and keeps the last 1,024, up to a
+# megabyte each. A training step needs a few dozen, and those of all lengths of text less than these.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")

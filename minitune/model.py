@@ -78,15 +78,35 @@ class PackedBatch:
 ROWS = 64
 
 
-def rounded(indices: Tensor) -> Tensor:
-    """(N,) with zeros added at the end, to a multiple of ROWS, or for large N of an eighth of it and less.
+def rounded(x: Tensor) -> Tensor:
+    """(N, …) with zeros after its rows, to a multiple of ROWS, or for large N of an eighth of it and less.
 
     The matrices of a network then have few different numbers of rows. On a CPU with bfloat16 products oneDNN
     compiles a kernel for each of these, which took a tenth of all training and more.
     """
-    N = indices.numel()
+    N = x.size(0)
     multiple = max(ROWS, 2 ** (N.bit_length() - 4))
-    return F.pad(indices, (0, -N % multiple))
+    return F.pad(x, (0, 0) * (x.ndim - 1) + (0, -N % multiple))
+
+
+@dataclass
+class Wanted:
+    """The tokens of a batch whose last hidden states a head reads."""
+
+    rows: Tensor  # (R,) their indices, ascending, then what `rounded` adds
+    count: int  # M
+    cu_seqlens: Tensor  # (B+1,) int32, how they are spread over the sequences
+
+    @classmethod
+    def of(cls, tokens: Tensor, batch: PackedBatch) -> "Wanted":
+        """These M indices into the packed tokens, ascending."""
+        cu_seqlens = torch.searchsorted(tokens, batch.cu_seqlens.to(tokens.dtype), out_int32=True)
+        return cls(rounded(tokens), tokens.numel(), cu_seqlens)
+
+
+def at(wanted: Wanted | None, x: Tensor) -> Tensor:
+    """The rows of these tokens; None wants all of them."""
+    return x if wanted is None else x.index_select(0, wanted.rows)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -140,20 +160,19 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)  # three products in one
         self.out = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: Tensor, batch: PackedBatch, wanted: "Wanted | None" = None) -> Tensor:
-        C, lengths = x.size(1), (batch.cu_seqlens, batch.max_seqlen)
+    def forward(self, x: Tensor, batch: PackedBatch, wanted: Wanted | None = None) -> Tensor:
+        C, T = x.size(1), batch.tokens.numel()
         if wanted is None:
-            T = M = batch.tokens.numel()
-            R, cu_seqlens_q = x.size(0), None
+            M, cu_seqlens_q = T, None
             q, k, v = self.qkv(x).chunk(3, dim=1)
         else:  # these ask, all are asked
-            T, M = batch.tokens.numel(), wanted.count
-            R, cu_seqlens_q = wanted.rows.numel(), wanted.cu_seqlens
+            M, cu_seqlens_q = wanted.count, wanted.cu_seqlens
             (w_q, w_kv), (b_q, b_kv) = (p.split([C, 2 * C]) for p in (self.qkv.weight, self.qkv.bias))
             q = F.linear(at(wanted, x), w_q, b_q)
             k, v = F.linear(x, w_kv, b_kv).chunk(2, dim=1)
+        R = q.size(0)
         q, k, v = (y[:n].unflatten(1, (self.heads, -1)) for y, n in ((q, M), (k, T), (v, T)))
-        y = attention(q, k, v, *lengths, self.backend, cu_seqlens_q)  # (M, H, D)
+        y = attention(q, k, v, batch.cu_seqlens, batch.max_seqlen, self.backend, cu_seqlens_q)  # (M, H, D)
         return self.out(F.pad(y.flatten(1), (0, 0, 0, R - M)))
 
 
@@ -205,32 +224,12 @@ class Layer(nn.Module):
         self.attention_adapter = nn.Identity()
         self.feed_forward_adapter = nn.Identity()
 
-    def forward(self, x: Tensor, batch: PackedBatch, wanted: "Wanted | None" = None) -> Tensor:
+    def forward(self, x: Tensor, batch: PackedBatch, wanted: Wanted | None = None) -> Tensor:
         """(R, C) to (R, C), of all tokens; or of those wanted, where the others are just attended to."""
         y = self.attention_adapter(self.dropout(self.attention(x, batch, wanted)))
         x = self.attention_norm(at(wanted, x) + y)
         y = self.feed_forward_adapter(self.dropout(self.feed_forward(x)))
         return self.feed_forward_norm(x + y)
-
-
-@dataclass
-class Wanted:
-    """The tokens of a batch whose last hidden states a head reads."""
-
-    rows: Tensor  # (R,) their indices, ascending, then what `rounded` adds
-    count: int  # M
-    cu_seqlens: Tensor  # (B+1,) int32, how they are spread over the sequences
-
-    @classmethod
-    def of(cls, tokens: Tensor, batch: PackedBatch) -> "Wanted":
-        """These M indices into the packed tokens, ascending."""
-        cu_seqlens = torch.searchsorted(tokens, batch.cu_seqlens.to(tokens.dtype), out_int32=True)
-        return cls(rounded(tokens), tokens.numel(), cu_seqlens)
-
-
-def at(wanted: Wanted | None, x: Tensor) -> Tensor:
-    """The rows of these tokens; None wants all of them."""
-    return x if wanted is None else x.index_select(0, wanted.rows)
 
 
 class Bert(nn.Module):
@@ -256,7 +255,8 @@ class Bert(nn.Module):
         if wanted is None:
             return self.layers[-1](x, batch)[: batch.tokens.numel()]
         ascending, order = wanted.sort()
-        return self.layers[-1](x, batch, Wanted.of(ascending, batch))[order.argsort()]
+        x = self.layers[-1](x, batch, Wanted.of(ascending, batch))
+        return x.index_select(0, order.argsort())  # in the order asked for
 
 
 class Pooler(nn.Module):
@@ -315,7 +315,8 @@ class BertForMaskedLM(nn.Module):
         Only those: over all T positions the product with the vocabulary would cost two thirds of what
         the whole of the tiny encoder does.
         """
-        return self.head(self.bert(batch, positions), self.bert.embeddings.word.weight)
+        hidden = rounded(self.bert(batch, positions))
+        return self.head(hidden, self.bert.embeddings.word.weight)[: positions.numel()]
 
 
 class BertForSequenceClassification(nn.Module):

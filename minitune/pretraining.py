@@ -12,7 +12,7 @@ from torch import Tensor
 from minitune.batching import filled, shuffled_batches
 from minitune.corpus import Corpus
 from minitune.masking import mask_tokens
-from minitune.model import BertForMaskedLM, PackedBatch, rounded
+from minitune.model import BertForMaskedLM, PackedBatch
 from minitune.precision import Precision
 from minitune.processes import Processes
 
@@ -123,8 +123,8 @@ class MaskedLanguageModelling:
     def loss(self, model: BertForMaskedLM, cloze: Cloze) -> Tensor:
         """Sum over the blanks of -log p(label), in nats and float32; the gradient is that of both tasks."""
         first = cloze.batch.cu_seqlens[:-1]  # where each sequence has its [CLS]
-        logits = model(cloze.batch, rounded(torch.cat([cloze.positions, first]))).float()
-        blanks, summaries = logits[: len(cloze)], logits[len(cloze) : len(cloze) + len(first)]
+        logits = model(cloze.batch, torch.cat([cloze.positions, first])).float()
+        blanks, summaries = logits.split([len(cloze), len(first)])
         loss = F.cross_entropy(blanks, cloze.labels, reduction="sum")
         # A sum over all words, made about as large as that over the blanks.
         summary = self.rate * self.summary_weight * summary_loss(summaries, cloze, self.tokenizer.special_ids)

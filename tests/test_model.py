@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import minitune.model
 from minitune.adapters import insert_adapters
 from minitune.checkpoint import load_bert, load_masked_lm, read_config
 from minitune.model import (
@@ -17,10 +18,12 @@ from minitune.model import (
     BertConfig,
     BertForMaskedLM,
     Dropout,
+    GeluLinear,
     Layer,
     LayerNorm,
     PackedBatch,
     Pooler,
+    rounded,
 )
 from minitune.sources import find_model
 from minitune.tokenizer import Tokenizer
@@ -200,12 +203,29 @@ def test_the_wanted_tokens_are_those_of_all_tokens_and_so_are_the_gradients(back
         assert few is None or (few - all_).abs().max() <= 1e-5 * max(1, all_.abs().max())
 
 
-def test_the_last_layer_works_for_wanted_tokens_only():
-    bert, seen = Bert(CONFIG), []
+def test_the_last_layer_works_for_wanted_tokens_only(monkeypatch):
+    bert, seen, asked = Bert(CONFIG), [], []
+    compute = minitune.model.attention
+
+    def record(q, *rest):
+        asked.append(len(q))
+        return compute(q, *rest)
+
+    monkeypatch.setattr(minitune.model, "attention", record)
     for layer in bert.layers:
         layer.feed_forward.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
     bert(PackedBatch.from_sequences(random_sequences(RAGGED)), torch.tensor([0, 5]))
     assert seen == [128] * (CONFIG.num_hidden_layers - 1) + [64]  # 81 and 2, rounded up
+    assert asked == [81] * (CONFIG.num_hidden_layers - 1) + [2]
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"), [(0, 0), (1, 64), (64, 64), (65, 128), (876, 896), (1500, 1536), (3841, 4096)]
+)
+def test_rows_are_rounded_up_by_an_eighth_at_most(rows, expected):
+    x = torch.ones(rows, 3)
+    assert torch.equal(rounded(x), torch.cat([x, torch.zeros(expected - rows, 3)]))
+    assert rounded(x[:, 0]).shape == (expected,)
 
 
 def test_rows_that_round_the_number_up_change_nothing(monkeypatch):
@@ -223,6 +243,23 @@ def test_rows_that_round_the_number_up_change_nothing(monkeypatch):
     assert outcomes[0][0].shape == (3, CONFIG.vocab_size) and outcomes[0][1].shape[0] == sum(RAGGED)
     for once, again in zip(*outcomes, strict=True):
         assert (again - once).abs().max() <= 1e-5 * once.abs().max() + 1e-6
+
+
+# The feed-forward layer
+
+
+def test_the_product_after_a_gelu_has_the_gradients_of_both_and_keeps_what_comes_before_them():
+    x, weight, bias = (
+        torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((5, 8), (3, 8), (3,))
+    )
+    assert torch.autograd.gradcheck(GeluLinear.apply, (x, weight, bias))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda y: kept.append(y) or y, lambda y: y):
+        y = GeluLinear.apply(x, weight, bias)
+    assert torch.equal(y, nn.functional.linear(nn.functional.gelu(x), weight, bias))
+    assert len(kept) == 2 and any(y is x for y in kept) and any(y is weight for y in kept)
+    frozen = GeluLinear.apply(x, weight.detach(), bias.detach())  # under adapters
+    assert torch.equal(torch.autograd.grad(frozen.sum(), x)[0], torch.autograd.grad(y.sum(), x)[0])
 
 
 # Dropout

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minitune.attention import BACKENDS, attention, obstacle_to_triton
-from minitune.machine import describe, forget_peak_memory, peak_memory
+from minitune.machine import describe, forget_peak_memory, keep_freed_memory, peak_memory
 from minitune.plots import plt, save
 from minitune.precision import Precision
 
@@ -141,6 +141,7 @@ def main() -> None:
     add("--rounds", type=int, default=10)
     add("--plot", type=Path, metavar="PATH", help="draw a picture too")
     args = parser.parse_args()
+    keep_freed_memory()  # as the scripts do
     args.precision = Precision.choose(args.precision, torch.device(args.device)).name
     machine = describe(torch.device(args.device))
     title = f"{args.tokens:,} tokens, {args.heads} heads of {args.head_size}, {args.precision}; {machine}"

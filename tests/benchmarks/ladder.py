@@ -7,7 +7,8 @@ Two jobs: pretraining the preset `tiny` on reviews of IMDb, and full fine-tuning
 Rotten Tomatoes, 32 a batch. Every rung keeps the changes of those below it. All rungs train on the same
 sequences and take turns, there and back, so that noise falls on all alike. The first ratio is the median
 of what a rung gained over the one below within a round, with the least and the largest; the last what
-all of them gained. Padding is put in as tokens: that is the arithmetic of padded code.
+all of them gained. Padding is put in as tokens: that is the arithmetic of padded code. On all rungs the
+process keeps freed memory, and a GELU is made again on the way back, as in the scripts.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from minitune.checkpoint import load_for_classification, load_tokenizer, read_co
 from minitune.classification import Sequences
 from minitune.corpus import Corpus
 from minitune.data import Dataset
-from minitune.machine import describe
+from minitune.machine import describe, keep_freed_memory
 from minitune.masking import mask_tokens
 from minitune.model import PRESETS, ROWS, BertForMaskedLM, Dropout, PackedBatch
 from minitune.plots import plt, save
@@ -227,6 +228,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, metavar="PATH", help="draw a picture too")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures there")
     args = parser.parse_args()
+    keep_freed_memory()
     print(f"{describe(CPU)}, torch {torch.__version__}")
     rows = [row for job in args.jobs for row in measure(job, args.rounds)]
     if args.json:

@@ -7,9 +7,10 @@ of such a step alone, at the same shapes and in the same precision (for every li
 gradient, weight gradient). Prints real tokens per second, the FLOP/s of forward and backward and of the
 products, their ratio, and the optimizer's share of a step; medians over the rounds.
 
-FLOPs of a step = 3 · [T·(L-1)·24d² + T·6d² + M·18d² + L·4d·Σnᵢ² + M·2(d² + dV)] for T tokens in sequences
-of nᵢ, of which M are read (blanks and [CLS]), so that the last layer goes on with these after its attention:
-two a multiplication, backward twice forward; lookups, LayerNorm, softmax, GELU count nothing.
+FLOPs of a step = 3 · [T·(L-1)·24d² + T·4d² + M·20d² + 4d·((L-1)·Σnᵢ² + Σmᵢnᵢ) + M·2(d² + dV)] for T
+tokens in sequences of nᵢ, of which M, mᵢ in each, are read (blanks and [CLS]), so that the last layer needs
+of the others only keys and values: two a multiplication, backward twice forward; lookups, LayerNorm,
+softmax, GELU count nothing.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import torch
 
 from minitune.corpus import Corpus
 from minitune.data import Dataset
+from minitune.machine import keep_freed_memory
 from minitune.model import PRESETS, BertForMaskedLM
 from minitune.optimizer import Optimizer
 from minitune.precision import Precision
@@ -33,8 +35,10 @@ def flops(cloze: Cloze, config) -> float:
     d, L, V = config.hidden_size, config.num_hidden_layers, config.vocab_size
     T, lengths = cloze.tokens, cloze.batch.cu_seqlens.diff().double()
     M = len(cloze) + len(lengths)
-    attention = L * 4 * d * (lengths**2).sum().item()
-    layers = T * (L - 1) * 24 * d**2 + T * 6 * d**2 + M * 18 * d**2
+    ends = torch.searchsorted(cloze.positions, cloze.batch.cu_seqlens.long())
+    asked = ends.diff() + 1  # the blanks of each sequence, and [CLS]
+    attention = 4 * d * ((L - 1) * (lengths**2).sum().item() + (asked * lengths).sum().item())
+    layers = T * (L - 1) * 24 * d**2 + T * 4 * d**2 + M * 20 * d**2
     return 3 * (layers + attention + M * 2 * (d**2 + d * V))
 
 
@@ -42,7 +46,7 @@ def products(T: int, M: int, config, dtype: torch.dtype) -> tuple[list, float]:
     """The matrix products of a step as operands, and their FLOPs."""
     d, f, V = config.hidden_size, config.intermediate_size, config.vocab_size
     shapes = [(T, d, 3 * d), (T, d, d), (T, d, f), (T, f, d)] * (config.num_hidden_layers - 1)
-    shapes += [(T, d, 3 * d), (M, d, d), (M, d, f), (M, f, d)]  # the last layer
+    shapes += [(T, d, 2 * d), (M, d, d), (M, d, d), (M, d, f), (M, f, d)]  # the last layer
     shapes += [(M, d, d), (M, d, V)]  # the head
     operands = [
         (torch.randn(rows, a, dtype=dtype), torch.randn(b, a, dtype=dtype), torch.randn(rows, b, dtype=dtype))
@@ -72,6 +76,7 @@ def main() -> None:
     options.add_argument("--optimizer", default="muon")
     options.add_argument("--rounds", type=int, default=5)
     args = options.parse_args()
+    keep_freed_memory()  # as the scripts do
     processes = Processes("cpu")
     precision = Precision.choose(args.precision, processes.device)
     corpus = Corpus.open(Dataset("imdb"), None, 8192)
