@@ -28,7 +28,8 @@ from minitune.soup import Soup
 
 MAX_GRADIENT_NORM = 1.0
 LOG_EVERY = 10  # steps
-REHEARSAL_STEPS = 4  # twice: to warm up, and to measure
+REHEARSAL_STEPS = 4  # at least
+REHEARSAL_SHARE = 0.02  # of the time that is left, twice: to warm up, and to measure
 
 
 class Task(Protocol):
@@ -109,22 +110,24 @@ class Trainer:
         rehearsal.scaler = copy.deepcopy(self.scaler)
         rehearsal.steps, batches = 1, self.task.batches(0)
 
-        def take_steps() -> int:
-            """Train for a few steps; how many tokens they read."""
-            tokens = 0
-            for batch in itertools.islice(batches, REHEARSAL_STEPS):
+        def take_steps(count: int) -> tuple[float, int]:
+            """Train for so many steps: (seconds a step, tokens a step)."""
+            started, tokens = time.monotonic(), 0
+            for batch in itertools.islice(batches, count):
                 _, norm, _ = rehearsal._gradients(batch)
                 rehearsal._apply(norm)
                 tokens += batch.tokens
-            return tokens
+            return (time.monotonic() - started) / count, tokens / count
 
-        take_steps()  # the first ones compile kernels and allocate memory
-        started = time.monotonic()
-        tokens = take_steps()
-        seconds = time.monotonic() - started
+        # The first steps allocate memory, and compile kernels for batches of many shapes.
+        seconds, _ = take_steps(REHEARSAL_STEPS)
+        count = max(REHEARSAL_STEPS, int(REHEARSAL_SHARE * (deadline - time.monotonic()) / seconds))
+        count = self.processes.broadcast(count)
+        take_steps(count)
+        seconds, tokens = take_steps(count)
         # Evaluation is a forward pass, a third of the work of a step.
         evaluations = self.task.validation_tokens * seconds / tokens / 3
-        steps = (deadline - time.monotonic() - evaluations) / (seconds / REHEARSAL_STEPS)
+        steps = (deadline - time.monotonic() - evaluations) / seconds
         return self.processes.broadcast(max(int(steps), 1))
 
     def restore(self, tensors: dict[str, Tensor], progress: dict) -> None:
