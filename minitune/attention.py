@@ -90,7 +90,7 @@ class Tiled(torch.autograd.Function):
     float64 inputs) and in a fixed order, so equal inputs give equal bits.
     """
 
-    BLOCK = 64  # keys; the largest tensor of all is a block of scores, T·H·BLOCK
+    BLOCK = 64  # keys; the largest tensor of all is a block of scores, M·H·BLOCK
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 The architecture is BERT to the letter: post-LayerNorm, learned positions, token types, exact GELU, a
 masked-LM decoder tied to the word embeddings. What differs from most code is how it is run: a batch
 is its T tokens laid end to end (see attention.py), so nothing here knows of padded sequences, and where a
-head reads a few tokens only, the last layer is computed for no others.
+head reads a few tokens only, the last layer computes keys and values of the others, and no more.
 
 Shapes: T tokens in the batch, M of them wanted, R rows (T or M rounded up, see `rounded`), B sequences,
 C = hidden_size, H heads, D = C / H, V = vocab_size.
@@ -79,7 +79,9 @@ ROWS = 64
 
 
 def rounded(x: Tensor) -> Tensor:
-    """(N, …) with zeros after its rows, to a multiple of ROWS, or for large N of an eighth of it and less.
+    """(N, …) with rows of zeros after it, to a multiple of ROWS, and for large N of a larger power of two.
+
+    They are an eighth of N at most, or less than ROWS.
 
     The matrices of a network then have few different numbers of rows. On a CPU with bfloat16 products oneDNN
     compiles a kernel for each of these, which took a tenth of all training and more.
@@ -99,7 +101,7 @@ class Wanted:
 
     @classmethod
     def of(cls, tokens: Tensor, batch: PackedBatch) -> "Wanted":
-        """These M indices into the packed tokens, ascending."""
+        """These M indices into the packed tokens, ascending, each of them once."""
         cu_seqlens = torch.searchsorted(tokens, batch.cu_seqlens.to(tokens.dtype), out_int32=True)
         return cls(rounded(tokens), tokens.numel(), cu_seqlens)
 
@@ -207,6 +209,9 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.up(x)
+        if not torch.is_grad_enabled():
+            return self.down(F.gelu(x))
+        # Autocast does not look into a hand-written function, so here weights are cast by hand.
         return GeluLinear.apply(x, self.down.weight.to(x.dtype), self.down.bias.to(x.dtype))
 
 
@@ -244,7 +249,7 @@ class Bert(nn.Module):
         )
 
     def forward(self, batch: PackedBatch, wanted: Tensor | None = None) -> Tensor:
-        """Hidden states (T, C); or (M, C) of the M tokens `wanted`, indices into the packed ones.
+        """Hidden states (T, C); or (M, C) of the M tokens `wanted`, different indices into the packed ones.
 
         What nobody reads is not computed: of other tokens the last layer needs keys and values, which is
         a sixth of its work and less.

@@ -32,7 +32,7 @@ from minitune.corpus import Corpus
 from minitune.data import Dataset
 from minitune.machine import describe, keep_freed_memory
 from minitune.masking import mask_tokens
-from minitune.model import PRESETS, ROWS, BertForMaskedLM, Dropout, PackedBatch
+from minitune.model import PRESETS, BertForMaskedLM, Dropout, PackedBatch, rounded
 from minitune.plots import plt, save
 from minitune.precision import Precision, multiplies_bf16
 from minitune.reviews import Reviews
@@ -55,7 +55,7 @@ class Rung:
     packed: bool = False  # no padding
     attention: str = "reference"
     precision: str = "fp32"
-    rows: int = 1  # numbers of rows are rounded up to a multiple of this
+    rounded: bool = False  # numbers of rows, so that they are few
 
 
 def rungs(job: str) -> list[Rung]:
@@ -73,7 +73,7 @@ def rungs(job: str) -> list[Rung]:
     if multiplies_bf16(CPU):
         changes += [("bf16, attention: reference", {"precision": "bf16", "attention": "reference"})]
         few = f"few shapes, attention: {choose('auto', CPU, torch.bfloat16, 64)}"
-        changes += [(few, {"rows": ROWS, "attention": "auto"})]
+        changes += [(few, {"rounded": True, "attention": "auto"})]
     ladder = [Rung("padded, float32, plain AdamW")]
     for name, change in changes:
         ladder.append(replace(ladder[-1], name=name, **change))
@@ -137,7 +137,7 @@ class Climber:
 
     def climb(self) -> float:
         """Seconds for all sequences once."""
-        minitune.model.ROWS = self.rung.rows
+        minitune.model.rounded = rounded if self.rung.rounded else lambda x: x
         started, precision = time.perf_counter(), Precision(self.rung.precision)
         for rows in self.batches:
             with precision.autocast(CPU):
