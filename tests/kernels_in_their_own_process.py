@@ -63,6 +63,9 @@ def test_tensors_of_any_strides():
     constant = torch.ones((), device=DEVICE).expand_as(upstream)  # the gradient of a sum
     assert turned.stride(-1) != 1 and constant.stride() == (0, 0, 0)
     assert_is_the_definition("triton", lengths, [q, k.contiguous(), turned, constant])
+    by_head = q.transpose(0, 1).contiguous().transpose(0, 1)  # strides that are none of k's
+    assert by_head.stride(1) != k.stride(1)
+    assert_is_the_definition("triton", lengths, [by_head, k, v, upstream])
 
 
 def test_large_scores_do_not_overflow():

@@ -170,6 +170,24 @@ def test_padded_lets_short_sequences_share_their_rows():
     assert largest.elements == 3 * 2 * 64 * 64  # not five times
 
 
+def test_padded_computes_few_rows_for_few_queries():
+    lengths, counts = [256] * 4, [1, 2, 1, 16]
+    inputs = random_inputs(lengths, 8, torch.bfloat16, heads=2, counts=counts)
+    with LargestResult() as largest:
+        compute("padded", lengths, inputs, counts)
+    assert largest.elements == 4 * 2 * 16 * 256
+
+
+@pytest.mark.parametrize(("head_size", "kept"), [(16, True), (8, False)])  # 128 tokens, kept up to 8·D
+def test_padded_keeps_a_softmax_only_if_it_is_small(head_size, kept):
+    saved = []
+    inputs = random_inputs([128], head_size, heads=2)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
+        compute("padded", [128], inputs)
+    assert (2 * 128 * 128 in saved) == kept
+    assert_is_the_definition("padded", [128], inputs)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_padded_reads_what_it_learns_from(dtype):
     """Where no gradient is asked for, it is computed in another way."""

@@ -18,6 +18,7 @@ from minitune.model import (
     BertConfig,
     BertForMaskedLM,
     Dropout,
+    FeedForward,
     GeluLinear,
     Layer,
     LayerNorm,
@@ -260,6 +261,13 @@ def test_the_product_after_a_gelu_has_the_gradients_of_both_and_keeps_what_comes
     assert len(kept) == 2 and any(y is x for y in kept) and any(y is weight for y in kept)
     frozen = GeluLinear.apply(x, weight.detach(), bias.detach())  # under adapters
     assert torch.equal(torch.autograd.grad(frozen.sum(), x)[0], torch.autograd.grad(y.sum(), x)[0])
+
+
+def test_the_feed_forward_layer_keeps_one_tensor_of_its_width_for_learning():
+    layer, kept = FeedForward(CONFIG), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda y: kept.append(y.shape) or y, lambda y: y):
+        layer(torch.randn(7, CONFIG.hidden_size, requires_grad=True))
+    assert kept.count((7, CONFIG.intermediate_size)) == 1
 
 
 # Dropout
