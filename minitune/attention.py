@@ -45,7 +45,7 @@ def reference(
 
 def _rectangles(
     cu_seqlens_q: Tensor, cu_seqlens: Tensor, of_queries: list[Tensor], of_keys: list[Tensor]
-) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+) -> Iterator[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]:
     """Neighbouring sequences with equally many queries m and keys n as one.
 
     They are views, (sequences, H, m, …) of tensors (M, H, …) and (sequences, H, n, …) of tensors (T, H, …).
@@ -60,8 +60,7 @@ def _rectangles(
 
     queries = [views(x, [(count, m) for count, m, _ in alike]) for x in of_queries]
     keys = [views(x, [(count, n) for count, _, n in alike]) for x in of_keys]
-    for i in range(len(alike)):
-        yield [x[i] for x in queries], [x[i] for x in keys]
+    yield from zip(zip(*queries, strict=True), zip(*keys, strict=True), strict=True)
 
 
 class Tiled(torch.autograd.Function):

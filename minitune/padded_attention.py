@@ -121,7 +121,8 @@ def plan(cu_q: tuple[int, ...], cu_k: tuple[int, ...], heads: int, device: torch
             strangers = None
             if max(sequences) > 1:
                 of_query, of_key = pad(owner_q, queries, m), pad(owner_k, keys, n)
-                strangers = (of_query != of_key.mT) & (of_query > 0)  # without a query: all, or none to sum
+                # A row without a query may see all keys: a softmax of nothing would be no number.
+                strangers = (of_query != of_key.mT) & (of_query > 0)
             groups.append(Group(m, n, queries, keys, strangers))
     return groups
 

@@ -23,7 +23,7 @@ import torch
 from minitune.corpus import Corpus
 from minitune.data import Dataset
 from minitune.machine import keep_freed_memory
-from minitune.model import PRESETS, BertForMaskedLM
+from minitune.model import PRESETS, BertForMaskedLM, Wanted
 from minitune.optimizer import Optimizer
 from minitune.precision import Precision
 from minitune.pretraining import Cloze, MaskedLanguageModelling
@@ -35,8 +35,7 @@ def flops(cloze: Cloze, config) -> float:
     d, L, V = config.hidden_size, config.num_hidden_layers, config.vocab_size
     T, lengths = cloze.tokens, cloze.batch.cu_seqlens.diff().double()
     M = len(cloze) + len(lengths)
-    ends = torch.searchsorted(cloze.positions, cloze.batch.cu_seqlens.long())
-    asked = ends.diff() + 1  # the blanks of each sequence, and [CLS]
+    asked = Wanted.of(cloze.positions, cloze.batch).cu_seqlens.diff() + 1  # the blanks, and [CLS]
     attention = 4 * d * ((L - 1) * (lengths**2).sum().item() + (asked * lengths).sum().item())
     layers = T * (L - 1) * 24 * d**2 + T * 4 * d**2 + M * 20 * d**2
     return 3 * (layers + attention + M * 2 * (d**2 + d * V))
