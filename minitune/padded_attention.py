@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -33,16 +34,17 @@ class Padded(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens: Tensor) -> Tensor:
-        ctx.groups = plan(tuple(cu_seqlens_q.tolist()), tuple(cu_seqlens.tolist()), q.size(1), q.device)
-        ctx.keys = len(k)
-        out, kept = torch.empty_like(q), []
+        ends = tuple(cu_seqlens_q.tolist()), tuple(cu_seqlens.tolist())
+        ctx.groups, ctx.keys = plan(*ends, q.size(1), q.dtype, q.device), len(k)
+        out, kept = q.new_empty(q.shape), []
+        q, k, v = vectors(q), vectors(k), vectors(v)
         with torch.autocast(q.device.type, enabled=False):  # everything in the precision of q
             for group in ctx.groups:
-                q1 = pad(q, group.queries, group.m).mul_(q.size(-1) ** -0.5)
-                k1, v1 = pad(k, group.keys, group.n), pad(v, group.keys, group.n)
+                q1 = group.queries.pad(q).mul_(q.size(-1) ** -0.5)
+                k1, v1 = group.keys.pad(k), group.keys.pad(v)
                 weights = softmax(q1, k1, group)
-                unpad(weights @ v1, group.queries, out)
-                kept += [q1, k1, v1, weights if group.n <= KEPT * q.size(-1) else None]
+                group.queries.unpad(weights @ v1, out)
+                kept += [q1, k1, v1, weights if k1.size(2) <= KEPT * q.size(-1) else None]
         ctx.save_for_backward(*kept)
         return out
 
@@ -50,67 +52,89 @@ class Padded(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
         kept = ctx.saved_tensors
-        dq = torch.empty_like(d_out)
+        dq = d_out.new_empty(d_out.shape)
         dk, dv = (d_out.new_empty(ctx.keys, *d_out.shape[1:]) for _ in range(2))
+        d_out = vectors(d_out)
         with torch.autocast(d_out.device.type, enabled=False):
             for i, group in enumerate(ctx.groups):
                 q1, k1, v1, weights = kept[4 * i : 4 * i + 4]
                 weights = softmax(q1, k1, group) if weights is None else weights
-                d_out1 = pad(d_out, group.queries, group.m)
-                unpad(weights.mT @ d_out1, group.keys, dv)
+                d_out1 = group.queries.pad(d_out)
+                group.keys.unpad(weights.mT @ d_out1, dv)
                 d_weights = d_out1 @ v1.mT
                 d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, weights.dtype)
-                unpad((d_scores @ k1) * q1.size(-1) ** -0.5, group.queries, dq)
-                unpad(d_scores.mT @ q1, group.keys, dk)  # q1 is scaled already
-        return dq, dk, dv, None, None
+                group.queries.unpad(d_scores @ k1, dq)
+                group.keys.unpad(d_scores.mT @ q1, dk)  # q1 is scaled already
+        return dq.mul_(dq.size(-1) ** -0.5), dk, dv, None, None
 
 
 def softmax(q1: Tensor, k1: Tensor, group: "Group") -> Tensor:
     """The attention weights (S, H, m, n) of a group, with zeros for keys that are none of the query's."""
     scores = q1 @ k1.mT
-    for own, rows in zip(scores, group.keys, strict=True):
-        own[..., rows.stop - rows.start :] = -torch.inf
     if group.strangers is not None:
-        scores.masked_fill_(group.strangers, -torch.inf)
+        scores += group.strangers  # a tenth of the time of masked_fill_
+    else:
+        for own, length in zip(scores, group.keys.lengths, strict=True):
+            own[..., length:] = -torch.inf
     return scores.softmax(-1)
 
 
-def pad(x: Tensor, blocks: list[slice], n: int) -> Tensor:
-    """A copy of these rows of a packed (T, H, D) as (S, H, n, D), a block each, with zeros after them."""
-    padded = x.new_zeros(len(blocks), x.size(1), n, x.size(2))
-    for block, rows in zip(padded, blocks, strict=True):
-        block[:, : rows.stop - rows.start] = x[rows].transpose(0, 1)
-    return padded
+def vectors(x: Tensor) -> Tensor:
+    """A packed (T, H, D) as (T·H + H, D), the last H of them zeros."""
+    return F.pad(x, (0, 0, 0, 0, 0, 1)).flatten(0, 1)
 
 
-def unpad(padded: Tensor, blocks: list[slice], x: Tensor) -> None:
-    """Write blocks (S, H, n, D) into the rows of a packed (T, H, D) that `pad` would take them from."""
-    for block, rows in zip(padded, blocks, strict=True):
-        x[rows] = block[:, : rows.stop - rows.start].transpose(0, 1)
+class Blocks:
+    """S blocks of n rows, (S, H, n, D), each with neighbouring rows of a packed (T, H, D), then zeros.
+
+    One index moves all vectors of D numbers at once, which is five times as fast as a copy for each block.
+    """
+
+    def __init__(self, rows: list[range], n: int, T: int, heads: int, device: torch.device):
+        """`rows` are those of each block; the next block goes on where one ends."""
+        self.shape, self.packed = (len(rows), heads, n), slice(rows[0].start, rows[-1].stop)
+        self.lengths = [len(own) for own in rows]
+        lengths = torch.tensor(self.lengths, device=device)[:, None]
+        first = torch.tensor([own.start for own in rows], device=device)[:, None]
+        place = torch.arange(n, device=device)
+        self.row = (first + place).where(place < lengths, T)  # (S, n): which is in each place; T: none is
+        head = torch.arange(heads, device=device)[:, None]
+        self.source = (self.row[:, None] * heads + head).flatten()  # (S·H·n,) of `vectors`, for each place
+        places = torch.arange(self.source.numel(), device=device).view(self.shape)
+        self.target = places.transpose(1, 2)[self.row < T].flatten()  # and back
+
+    def pad(self, x: Tensor) -> Tensor:
+        """The blocks, from the `vectors` of a packed tensor."""
+        return x.index_select(0, self.source).view(*self.shape, x.size(1))
+
+    def unpad(self, blocks: Tensor, x: Tensor) -> None:
+        """Write the blocks into those rows of a packed tensor that they are for."""
+        torch.index_select(blocks.flatten(0, 2), 0, self.target, out=x[self.packed].flatten(0, 1))
 
 
 @dataclass
 class Group:
-    """S neighbouring blocks of one shape; a block is a long sequence or several short ones."""
+    """Neighbouring blocks of one shape; a block is a long sequence or several short ones."""
 
-    m: int  # rows of queries that a block gets
-    n: int  # rows of keys
-    queries: list[slice]  # the packed rows that belong to each block
-    keys: list[slice]
-    strangers: Tensor | None  # (S, 1, m, n) bool: keys of another sequence than the query's, if there are any
+    queries: Blocks  # of m rows
+    keys: Blocks  # of n rows
+    # (S, 1, m, n), if sequences share a block: -∞ for keys of another than the query's or of none, else 0
+    strangers: Tensor | None
 
 
 @functools.lru_cache(maxsize=2)  # asked in every layer of a step
-def plan(cu_q: tuple[int, ...], cu_k: tuple[int, ...], heads: int, device: torch.device) -> list[Group]:
+def plan(
+    cu_q: tuple[int, ...], cu_k: tuple[int, ...], heads: int, dtype: torch.dtype, device: torch.device
+) -> list[Group]:
     """What is computed together."""
     blocks, first, B = [], 0, len(cu_k) - 1
     while first < B:
         last = first + 1
         while last < B and cu_k[last + 1] - cu_k[first] <= MULTIPLE:
             last += 1
-        blocks.append((slice(cu_q[first], cu_q[last]), slice(cu_k[first], cu_k[last]), last - first))
+        blocks.append((range(cu_q[first], cu_q[last]), range(cu_k[first], cu_k[last]), last - first))
         first = last
-    owner_q, owner_k = sequence_numbers(cu_q, device), sequence_numbers(cu_k, device)
+    sequence_q, sequence_k = sequence_numbers(cu_q, device), sequence_numbers(cu_k, device)
     groups = []
     for n, neighbours in groupby(blocks, lambda block: rounded_up(block[1], MULTIPLE)):
         alike = list(neighbours)
@@ -118,22 +142,30 @@ def plan(cu_q: tuple[int, ...], cu_k: tuple[int, ...], heads: int, device: torch
         most = max(1, PIECE // max(1, heads * m * n))
         for i in range(0, len(alike), most):
             queries, keys, sequences = map(list, zip(*alike[i : i + most], strict=True))
+            queries = Blocks(queries, m, cu_q[-1], heads, device)
+            keys = Blocks(keys, n, cu_k[-1], heads, device) if cu_q != cu_k else queries
             strangers = None
             if max(sequences) > 1:
-                of_query, of_key = pad(owner_q, queries, m), pad(owner_k, keys, n)
-                # A row without a query may see all keys: a softmax of nothing would be no number.
-                strangers = (of_query != of_key.mT) & (of_query > 0)
-            groups.append(Group(m, n, queries, keys, strangers))
+                of_query, of_key = sequence_q[queries.row], sequence_k[keys.row]
+                strangers = mask(of_query[:, None, :, None], of_key[:, None, None, :], dtype)
+            groups.append(Group(queries, keys, strangers))
     return groups
 
 
-def rounded_up(rows: slice, multiple: int) -> int:
+def rounded_up(rows: range, multiple: int) -> int:
     """Their number, up to a multiple."""
-    return -(-(rows.stop - rows.start) // multiple) * multiple
+    return -(-len(rows) // multiple) * multiple
+
+
+def mask(of_query: Tensor, of_key: Tensor, dtype: torch.dtype) -> Tensor:
+    """-∞ where a key is of another sequence than the query, or of none, else 0."""
+    # A row without a query may see all keys: a softmax of nothing would be no number.
+    hidden = (of_query != of_key) & (of_query > 0)
+    return torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, -torch.inf)
 
 
 def sequence_numbers(cu_seqlens: tuple[int, ...], device: torch.device) -> Tensor:
-    """(T, 1, 1): for each row the number of its sequence, from 1."""
+    """(T+1,): for each row the number of its sequence, from 1; and then 0, for what is no row."""
     lengths = torch.tensor(cu_seqlens, device=device).diff()
     numbers = torch.arange(1, len(cu_seqlens), device=device)
-    return numbers.repeat_interleave(lengths).view(-1, 1, 1)
+    return F.pad(numbers.repeat_interleave(lengths), (0, 1))
