@@ -57,7 +57,7 @@ def filled(order: np.ndarray, lengths: np.ndarray, batch_tokens: int) -> list[np
 def reading_tokens(device: torch.device) -> int:
     """The budget of a batch that is read and not learned from, so that nothing is kept of it.
 
-    On a CPU a small one: what one product leaves for the next should still be in the cache (8,192 tokens
-    take 10 to 17% longer, tests/benchmarks/LOG.md). A GPU wants enough to do.
+    On a CPU a small one: 4,096 tokens are 3% faster and take a fifth more memory, 2,048 are 3% slower
+    (tests/benchmarks/LOG.md). A GPU wants enough to do.
     """
-    return 2048 if device.type == "cpu" else 16384
+    return 3072 if device.type == "cpu" else 16384

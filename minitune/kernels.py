@@ -72,94 +72,97 @@ def product(a, b):
 
 @triton.jit
 def forward_kernel(
-    Q, K, V, Out, Lse, cu_q, cu_k, M, T, H, q_stride, q_head_stride, stride, head_stride,
+    Q, K, V, Out, Lse, cu_q, cu_k, M, T, H,
+    q_stride, q_head_stride, kv_stride, kv_head_stride,
     D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Out and Lse for a block of queries: the online softmax over blocks of keys."""
-    own, packed, row_sums, count = find_work(cu_q, M, H, q_stride, q_head_stride, D)
-    strided, _, _, length = find_work(cu_k, T, H, stride, head_stride, D)
-    if tl.program_id(1) * BLOCK >= count:  # the grid has room for the longest sequence
+    q_start, out_start, sums_start, q_count = find_work(cu_q, M, H, q_stride, q_head_stride, D)
+    kv_start, _, _, k_count = find_work(cu_k, T, H, kv_stride, kv_head_stride, D)
+    if tl.program_id(1) * BLOCK >= q_count:  # the grid has room for the longest sequence
         return
     queries = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    q = load(Q + own, queries, count, q_stride, D)
+    q = load(Q + q_start, queries, q_count, q_stride, D)
     top = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     out = tl.zeros((BLOCK, D), tl.float32)
-    for start in range(0, length, BLOCK):
+    for start in range(0, k_count, BLOCK):
         keys = start + tl.arange(0, BLOCK)
-        k = load(K + strided, keys, length, stride, D)
-        v = load(V + strided, keys, length, stride, D)
+        k = load(K + kv_start, keys, k_count, kv_stride, D)
+        v = load(V + kv_start, keys, k_count, kv_stride, D)
         scores = product(q, tl.trans(k)) * (D**-0.5 * LOG2_E)
-        scores = tl.where((keys < length)[None, :], scores, float("-inf"))
+        scores = tl.where((keys < k_count)[None, :], scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
         weights = tl.exp2(scores - new_top[:, None])
         correction = tl.exp2(top - new_top)
         total = correction * total + tl.sum(weights, 1)
         out = correction[:, None] * out + product(weights.to(v.dtype), v)
         top = new_top
-    store(Out + packed, queries, count, H * D, D, out / total[:, None])
-    tl.store(Lse + row_sums + queries, top + tl.log2(total), mask=queries < count)
+    store(Out + out_start, queries, q_count, H * D, D, out / total[:, None])
+    tl.store(Lse + sums_start + queries, top + tl.log2(total), mask=queries < q_count)
 
 
 @triton.jit
 def dq_kernel(
-    Q, K, V, Out, dOut, Lse, Delta, dQ, cu_q, cu_k, M, T, H, q_stride, q_head_stride, stride, head_stride,
+    Q, K, V, Out, dOut, Lse, Delta, dQ, cu_q, cu_k, M, T, H,
+    q_stride, q_head_stride, kv_stride, kv_head_stride,
     D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dQ for a block of queries, and Delta, the row sums of dOut ∘ Out, which `dkdv_kernel` reads."""
-    own, packed, row_sums, count = find_work(cu_q, M, H, q_stride, q_head_stride, D)
-    strided, _, _, length = find_work(cu_k, T, H, stride, head_stride, D)
-    if tl.program_id(1) * BLOCK >= count:
+    q_start, out_start, sums_start, q_count = find_work(cu_q, M, H, q_stride, q_head_stride, D)
+    kv_start, _, _, k_count = find_work(cu_k, T, H, kv_stride, kv_head_stride, D)
+    if tl.program_id(1) * BLOCK >= q_count:
         return
     queries = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    q = load(Q + own, queries, count, q_stride, D)
-    out = load(Out + packed, queries, count, H * D, D)
-    d_out = load(dOut + packed, queries, count, H * D, D)
-    lse = tl.load(Lse + row_sums + queries, mask=queries < count, other=0.0)
+    q = load(Q + q_start, queries, q_count, q_stride, D)
+    out = load(Out + out_start, queries, q_count, H * D, D)
+    d_out = load(dOut + out_start, queries, q_count, H * D, D)
+    lse = tl.load(Lse + sums_start + queries, mask=queries < q_count, other=0.0)
     delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1)
-    tl.store(Delta + row_sums + queries, delta, mask=queries < count)
+    tl.store(Delta + sums_start + queries, delta, mask=queries < q_count)
     dq = tl.zeros((BLOCK, D), tl.float32)
-    for start in range(0, length, BLOCK):
+    for start in range(0, k_count, BLOCK):
         keys = start + tl.arange(0, BLOCK)
-        k = load(K + strided, keys, length, stride, D)
-        v = load(V + strided, keys, length, stride, D)
+        k = load(K + kv_start, keys, k_count, kv_stride, D)
+        v = load(V + kv_start, keys, k_count, kv_stride, D)
         weights = tl.exp2(product(q, tl.trans(k)) * (D**-0.5 * LOG2_E) - lse[:, None])
         # Past the last key scores are 0, not −∞, and may be far above lse: ∞ · 0 would be NaN.
-        weights = tl.where((keys < length)[None, :], weights, 0.0)
+        weights = tl.where((keys < k_count)[None, :], weights, 0.0)
         d_scores = weights * (product(d_out, tl.trans(v)) - delta[:, None])
         dq += product(d_scores.to(k.dtype), k)
-    store(dQ + packed, queries, count, H * D, D, dq * D**-0.5)
+    store(dQ + out_start, queries, q_count, H * D, D, dq * D**-0.5)
 
 
 @triton.jit
 def dkdv_kernel(
-    Q, K, V, dOut, Lse, Delta, dK, dV, cu_q, cu_k, M, T, H, q_stride, q_head_stride, stride, head_stride,
+    Q, K, V, dOut, Lse, Delta, dK, dV, cu_q, cu_k, M, T, H,
+    q_stride, q_head_stride, kv_stride, kv_head_stride,
     D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dK and dV for a block of keys. Scores are (keys, queries) here: no sum needs them transposed."""
-    own, packed_q, row_sums, count = find_work(cu_q, M, H, q_stride, q_head_stride, D)
-    strided, packed, _, length = find_work(cu_k, T, H, stride, head_stride, D)
-    if tl.program_id(1) * BLOCK >= length:
+    q_start, out_start, sums_start, q_count = find_work(cu_q, M, H, q_stride, q_head_stride, D)
+    kv_start, dkv_start, _, k_count = find_work(cu_k, T, H, kv_stride, kv_head_stride, D)
+    if tl.program_id(1) * BLOCK >= k_count:
         return
     keys = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    k = load(K + strided, keys, length, stride, D)
-    v = load(V + strided, keys, length, stride, D)
+    k = load(K + kv_start, keys, k_count, kv_stride, D)
+    v = load(V + kv_start, keys, k_count, kv_stride, D)
     dk = tl.zeros((BLOCK, D), tl.float32)
     dv = tl.zeros((BLOCK, D), tl.float32)
-    for start in range(0, count, BLOCK):
+    for start in range(0, q_count, BLOCK):
         # Past the last query q, d_out and delta are 0 and add nothing, and past the last key the tile's
         # rows are nonsense, which stays in those rows and is not stored.
         queries = start + tl.arange(0, BLOCK)
-        q = load(Q + own, queries, count, q_stride, D)
-        d_out = load(dOut + packed_q, queries, count, H * D, D)
-        lse = tl.load(Lse + row_sums + queries, mask=queries < count, other=0.0)
-        delta = tl.load(Delta + row_sums + queries, mask=queries < count, other=0.0)
+        q = load(Q + q_start, queries, q_count, q_stride, D)
+        d_out = load(dOut + out_start, queries, q_count, H * D, D)
+        lse = tl.load(Lse + sums_start + queries, mask=queries < q_count, other=0.0)
+        delta = tl.load(Delta + sums_start + queries, mask=queries < q_count, other=0.0)
         weights = tl.exp2(product(k, tl.trans(q)) * (D**-0.5 * LOG2_E) - lse[None, :])
         dv += product(weights.to(d_out.dtype), d_out)
         d_scores = weights * (product(v, tl.trans(d_out)) - delta[None, :])
         dk += product(d_scores.to(q.dtype), q)
-    store(dK + packed, keys, length, H * D, D, dk * D**-0.5)
-    store(dV + packed, keys, length, H * D, D, dv)
+    store(dK + dkv_start, keys, k_count, H * D, D, dk * D**-0.5)
+    store(dV + dkv_start, keys, k_count, H * D, D, dv)
 
 
 class Fused(torch.autograd.Function):

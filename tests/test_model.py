@@ -298,6 +298,19 @@ def test_dropout_of_nearly_everything_is_finite():
     assert Dropout(0.9999)(torch.ones(99, 99)).isfinite().all()
 
 
+def test_dropout_of_nearly_nothing_is_not_nothing():
+    share = (Dropout(1e-4)(torch.ones(999, 304)) == 0).double().mean().item()
+    assert abs(share - 1 / 256) < 0.001
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_keeps_a_byte_a_number_for_the_way_back(dtype):
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda y: kept.append(y) or y, lambda y: y):
+        Dropout(0.1)(torch.ones(7, 5, dtype=dtype, requires_grad=True))
+    assert [(y.dtype, y.shape) for y in kept] == [(torch.uint8, (7, 5))]
+
+
 # The masked-LM head
 
 
