@@ -81,11 +81,13 @@ ROWS = 64
 def rounded(x: Tensor) -> Tensor:
     """(N, …) with rows of zeros after it, to a multiple of ROWS, and for large N of a larger power of two.
 
-    They are an eighth of N at most, or less than ROWS.
+    They are an eighth of N at most, or less than ROWS. On a GPU x itself.
 
     The matrices of a network then have few different numbers of rows. On a CPU with bfloat16 products oneDNN
     compiles a kernel for each of these, which took a tenth of all training and more.
     """
+    if x.device.type != "cpu":
+        return x
     N = x.size(0)
     multiple = max(ROWS, 2 ** (N.bit_length() - 4))
     return F.pad(x, (0, 0) * (x.ndim - 1) + (0, -N % multiple))

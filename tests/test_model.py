@@ -229,6 +229,21 @@ def test_rows_are_rounded_up_by_an_eighth_or_to_64(rows, expected):
     assert rounded(x[:, 0]).shape == (expected,)
 
 
+def test_rows_are_rounded_up_only_where_kernels_are_compiled_for_their_number():
+    assert rounded(torch.empty(65, 3, device="meta")).shape == (65, 3)  # any device that is no CPU
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_batch_without_blanks_gives_no_logits_and_no_gradient(bf16):
+    model = BertForMaskedLM(CONFIG)
+    batch = PackedBatch.from_sequences(random_sequences(RAGGED))
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        logits = model(batch, torch.empty(0, dtype=torch.long))
+    logits.sum().backward()
+    assert logits.shape == (0, CONFIG.vocab_size)
+    assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
 def test_rows_that_round_the_number_up_change_nothing(monkeypatch):
     """Neither what is computed nor any gradient; that of the word that stands there neither."""
     outcomes = []
