@@ -57,7 +57,7 @@ def filled(order: np.ndarray, lengths: np.ndarray, batch_tokens: int) -> list[np
 def reading_tokens(device: torch.device) -> int:
     """The budget of a batch that is read and not learned from, so that nothing is kept of it.
 
-    On a CPU a small one: 4,096 tokens are 3% faster and take a fifth more memory, 2,048 are 3% slower
+    On a CPU a small one: 4,096 tokens are 1 to 3% faster and take 6 to 18% more memory, 2,048 are 3% slower
     (tests/benchmarks/LOG.md). A GPU wants enough to do.
     """
     return 3072 if device.type == "cpu" else 16384

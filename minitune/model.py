@@ -5,8 +5,8 @@ masked-LM decoder tied to the word embeddings. What differs from most code is ho
 is its T tokens laid end to end (see attention.py), so nothing here knows of padded sequences, and where a
 head reads a few tokens only, the last layer computes keys and values of the others, and no more.
 
-Shapes: T tokens in the batch, M of them wanted, R rows (T or M rounded up, see `rounded`), B sequences,
-C = hidden_size, H heads, D = C / H, V = vocab_size.
+Shapes: T tokens in the batch, M of them wanted, R rows (T or M, on a CPU rounded up, see `rounded`),
+B sequences, C = hidden_size, H heads, D = C / H, V = vocab_size.
 """
 
 from dataclasses import dataclass, field
@@ -81,7 +81,7 @@ ROWS = 64
 def rounded(x: Tensor) -> Tensor:
     """(N, …) with rows of zeros after it, to a multiple of ROWS, and for large N of a larger power of two.
 
-    They are an eighth of N at most, or less than ROWS. On a GPU x itself.
+    They are an eighth of N at most, or less than ROWS. On another device than a CPU there are none.
 
     The matrices of a network then have few different numbers of rows. On a CPU with bfloat16 products oneDNN
     compiles a kernel for each of these, which took a tenth of all training and more.
@@ -121,23 +121,23 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Dropout(nn.Dropout):
-    """nn.Dropout, on a CPU by one random byte a number, so that p is a multiple of 1/256, the nearest but 0.
+    """nn.Dropout, on a CPU by one random byte a number: p is the nearest multiple of 1/256 but 0 and 1.
 
     There nn.Dropout draws a float for each number, which takes four times as long as all of this.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or not self.p or x.device.type != "cpu":
+        if not self.training or self.p in (0, 1) or x.device.type != "cpu":
             return super().forward(x)
         drop = min(max(round(256 * self.p), 1), 255)
         words = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None)  # all 64 bits
-        kept = words.view(torch.uint8)[: x.numel()].view(x.shape)
-        # To 0 or 1, and not by a comparison: bools, and numbers made of them, take three times as long.
-        kept.clamp_(drop - 1, drop).sub_(drop - 1)
-        return Kept.apply(x, kept, 256 / (256 - drop))
+        noise = words.view(torch.uint8)[: x.numel()].view(x.shape)
+        # 0 or 1, and not by a comparison: bools, and numbers made of them, take three times as long.
+        kept = noise.clamp_(drop - 1, drop).sub_(drop - 1)
+        return TimesBytes.apply(x, kept, 256 / (256 - drop))
 
 
-class Kept(torch.autograd.Function):
+class TimesBytes(torch.autograd.Function):
     """x · kept · scale, where autograd would keep `kept` for the way back as numbers like x, not bytes."""
 
     @staticmethod

@@ -2,7 +2,7 @@
 
 There oneDNN compiles a kernel for every new shape of a product, which takes 1 to 3 ms, and texts come in
 all lengths: with `attention.reference` compiling was a third of a training step (tests/benchmarks/LOG.md).
-Lengths that are multiples of 64 are few, and come again. So here, and only in here, texts get a few rows
+Lengths that are multiples of 64 are few, and come again. So here, and only in here, each text gets a few rows
 more, which as keys are masked and whose answers as queries nobody reads. Neighbours that are so short that
 they fit into 64 rows together share them, and there each masks the keys of the other.
 """
@@ -18,8 +18,8 @@ from torch.autograd.function import once_differentiable
 
 MULTIPLE = 64  # of rows of keys, and of queries where these are the same tokens
 FEW = 16  # multiple of rows of queries where only some tokens ask
-# Numbers in the softmax of a group, if it is not of one block. With 50 MB of them in one tensor the same
-# work takes half as long again (measured without machine.keep_freed_memory, tests/benchmarks/LOG.md).
+# Numbers in the softmax of a group, if it is not of one block. More of them take more memory and are hardly
+# faster, a quarter of them takes 1.2 to 1.3 times as long (tests/benchmarks/LOG.md).
 PIECE = 2**22
 # The softmax of a token, H·n numbers, is kept for the way back if it takes no more than eight hidden vectors
 # of H·D; else it is made again, which takes a tenth of a step. With heads of 64 it is kept up to 512 tokens.
@@ -29,12 +29,16 @@ KEPT = 8
 class Padded(torch.autograd.Function):
     """softmax(q kᵀ / √D) v for packed q (M, H, D), k and v (T, H, D).
 
-    By hand, since autograd's way back through the padding takes as long as is won by it.
+    By hand, to keep no more than it has to: padded q, k and v, and the softmax only where it is small.
+
+    Raises ValueError where the cumulative lengths do not end with M and T.
     """
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens: Tensor) -> Tensor:
         ends = tuple(cu_seqlens_q.tolist()), tuple(cu_seqlens.tolist())
+        if (len(q), len(k)) != (ends[0][-1], ends[1][-1]):
+            raise ValueError(f"{len(q)} queries, {len(k)} keys; lengths of {ends[0][-1]} and {ends[1][-1]}")
         ctx.groups, ctx.keys = plan(*ends, q.size(1), q.dtype, q.device), len(k)
         out, kept = q.new_empty(q.shape), []
         q, k, v = vectors(q), vectors(k), vectors(v)
@@ -72,7 +76,8 @@ def softmax(q1: Tensor, k1: Tensor, group: "Group") -> Tensor:
     """The attention weights (S, H, m, n) of a group, with zeros for keys that are none of the query's."""
     scores = q1 @ k1.mT
     if group.strangers is not None:
-        scores += group.strangers  # a tenth of the time of masked_fill_
+        # A seventh of the time of masked_fill_; it hides no NaN, with which training has ended anyway.
+        scores += group.strangers
     else:
         for own, length in zip(scores, group.keys.lengths, strict=True):
             own[..., length:] = -torch.inf
@@ -85,9 +90,9 @@ def vectors(x: Tensor) -> Tensor:
 
 
 class Blocks:
-    """S blocks of n rows, (S, H, n, D), each with neighbouring rows of a packed (T, H, D), then zeros.
+    """Where rows of a packed (T, H, D) stand in S blocks (S, H, n, D): neighbours in each, then zeros.
 
-    One index moves all vectors of D numbers at once, which is five times as fast as a copy for each block.
+    One index moves all vectors of D numbers at once, which is four times as fast as a copy for each block.
     """
 
     def __init__(self, rows: list[range], n: int, T: int, heads: int, device: torch.device):
@@ -97,11 +102,11 @@ class Blocks:
         lengths = torch.tensor(self.lengths, device=device)[:, None]
         first = torch.tensor([own.start for own in rows], device=device)[:, None]
         place = torch.arange(n, device=device)
-        self.row = (first + place).where(place < lengths, T)  # (S, n): which is in each place; T: none is
+        self.rows = (first + place).where(place < lengths, T)  # (S, n): which is in each place; T: none is
         head = torch.arange(heads, device=device)[:, None]
-        self.source = (self.row[:, None] * heads + head).flatten()  # (S·H·n,) of `vectors`, for each place
+        self.source = (self.rows[:, None] * heads + head).flatten()  # (S·H·n,) of `vectors`, for each place
         places = torch.arange(self.source.numel(), device=device).view(self.shape)
-        self.target = places.transpose(1, 2)[self.row < T].flatten()  # and back
+        self.target = places.transpose(1, 2)[self.rows < T].flatten()  # and back
 
     def pad(self, x: Tensor) -> Tensor:
         """The blocks, from the `vectors` of a packed tensor."""
@@ -118,7 +123,7 @@ class Group:
 
     queries: Blocks  # of m rows
     keys: Blocks  # of n rows
-    # (S, 1, m, n), if sequences share a block: -∞ for keys of another than the query's or of none, else 0
+    # (S, 1, m, n), if sequences share a block: for each query -∞ at keys of another one or of none, else 0
     strangers: Tensor | None
 
 
@@ -146,7 +151,7 @@ def plan(
             keys = Blocks(keys, n, cu_k[-1], heads, device) if cu_q != cu_k else queries
             strangers = None
             if max(sequences) > 1:
-                of_query, of_key = sequence_q[queries.row], sequence_k[keys.row]
+                of_query, of_key = sequence_q[queries.rows], sequence_k[keys.rows]
                 strangers = mask(of_query[:, None, :, None], of_key[:, None, None, :], dtype)
             groups.append(Group(queries, keys, strangers))
     return groups
@@ -158,7 +163,7 @@ def rounded_up(rows: range, multiple: int) -> int:
 
 
 def mask(of_query: Tensor, of_key: Tensor, dtype: torch.dtype) -> Tensor:
-    """-∞ where a key is of another sequence than the query, or of none, else 0."""
+    """-∞ where there is a query and the key is of another sequence, or of none; else 0."""
     # A row without a query may see all keys: a softmax of nothing would be no number.
     hidden = (of_query != of_key) & (of_query > 0)
     return torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, -torch.inf)

@@ -163,6 +163,13 @@ def test_padded_gradients_of_fewer_queries_are_those_of_its_output(set_sizes):
     )
 
 
+def test_padded_refuses_rows_that_belong_to_no_sequence():
+    *qkv, _ = random_inputs([9], 8)
+    qkv = [x.detach().requires_grad_() for x in qkv]
+    with pytest.raises(ValueError, match="9 queries, 9 keys; lengths of 8 and 8"):
+        attention(*qkv, cumulative([8]), 8, "padded")
+
+
 def test_padded_lets_short_sequences_share_their_rows():
     inputs = random_inputs([30, 30, 4, 60, 5], 8, torch.bfloat16, heads=2)
     with LargestResult() as largest:

@@ -309,8 +309,9 @@ def test_dropout_follows_the_seed_and_is_nothing_in_evaluation():
     assert torch.equal(dropout.eval()(x), x)
 
 
-def test_dropout_of_nearly_everything_is_finite():
+def test_dropout_of_nearly_everything_is_finite_and_of_everything_is_nothing():
     assert Dropout(0.9999)(torch.ones(99, 99)).isfinite().all()
+    assert not Dropout(1.0)(torch.ones(99, 99)).any()
 
 
 def test_dropout_of_nearly_nothing_is_not_nothing():
