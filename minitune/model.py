@@ -132,25 +132,9 @@ class Dropout(nn.Dropout):
         drop = min(max(round(256 * self.p), 1), 255)
         words = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None)  # all 64 bits
         noise = words.view(torch.uint8)[: x.numel()].view(x.shape)
-        # 0 or 1, and not by a comparison: bools, and numbers made of them, take three times as long.
+        # 0 or 1, not by a comparison: bools take three times as long. Autograd keeps the bytes.
         kept = noise.clamp_(drop - 1, drop).sub_(drop - 1)
-        return TimesBytes.apply(x, kept, 256 / (256 - drop))
-
-
-class TimesBytes(torch.autograd.Function):
-    """x · kept · scale, where autograd would keep `kept` for the way back as numbers like x, not bytes."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, kept: Tensor, scale: float) -> Tensor:
-        ctx.save_for_backward(kept)
-        ctx.scale = scale
-        return (x * kept.to(x.dtype)).mul_(scale)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        (kept,) = ctx.saved_tensors
-        return (d_out * kept.to(d_out.dtype)).mul_(ctx.scale), None, None
+        return (x * kept).mul_(256 / (256 - drop))
 
 
 class Embeddings(nn.Module):

@@ -76,7 +76,7 @@ def softmax(q1: Tensor, k1: Tensor, group: "Group") -> Tensor:
     """The attention weights (S, H, m, n) of a group, with zeros for keys that are none of the query's."""
     scores = q1 @ k1.mT
     if group.strangers is not None:
-        # A seventh of the time of masked_fill_; it hides no NaN, with which training has ended anyway.
+        # A seventh of the time of masked_fill_; it hides no NaN and no ∞, but these end training anyway.
         scores += group.strangers
     else:
         for own, length in zip(scores, group.keys.lengths, strict=True):
@@ -85,7 +85,7 @@ def softmax(q1: Tensor, k1: Tensor, group: "Group") -> Tensor:
 
 
 def vectors(x: Tensor) -> Tensor:
-    """A packed (T, H, D) as (T·H + H, D), the last H of them zeros."""
+    """A packed (T, H, D) as (T·H + H, D), the last H of them zeros. A copy: rows of q may lie 3·H·D apart."""
     return F.pad(x, (0, 0, 0, 0, 0, 1)).flatten(0, 1)
 
 
@@ -114,7 +114,7 @@ class Blocks:
 
     def unpad(self, blocks: Tensor, x: Tensor) -> None:
         """Write the blocks into those rows of a packed tensor that they are for."""
-        torch.index_select(blocks.flatten(0, 2), 0, self.target, out=x[self.packed].flatten(0, 1))
+        torch.index_select(blocks.flatten(0, 2), 0, self.target, out=x[self.packed].view(-1, x.size(2)))
 
 
 @dataclass
@@ -131,7 +131,7 @@ class Group:
 def plan(
     cu_q: tuple[int, ...], cu_k: tuple[int, ...], heads: int, dtype: torch.dtype, device: torch.device
 ) -> list[Group]:
-    """What is computed together."""
+    """What is computed together: neighbours of one padded length, at most PIECE scores of them."""
     blocks, first, B = [], 0, len(cu_k) - 1
     while first < B:
         last = first + 1
