@@ -213,7 +213,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.up(x)
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():  # nothing is kept, and autocast casts weights once for many batches
             return self.down(F.gelu(x))
         # Autocast does not look into a hand-written function, so here weights are cast by hand.
         return GeluLinear.apply(x, self.down.weight.to(x.dtype), self.down.bias.to(x.dtype))

@@ -2,8 +2,8 @@
 
 There oneDNN compiles a kernel for every new shape of a product, which takes 1 to 3 ms, and texts come in
 all lengths: with `attention.reference` compiling was a third of a training step (tests/benchmarks/LOG.md).
-Lengths that are multiples of 64 are few, and come again. So here, and only in here, each text gets a few rows
-more, which as keys are masked and whose answers as queries nobody reads. Neighbours that are so short that
+Lengths that are multiples of 64 are few, and come again. So here, and only in here, rows of zeros stand after
+a text, which as keys are masked and whose answers as queries nobody reads. Neighbours that are so short that
 they fit into 64 rows together share them, and there each masks the keys of the other.
 """
 
@@ -39,7 +39,7 @@ class Padded(torch.autograd.Function):
         ends = tuple(cu_seqlens_q.tolist()), tuple(cu_seqlens.tolist())
         if (len(q), len(k)) != (ends[0][-1], ends[1][-1]):
             raise ValueError(f"{len(q)} queries, {len(k)} keys; lengths of {ends[0][-1]} and {ends[1][-1]}")
-        ctx.groups, ctx.keys = plan(*ends, q.size(1), q.dtype, q.device), len(k)
+        ctx.groups, ctx.T = plan(*ends, q.size(1), q.device), len(k)
         out, kept = q.new_empty(q.shape), []
         q, k, v = vectors(q), vectors(k), vectors(v)
         with torch.autocast(q.device.type, enabled=False):  # everything in the precision of q
@@ -57,7 +57,7 @@ class Padded(torch.autograd.Function):
     def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
         kept = ctx.saved_tensors
         dq = d_out.new_empty(d_out.shape)
-        dk, dv = (d_out.new_empty(ctx.keys, *d_out.shape[1:]) for _ in range(2))
+        dk, dv = (d_out.new_empty(ctx.T, *d_out.shape[1:]) for _ in range(2))
         d_out = vectors(d_out)
         with torch.autocast(d_out.device.type, enabled=False):
             for i, group in enumerate(ctx.groups):
@@ -128,9 +128,7 @@ class Group:
 
 
 @functools.lru_cache(maxsize=2)  # asked in every layer of a step
-def plan(
-    cu_q: tuple[int, ...], cu_k: tuple[int, ...], heads: int, dtype: torch.dtype, device: torch.device
-) -> list[Group]:
+def plan(cu_q: tuple[int, ...], cu_k: tuple[int, ...], heads: int, device: torch.device) -> list[Group]:
     """What is computed together: neighbours of one padded length, at most PIECE scores of them."""
     blocks, first, B = [], 0, len(cu_k) - 1
     while first < B:
@@ -146,13 +144,13 @@ def plan(
         m = n if cu_q == cu_k else max(rounded_up(rows, FEW) for rows, _, _ in alike)
         most = max(1, PIECE // max(1, heads * m * n))
         for i in range(0, len(alike), most):
-            queries, keys, sequences = map(list, zip(*alike[i : i + most], strict=True))
-            queries = Blocks(queries, m, cu_q[-1], heads, device)
-            keys = Blocks(keys, n, cu_k[-1], heads, device) if cu_q != cu_k else queries
+            rows_q, rows_k, sequences = map(list, zip(*alike[i : i + most], strict=True))
+            queries = Blocks(rows_q, m, cu_q[-1], heads, device)
+            keys = queries if cu_q == cu_k else Blocks(rows_k, n, cu_k[-1], heads, device)
             strangers = None
             if max(sequences) > 1:
                 of_query, of_key = sequence_q[queries.rows], sequence_k[keys.rows]
-                strangers = mask(of_query[:, None, :, None], of_key[:, None, None, :], dtype)
+                strangers = mask(of_query[:, None, :, None], of_key[:, None, None, :])
             groups.append(Group(queries, keys, strangers))
     return groups
 
@@ -162,11 +160,12 @@ def rounded_up(rows: range, multiple: int) -> int:
     return -(-len(rows) // multiple) * multiple
 
 
-def mask(of_query: Tensor, of_key: Tensor, dtype: torch.dtype) -> Tensor:
+def mask(of_query: Tensor, of_key: Tensor) -> Tensor:
     """-∞ where there is a query and the key is of another sequence, or of none; else 0."""
     # A row without a query may see all keys: a softmax of nothing would be no number.
     hidden = (of_query != of_key) & (of_query > 0)
-    return torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, -torch.inf)
+    # bfloat16 has both numbers, whatever they are added to.
+    return torch.zeros_like(hidden, dtype=torch.bfloat16).masked_fill(hidden, -torch.inf)
 
 
 def sequence_numbers(cu_seqlens: tuple[int, ...], device: torch.device) -> Tensor:
