@@ -5,9 +5,9 @@
     python finetune.py --method full --model minilm --data rotten_tomatoes
     python finetune.py --model runs/finetune/adapter --predict "An unforgettable film."
 
-The steps below are those of any fine-tuning: get a pretrained model, get labelled texts, train, compare.
-Step 3, for one method, is minitune/finetuning.py: decide what is trained, train it, keep the best by
-validation, and score the test rows once, at the end.
+The steps below are those of any fine-tuning: get a pretrained model, get labelled texts, train,
+compare. Step 3, for one method, is minitune/finetuning.py: decide what is trained, train it, keep
+the best by validation, and score the test rows once, at the end.
 """
 
 import argparse
@@ -16,54 +16,106 @@ import itertools
 from pathlib import Path
 
 from minitune.attention import choose
-from minitune.checkpoint import load_tokenizer, read_config, weights_hash
+from minitune.checkpoint import default_model, find_model, load_tokenizer, read_config, weights_hash
 from minitune.classification import Examples, Sequences
-from minitune.cli import Parser, add_machine_options, check_same, choose_max_len, real, run_script, whole
-from minitune.comparison import simple_methods, summarise, table
-from minitune.data import Dataset
-from minitune.errors import UserError
-from minitune.files import write_json
-from minitune.finetuning import Common, Job, fine_tune
-from minitune.labelling import label_new_reviews
-from minitune.machine import check_device, describe, give_back_freed_memory
-from minitune.methods import METHODS
-from minitune.precision import Precision
-from minitune.processes import Processes
-from minitune.reviews import SPLITS, Reviews
-from minitune.runs import Run, check_strangers
-from minitune.sources import default_model, find_model
+from minitune.data import SPLITS, Dataset, Reviews
+from minitune.finetuning import METHODS, Common, Job, fine_tune
+from minitune.prediction import label_new_reviews
+from minitune.support.baselines import simple_methods
+from minitune.support.cli import (
+    Parser,
+    add_machine_options,
+    check_same,
+    choose_max_len,
+    real,
+    run_script,
+    whole,
+)
+from minitune.support.errors import UserError
+from minitune.support.results import summarise, table
+from minitune.support.runs import Run, check_strangers, write_json
+from minitune.support.runtime import (
+    Precision,
+    Processes,
+    check_device,
+    describe,
+    give_back_freed_memory,
+)
 
 
 def parser() -> Parser:
     """The options, grouped."""
-    options = Parser("Fine-tune a BERT for the sentiment of reviews, or label new ones with the result.")
+    options = Parser(
+        "Fine-tune a BERT for the sentiment of reviews, or label new ones with the result."
+    )
     add = options.add_argument_group("what is trained, on what").add_argument
-    add("--method", nargs="+", choices=METHODS, default=["adapter"],
-        help="one, or several to be compared in one table")  # fmt: skip
-    add("--model", help="pretrained: minilm, a BERT directory, a hub id; default: the last run of train.py. "
-        "With --predict: what a run of finetune.py wrote")  # fmt: skip
+    add(
+        "--method",
+        nargs="+",
+        choices=METHODS,
+        default=["adapter"],
+        help="one, or several to be compared in one table",
+    )
+    add(
+        "--model",
+        help="pretrained: minilm, a BERT directory, a hub id; default: the last run of train.py. "
+        "With --predict: what a run of finetune.py wrote",
+    )
     add("--data", default="imdb", help="imdb, rotten_tomatoes, a .csv .tsv .jsonl file, a folder")
-    add("--test", metavar="FILE", help="labelled test rows; default: the last 10%% of each label in --data")
-    add("--train-examples", type=whole(2), nargs="+", metavar="N",
-        help="train on N rows only; several N draw accuracy against the number of labels")  # fmt: skip
+    add(
+        "--test",
+        metavar="FILE",
+        help="labelled test rows; default: the last 10%% of each label in --data",
+    )
+    add(
+        "--train-examples",
+        type=whole(2),
+        nargs="+",
+        metavar="N",
+        help="train on N rows only; several N draw accuracy against the number of labels",
+    )
     add("--seeds", type=whole(1, 100), default=1, help="repeat with so many seeds, from --seed on")
     add("--out", type=Path, default=Path("runs/finetune"), help="each method writes to OUT/METHOD")
     add("--resume", action="store_true", help="go on with the runs in --out")
     add("--save-minutes", type=real(0), default=2, help="between checkpoints")
-    add = options.add_argument_group("the recipe; what is not given is the method's own").add_argument
+    add = options.add_argument_group(
+        "the recipe; what is not given is the method's own"
+    ).add_argument
     add("--epochs", type=whole(1, 10_000), help="passes over the training rows")
-    add("--soup", type=whole(1, 100), default=1, metavar="N",
-        help="train N times from the same weights, in other orders, and try their average too")  # fmt: skip
-    add("--adapter-size", type=whole(1, 10_000), default=64, help="units in the bottleneck of an adapter")
-    add("--max-len", type=whole(8),
-        help="tokens of a text; longer ones keep their ends; default: 512, if there is room")  # fmt: skip
+    add(
+        "--soup",
+        type=whole(1, 100),
+        default=1,
+        metavar="N",
+        help="train N times from the same weights, in other orders, and try their average too",
+    )
+    add(
+        "--adapter-size",
+        type=whole(1, 10_000),
+        default=64,
+        help="units in the bottleneck of an adapter",
+    )
+    add(
+        "--max-len",
+        type=whole(8),
+        help="tokens of a text; longer ones keep their ends; default: 512, if there is room",
+    )
     add("--batch-tokens", type=whole(8), help="tokens in a step, all processes together")
-    add("--accumulate", type=whole(1, 1024), default=1, help="compute a batch in N parts, for memory")
+    add(
+        "--accumulate",
+        type=whole(1, 1024),
+        default=1,
+        help="compute a batch in N parts, for memory",
+    )
     add("--lr", type=real(0), help="peak learning rate; some parts get a multiple of it")
     add("--weight-decay", type=real(0, closed=True), default=0.01, help="of matrices")
     add = options.add_argument_group("new reviews").add_argument
-    add("--predict", nargs="+", metavar="TEXT",
-        help="label these texts, or a .txt .csv .tsv .jsonl file, or - for the lines of stdin")  # fmt: skip
+    add(
+        "--predict",
+        nargs="+",
+        metavar="TEXT",
+        help="label these texts, or a .txt .csv .tsv .jsonl file, or - for the lines of stdin",
+    )
     add("--json", action="store_true", help="print one JSON object a review instead of CSV")
     add_machine_options(options)
     return options
@@ -103,7 +155,9 @@ def read_arguments() -> tuple[argparse.Namespace, list[Job]]:
             raise UserError(f"--resume: the settings of the run in {directory} are not whole")
         job = {"method": method, "train_examples": size, "seed": args.seed + k}
         if run.settings and run.settings.get("job") != job:
-            raise UserError(f"--resume: the run in {directory} is another: {run.settings.get('job')}")
+            raise UserError(
+                f"--resume: the run in {directory} is another: {run.settings.get('job')}"
+            )
         jobs.append(Job(**job, run=run))
     return args, jobs
 
@@ -137,19 +191,35 @@ def main() -> None:
     for job in jobs:  # too many asked for is an error now, not after the first run
         reviews.choose("train", job.train_examples or 0, job.seed)
     examples = {
-        split: Examples(Sequences(reviews.texts[split], tokenizer, args.max_len), reviews.labels[split])
+        split: Examples(
+            Sequences(reviews.texts[split], tokenizer, args.max_len), reviews.labels[split]
+        )
         for split in SPLITS
     }
     cut = sum(examples["train"].inputs.truncated) / len(examples["train"])
-    say(f"texts of more than {args.max_len} tokens keep their two ends: {cut:.0%} of the training rows")
+    say(
+        f"texts of more than {args.max_len} tokens keep their two ends: {cut:.0%} of the training rows"
+    )
     say(f"device: {describe(processes.device)}")
     say(f"precision: {precision.name} ({precision.why}); attention: {attention}")
 
     # 3. Train each method from the same weights, on the same rows.
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "predict", "json")}
+    settings = {
+        k: v for k, v in vars(args).items() if k not in ("out", "resume", "predict", "json")
+    }
     settings |= {"base": base, "dataset": dataset.fingerprint()}
     common = Common(
-        args, settings, name, source, tokenizer, reviews, examples, processes, precision, attention, say
+        args,
+        settings,
+        name,
+        source,
+        tokenizer,
+        reviews,
+        examples,
+        processes,
+        precision,
+        attention,
+        say,
     )
     results = []
     for job in jobs:
@@ -160,14 +230,17 @@ def main() -> None:
     processes.close()
     if not processes.is_main:
         return
-    # All rows are the same rows whatever the seed, and these methods have nothing else random in them.
-    for size, seed in dict.fromkeys((job.train_examples, job.train_examples and job.seed) for job in jobs):
+    # All rows are the same rows whatever the seed, and these methods have nothing else random in
+    # them.
+    for size, seed in dict.fromkeys(
+        (job.train_examples, job.train_examples and job.seed) for job in jobs
+    ):
         chosen = reviews.choose("train", size, seed) if size else None
         results += simple_methods(reviews, chosen, seed)
     rows = summarise(results, len(reviews.texts["test"]))
     print(f"\n{len(reviews.texts['test']):,} test rows of {args.data}:\n{table(rows)}")
     write_json(args.out / "compare.json", {"rows": rows, "runs": results})
-    from minitune.plots import plot_comparison  # matplotlib takes a second to import
+    from minitune.support.plots import plot_comparison  # matplotlib takes a second to import
 
     plot_comparison(rows, f"{name} on {args.data}", args.out / "compare.png")
     print(f"wrote {args.out}: a directory for each method, compare.png, compare.json")

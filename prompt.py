@@ -1,14 +1,14 @@
 """Ask a pretrained BERT in words what it thinks of a review. Nothing here changes a weight.
 
-    python prompt.py "An unforgettable film."                  label, probability, the words it had in mind
-    python prompt.py "Dull." --template "{text} It was [MASK]." --words negative=bad,dull positive=good
-    python prompt.py --evaluate imdb                           how much depends on how one asks
-    python prompt.py --fill "The plot was [MASK] and the acting [MASK]."
-    python prompt.py --generate 12 "The film was"
+    python prompt.py "An unforgettable film."                  label, probability, the words it had
+    in mind python prompt.py "Dull." --template "{text} It was [MASK]." --words negative=bad,dull
+    positive=good python prompt.py --evaluate imdb                           how much depends on how
+    one asks python prompt.py --fill "The plot was [MASK] and the acting [MASK]." python prompt.py
+    --generate 12 "The film was"
 
-The answer to a cloze ("… It was [MASK].") is read from the probabilities of a few label words at the mask
-(minitune/prompting.py). Labels measure how good that is; those of validation rows chose the default
-templates, words and calibration.
+The answer to a cloze ("… It was [MASK].") is read from the probabilities of a few label words at
+the mask (minitune/prompting.py). Labels measure how good that is; those of validation rows chose
+the default templates, words and calibration.
 """
 
 import argparse
@@ -24,24 +24,25 @@ import torch
 from torch import Tensor
 
 from minitune.attention import choose
-from minitune.calibration import CALIBRATIONS, Ensemble
-from minitune.checkpoint import load_masked_lm, load_tokenizer
-from minitune.classification import interval
-from minitune.cli import Parser, add_machine_options, check_utf8, choose_max_len, real, run_script, whole
-from minitune.comparison import ORDER, simple_methods
-from minitune.data import Dataset
-from minitune.errors import UserError
-from minitune.files import read_json, write_json
-from minitune.generation import fill_blanks, generate
-from minitune.labelling import print_answers, say
-from minitune.machine import check_device, describe
-from minitune.precision import Precision
-from minitune.processes import Processes
-from minitune.prompt_comparison import compare_prompts, summary, table
-from minitune.prompting import TEMPLATES, WORDS, Prompt, Reader, in_words
-from minitune.reviews import Reviews, label_index
-from minitune.runs import check_strangers
-from minitune.sources import default_model, find_model
+from minitune.calibration import CALIBRATIONS, Ensemble, compare_prompts
+from minitune.checkpoint import default_model, find_model, load_masked_lm, load_tokenizer
+from minitune.data import Dataset, Reviews, label_index
+from minitune.prediction import print_answers, say
+from minitune.prompting import TEMPLATES, WORDS, Prompt, Reader, fill_blanks, generate, in_words
+from minitune.support.baselines import simple_methods
+from minitune.support.cli import (
+    Parser,
+    add_machine_options,
+    check_utf8,
+    choose_max_len,
+    real,
+    run_script,
+    whole,
+)
+from minitune.support.errors import UserError
+from minitune.support.results import ORDER, interval, prompt_summary, prompt_table
+from minitune.support.runs import check_strangers, read_json, write_json
+from minitune.support.runtime import Precision, Processes, check_device, describe
 from minitune.tokenizer import Tokenizer
 
 BEST = "prior"  # of CALIBRATIONS, on validation rows of both datasets: tests/benchmarks/LOG.md
@@ -50,32 +51,80 @@ BEST = "prior"  # of CALIBRATIONS, on validation rows of both datasets: tests/be
 def parser() -> Parser:
     """The options, grouped."""
     options = Parser("Ask a masked language model about reviews, with no weight changed.")
-    options.add_argument("texts", nargs="*", metavar="TEXT",
-        help="reviews, or a .txt .csv .tsv .jsonl file, or - for the lines of stdin")  # fmt: skip
+    options.add_argument(
+        "texts",
+        nargs="*",
+        metavar="TEXT",
+        help="reviews, or a .txt .csv .tsv .jsonl file, or - for the lines of stdin",
+    )
     add = options.add_argument_group("what else it can do").add_argument
-    add("--evaluate", metavar="DATA", help="score every template on test rows: imdb, rotten_tomatoes, a file")
+    add(
+        "--evaluate",
+        metavar="DATA",
+        help="score every template on test rows: imdb, rotten_tomatoes, a file",
+    )
     add("--fill", metavar="SENTENCE", help="the most probable words for each [MASK] in it")
     add("--generate", type=whole(1), metavar="N", help="write N tokens after each TEXT")
     add = options.add_argument_group("how it is asked").add_argument
     add("--model", help="minilm, a BERT directory, a hub id; default: the last run of train.py")
-    add("--template", nargs="+", default=TEMPLATES, metavar="SENTENCE",
-        help="with {text} and [MASK]; several answer together; default: eight of them")  # fmt: skip
-    add("--words", nargs="+", metavar="LABEL=WORD,WORD",
-        help="the words of each label; where data has numbers, 0 is the first label")  # fmt: skip
-    add("--calibrate", choices=CALIBRATIONS, default=BEST,
-        help="three ways that need no labels, or none; default: the best on validation rows")  # fmt: skip
-    add("--data", default="imdb",
-        help="whose train rows are read for --calibrate prior and --shots")  # fmt: skip
-    add("--unlabelled", type=whole(1), default=256, metavar="N", help="so many reviews for --calibrate prior")
-    add("--shots", type=whole(1, 64), default=0, metavar="K", help="put K answered training reviews in front")
-    add("--max-len", type=whole(8), default=128, help="tokens of a question; a text loses its beginning")
+    add(
+        "--template",
+        nargs="+",
+        default=TEMPLATES,
+        metavar="SENTENCE",
+        help="with {text} and [MASK]; several answer together; default: eight of them",
+    )
+    add(
+        "--words",
+        nargs="+",
+        metavar="LABEL=WORD,WORD",
+        help="the words of each label; where data has numbers, 0 is the first label",
+    )
+    add(
+        "--calibrate",
+        choices=CALIBRATIONS,
+        default=BEST,
+        help="three ways that need no labels, or none; default: the best on validation rows",
+    )
+    add(
+        "--data", default="imdb", help="whose train rows are read for --calibrate prior and --shots"
+    )
+    add(
+        "--unlabelled",
+        type=whole(1),
+        default=256,
+        metavar="N",
+        help="so many reviews for --calibrate prior",
+    )
+    add(
+        "--shots",
+        type=whole(1, 64),
+        default=0,
+        metavar="K",
+        help="put K answered training reviews in front",
+    )
+    add(
+        "--max-len",
+        type=whole(8),
+        default=128,
+        help="tokens of a question; a text loses its beginning",
+    )
     add("--batch-tokens", type=whole(8), help="tokens that are read at a time")
     add = options.add_argument_group("what comes out").add_argument
     add("--top", type=whole(1, 1000), default=5, help="so many of the most probable words")
-    add("--temperature", type=real(0, 100, closed=True), default=0.7, help="of --generate; 0: no chance")
+    add(
+        "--temperature",
+        type=real(0, 100, closed=True),
+        default=0.7,
+        help="of --generate; 0: no chance",
+    )
     add("--json", action="store_true", help="print one JSON object a line")
-    add("--curves", type=Path, metavar="FILE",
-        help="compare.json of finetune.py --train-examples, to be drawn beside the prompt")  # fmt: skip
+    add(
+        "--curves",
+        type=Path,
+        metavar="FILE",
+        help="compare.json of finetune.py --train-examples, to be drawn beside the prompt",
+    )
     add("--out", type=Path, default=Path("runs/prompt"), help="--evaluate writes its results here")
     add_machine_options(options)
     return options
@@ -85,9 +134,15 @@ def read_arguments() -> argparse.Namespace:
     """The options, with one thing to do."""
     args = parser().parse_args()
     check_utf8("an argument", *args.template, *(args.words or []), args.fill or "", *args.texts)
-    asked = [args.evaluate is not None, args.fill is not None, args.generate is not None or bool(args.texts)]
+    asked = [
+        args.evaluate is not None,
+        args.fill is not None,
+        args.generate is not None or bool(args.texts),
+    ]
     if sum(asked) != 1:
-        raise UserError("give one of: texts (also with --generate N), --evaluate DATA, --fill SENTENCE")
+        raise UserError(
+            "give one of: texts (also with --generate N), --evaluate DATA, --fill SENTENCE"
+        )
     if args.generate and not args.texts:
         raise UserError("--generate needs a text to go on after")
     if args.shots and (args.fill is not None or args.generate):
@@ -119,13 +174,17 @@ def main() -> None:
     source = find_model(name)
     model, has_head = load_masked_lm(source, args.attention)
     if not has_head:
-        raise UserError(f"{name} has no masked-LM head to ask; python train.py --init {name} gives it one")
+        raise UserError(
+            f"{name} has no masked-LM head to ask; python train.py --init {name} gives it one"
+        )
     device = Processes(args.device).device
     precision = Precision.choose(args.precision, device)
     attention = choose(args.attention, device, precision.dtype, model.config.head_size)
     tokenizer = load_tokenizer(source, model.config)
     reader = Reader(model.to(device).eval(), tokenizer, device, precision, args.batch_tokens)
-    say(f"model: {name} ({why}); {describe(device)}; precision: {precision.name}; attention: {attention}")
+    say(
+        f"model: {name} ({why}); {describe(device)}; precision: {precision.name}; attention: {attention}"
+    )
 
     # 2. The sentences it is asked to complete.
     if args.fill is not None:
@@ -159,7 +218,9 @@ def main() -> None:
     print_answers(args.texts, "TEXT", ensemble.names, predict, args.json, cut)
 
 
-def some_reviews(args: argparse.Namespace, texts: list[str], tokenizer: Tokenizer) -> list[list[int]]:
+def some_reviews(
+    args: argparse.Namespace, texts: list[str], tokenizer: Tokenizer
+) -> list[list[int]]:
     """--unlabelled of these texts, as token ids; nobody looks at their labels."""
     rows = np.random.default_rng(args.seed).permutation(len(texts))[: args.unlabelled]
     return tokenizer.encode([texts[i] for i in rows])
@@ -179,7 +240,9 @@ def matching_labels(names: dict[int, str], reviews: Reviews, source: str) -> Ten
     matches = [label_index(name, names, numbers_too=True) for name in reviews.names.values()]
     if None in matches:
         stranger = reviews.names[matches.index(None)]
-        raise UserError(f"{source}: the label {stranger} is none of --words: {', '.join(names.values())}")
+        raise UserError(
+            f"{source}: the label {stranger} is none of --words: {', '.join(names.values())}"
+        )
     return torch.tensor(matches)
 
 
@@ -187,7 +250,9 @@ def evaluate(args: argparse.Namespace, prompts: list[Prompt], name: str) -> None
     """Every template with every calibration on the test rows: one table and one picture."""
     curves = read_curves(args.curves) if args.curves else []
     results = {"prompts.json", "prompts.png", "labels.png"}
-    check_strangers(args.out, results | {f"{name}.partial" for name in results}, "result of prompt.py")
+    check_strangers(
+        args.out, results | {f"{name}.partial" for name in results}, "result of prompt.py"
+    )
     reviews = Reviews.load(Dataset(args.evaluate, option="--evaluate"))
     tokenizer = prompts[0].reader.tokenizer
     labels = matching_labels(prompts[0].words.names, reviews, args.evaluate)[reviews.labels["test"]]
@@ -208,19 +273,26 @@ def evaluate(args: argparse.Namespace, prompts: list[Prompt], name: str) -> None
     if args.json:
         print(*map(json.dumps, rows + bag), sep="\n")
     else:
-        print(f"{len(texts):,} test rows of {args.evaluate}:\n{table(rows, bag)}")
-        print("\n".join(summary(rows)))
-    say(f"{len(prompts)} templates, {len(texts):,} texts and {len(unlabelled):,} unlabelled: {seconds:.0f} s")
+        print(f"{len(texts):,} test rows of {args.evaluate}:\n{prompt_table(rows, bag)}")
+        print("\n".join(prompt_summary(rows)))
+    say(
+        f"{len(prompts)} templates, {len(texts):,} texts and {len(unlabelled):,} unlabelled: {seconds:.0f} s"
+    )
     settings = {"model": name, "data": args.evaluate, "words": args.words, "max_len": args.max_len}
     device = describe(prompts[0].reader.device)
     settings |= {"seed": args.seed, "seconds": round(seconds, 1), "device": device}
     write_json(args.out / "prompts.json", settings | {"rows": rows, "with_labels": bag})
-    from minitune.plots import plot_prompts, plot_when_labels_pay  # matplotlib takes a second to import
+    from minitune.support.plots import (  # matplotlib takes a second to import
+        plot_prompts,
+        plot_when_labels_pay,
+    )
 
     title = f"{name} on {args.evaluate}"
     plot_prompts(rows, bag, title, args.out / "prompts.png")
     if curves:
-        without_labels = [row for row in rows if not row["shots"] and row["calibration"] == args.calibrate]
+        without_labels = [
+            row for row in rows if not row["shots"] and row["calibration"] == args.calibrate
+        ]
         plot_when_labels_pay(curves, without_labels[-1], title, args.out / "labels.png")
     say(f"wrote {args.out}: prompts.png, prompts.json{', labels.png' if curves else ''}")
 
@@ -229,12 +301,20 @@ def read_curves(path: Path) -> list[dict]:
     """The rows of finetune.py's compare.json, if they hold several numbers of training rows."""
     rows = read_json(path).get("rows", [])
     try:
-        if len({row["train_examples"] for row in rows}) > 1 and all(row["method"] in ORDER for row in rows):
-            numbers = ("train_examples", int), ("accuracy", float), ("spread", lambda x: float(x or 0))
+        if len({row["train_examples"] for row in rows}) > 1 and all(
+            row["method"] in ORDER for row in rows
+        ):
+            numbers = (
+                ("train_examples", int),
+                ("accuracy", float),
+                ("spread", lambda x: float(x or 0)),
+            )
             return [row | {key: kind(row[key]) for key, kind in numbers} for row in rows]
     except (AttributeError, KeyError, TypeError, ValueError):
         pass
-    raise UserError(f"--curves {path}: no compare.json of finetune.py with several --train-examples")
+    raise UserError(
+        f"--curves {path}: no compare.json of finetune.py with several --train-examples"
+    )
 
 
 def print_blanks(blanks: list[list[tuple[str, float]]], as_json: bool) -> None:

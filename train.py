@@ -18,20 +18,24 @@ from pathlib import Path
 import torch
 
 from minitune.attention import choose
-from minitune.checkpoint import load_masked_lm, load_tokenizer, save_model
-from minitune.cli import Parser, add_machine_options, choose_max_len, real, run_script, whole
+from minitune.checkpoint import find_model, load_masked_lm, load_tokenizer, save_model
 from minitune.corpus import Corpus
 from minitune.data import Dataset
-from minitune.errors import UserError
 from minitune.initialization import start_with_frequencies, start_with_neighbours
-from minitune.machine import check_device, describe, peak_memory
 from minitune.model import PRESETS, BertForMaskedLM
 from minitune.optimizer import Optimizer
-from minitune.precision import Precision
 from minitune.pretraining import MaskedLanguageModelling, fill_examples
-from minitune.processes import Processes
-from minitune.runs import Run
-from minitune.sources import find_model
+from minitune.support.cli import (
+    Parser,
+    add_machine_options,
+    choose_max_len,
+    real,
+    run_script,
+    whole,
+)
+from minitune.support.errors import UserError
+from minitune.support.runs import Run
+from minitune.support.runtime import Precision, Processes, check_device, describe, peak_memory
 from minitune.training import Trainer, train_or_say_how_to_go_on
 
 STARTED = time.monotonic()
@@ -41,9 +45,17 @@ def parser() -> Parser:
     """The options, grouped."""
     options = Parser("Pretrain a BERT from scratch by filling blanks.")
     add = options.add_argument_group("what is trained, on what").add_argument
-    add("--data", default="imdb", help="imdb, rotten_tomatoes, a .txt .csv .tsv .jsonl file, a folder")
+    add(
+        "--data",
+        default="imdb",
+        help="imdb, rotten_tomatoes, a .txt .csv .tsv .jsonl file, a folder",
+    )
     add("--preset", choices=PRESETS, default="tiny", help="size of the model")
-    add("--init", metavar="MODEL", help="go on from these weights: minilm, a BERT directory, a hub id")
+    add(
+        "--init",
+        metavar="MODEL",
+        help="go on from these weights: minilm, a BERT directory, a hub id",
+    )
     add("--vocab-size", type=whole(64, 10**6), default=8192, help="entries of a new vocabulary")
     add("--out", type=Path, default=Path("runs/pretrain"), help="directory of the run")
     add("--resume", action="store_true", help="go on with the run in --out")
@@ -54,13 +66,35 @@ def parser() -> Parser:
     add = options.add_argument_group("the recipe").add_argument
     add("--mask-rate", type=real(0, 0.9), default=0.15, help="share of tokens to guess")
     add("--whole-word", action="store_true", help="hide whole words, not single tokens")
-    add("--summary-weight", type=real(0, closed=True), default=1.0,
-        help="of guessing a text's words from [CLS] alone; 0: only what BERT does")  # fmt: skip
-    add("--max-len", type=whole(8), help="tokens in a sequence at most; default: 512, if there is room")
-    add("--batch-tokens", type=whole(8), default=4096, help="tokens in a step, all processes together")
-    add("--accumulate", type=whole(1, 1024), default=1, help="compute a batch in N parts, for memory")
+    add(
+        "--summary-weight",
+        type=real(0, closed=True),
+        default=1.0,
+        help="of guessing a text's words from [CLS] alone; 0: only what BERT does",
+    )
+    add(
+        "--max-len",
+        type=whole(8),
+        help="tokens in a sequence at most; default: 512, if there is room",
+    )
+    add(
+        "--batch-tokens",
+        type=whole(8),
+        default=4096,
+        help="tokens in a step, all processes together",
+    )
+    add(
+        "--accumulate",
+        type=whole(1, 1024),
+        default=1,
+        help="compute a batch in N parts, for memory",
+    )
     add("--optimizer", choices=["muon", "adamw"], default="muon", help="for the hidden matrices")
-    add("--lr", type=real(0), help="peak learning rate of that optimizer; default: muon 0.01, adamw 0.001")
+    add(
+        "--lr",
+        type=real(0),
+        help="peak learning rate of that optimizer; default: muon 0.01, adamw 0.001",
+    )
     add("--adamw-lr", type=real(0), default=1e-3, help="of AdamW, for the rest, beside Muon")
     add("--weight-decay", type=real(0, closed=True), default=0.01, help="of matrices")
     add_machine_options(options)
@@ -138,11 +172,15 @@ def main() -> None:
         seed=args.seed,
     )
     total_params = sum(p.numel() for p in model.parameters())
-    say(f"data: {args.data}, {corpus.unigrams.sum():,} training tokens in {len(task.train):,} sequences")
+    say(
+        f"data: {args.data}, {corpus.unigrams.sum():,} training tokens in {len(task.train):,} sequences"
+    )
     say(f"{total_params:,} parameters on {describe(processes.device)}")
     say(f"precision: {precision.name} ({precision.why}); attention: {attention}")
-    say(f"to beat: every word equally likely, ln V = {task.uniform:.2f} nats; "
-        f"words by their frequency alone, unigram entropy = {task.unigram:.2f}")  # fmt: skip
+    say(
+        f"to beat: every word equally likely, ln V = {task.uniform:.2f} nats; "
+        f"words by their frequency alone, unigram entropy = {task.unigram:.2f}"
+    )
 
     # 4. Train.
     lr = args.lr or PEAK_LR[args.optimizer]
@@ -160,7 +198,9 @@ def main() -> None:
     )
     checkpoint = run.load()
     if processes.is_main:
-        settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "resume"}
+        settings = {
+            k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "resume"
+        }
         run.start(settings | {"corpus": key})
     if checkpoint:
         trainer.restore(*checkpoint)
@@ -180,7 +220,7 @@ def main() -> None:
     for line in fill_examples(model, task, precision, processes.device):
         print(line)
     save_model(model, corpus.tokenizer, args.out)
-    from minitune.plots import plot_pretraining  # matplotlib takes a second to import
+    from minitune.support.plots import plot_pretraining  # matplotlib takes a second to import
 
     plot_pretraining(run.read_log(), task.uniform, task.unigram, final, args.out / "loss.png")
     run.finish(

@@ -1,10 +1,10 @@
 """Bottleneck adapters (Houlsby et al. 2019, "Parameter-Efficient Transfer Learning for NLP").
 
-The pretrained network is frozen. Inside each sublayer of each layer stands an adapter: down to a few
-units, a nonlinearity, up again, and a skip connection around it. It begins as almost the identity, so
-training starts from what the pretrained network computes. Trained are the adapters, the LayerNorms of
-the layers, and the head; nothing else. As no trained tensor lies below the first adapter, the
-backward pass stops there, and frozen matrices need no gradient of their own.
+The pretrained network is frozen. Inside each sublayer of each layer stands an adapter: down to a
+few units, a nonlinearity, up again, and a skip connection around it. It begins as almost the
+identity, so training starts from what the pretrained network computes. Trained are the adapters,
+the LayerNorms of the layers, and the head; nothing else. As no trained tensor lies below the first
+adapter, the backward pass stops there, and frozen matrices need no gradient of their own.
 """
 
 import torch.nn.functional as F
@@ -69,8 +69,9 @@ def new_adapter_modules(config: BertConfig, units: int, labels: int) -> dict[str
 class AdapterSwitch:
     """One base model in memory, and several sets of adapters that take turns in it, by name.
 
-    A set is all that was trained together: adapters, LayerNorms and classifier. Switching puts other
-    modules into the same places and copies nothing. prediction.load_adapters makes one from runs.
+    A set is all that was trained together: adapters, LayerNorms and classifier. Switching puts
+    other modules into the same places and copies nothing. prediction.load_adapters makes one from
+    runs.
     """
 
     def __init__(self, model: BertForSequenceClassification):

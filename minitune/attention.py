@@ -1,17 +1,18 @@
 """Attention over packed sequences: one function, several ways to compute it.
 
-A batch holds its sequences laid end to end with no padding, so the T tokens of B sequences come with
-`cu_seqlens` (B+1,), the cumulative lengths: sequence b owns rows `cu_seqlens[b]:cu_seqlens[b+1]`.
-Attention is the part of the model that works on them; a token attends to the tokens of its own
-sequence and to nothing else (Vaswani et al. 2017, section 3.2.1, without a causal mask, as in BERT).
+A batch holds its sequences laid end to end with no padding, so the T tokens of B sequences come
+with `cu_seqlens` (B+1,), the cumulative lengths: sequence b owns rows
+`cu_seqlens[b]:cu_seqlens[b+1]`. Attention is the part of the model that works on them; a token
+attends to the tokens of its own sequence and to nothing else (Vaswani et al. 2017, section 3.2.1,
+without a causal mask, as in BERT).
 
     q, k, v     (T, H, D)   T tokens, H heads, D dimensions a head
     cu_seqlens  (B+1,)      int32
     returns     (T, H, D)
 
 Read `reference` for what is computed, `Tiled` for how FlashAttention computes the same without ever
-holding all scores, kernels.py for that on a GPU, and padded_attention.py for what suits a CPU. No backend
-drops attention weights at random: minitune trains without dropout there.
+holding all scores, fast/triton_attention.py for that on a GPU, and padded_attention.py for what suits a CPU. No
+backend drops attention weights at random: minitune trains without dropout there.
 """
 
 import functools
@@ -25,8 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minitune.errors import UserError
-from minitune.padded_attention import Padded
+from minitune.fast.padded_attention import Padded
+from minitune.support.errors import UserError
 
 
 def reference(
@@ -48,15 +49,19 @@ def _rectangles(
 ) -> Iterator[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]:
     """Neighbouring sequences with equally many queries m and keys n as one.
 
-    They are views, (sequences, H, m, …) of tensors (M, H, …) and (sequences, H, n, …) of tensors (T, H, …).
-    They share one batched product, which changes no result and is fast where batches are sorted by length.
+    They are views, (sequences, H, m, …) of tensors (M, H, …) and (sequences, H, n, …) of tensors
+    (T, H, …). They share one batched product, which changes no result and is fast where batches are
+    sorted by length.
     """
     sizes = zip(cu_seqlens_q.diff().tolist(), cu_seqlens.diff().tolist(), strict=True)
     alike = [(len(list(same)), m, n) for (m, n), same in groupby(sizes)]
 
     def views(x: Tensor, shapes: list[tuple[int, int]]) -> list[Tensor]:
         parts = x.split([count * length for count, length in shapes])
-        return [part.unflatten(0, shape).transpose(1, 2) for part, shape in zip(parts, shapes, strict=True)]
+        return [
+            part.unflatten(0, shape).transpose(1, 2)
+            for part, shape in zip(parts, shapes, strict=True)
+        ]
 
     queries = [views(x, [(count, m) for count, m, _ in alike]) for x in of_queries]
     keys = [views(x, [(count, n) for count, _, n in alike]) for x in of_keys]
@@ -66,36 +71,44 @@ def _rectangles(
 class Tiled(torch.autograd.Function):
     """FlashAttention (Dao et al. 2022) in plain torch: exact attention in memory that grows with T, not T².
 
-    `reference` needs a whole row of scores before it can divide by the row's sum. The way out is the
-    online softmax (Milakov & Gimelshein 2018). Take the keys a block at a time, and keep for each query
+    `reference` needs a whole row of scores before it can divide by the row's sum. The way out is
+    the online softmax (Milakov & Gimelshein 2018). Take the keys a block at a time, and keep for
+    each query
 
         top      the largest score so far
         total    Σ exp(score − top)  over the keys so far
         out      Σ exp(score − top) · value
 
-    When a block brings a larger score, `total` and `out` are relative to the wrong one; multiplying both
-    by exp(old top − new top) puts that right. After the last block out / total is the answer, and
-    lse = top + log(total), the log of Σ exp(score), is all that the backward pass needs to know of the
-    softmax: it recomputes any block of the weights as P = exp(S − lse) instead of storing them.
+    When a block brings a larger score, `total` and `out` are relative to the wrong one; multiplying
+    both by exp(old top − new top) puts that right. After the last block out / total is the answer,
+    and lse = top + log(total), the log of Σ exp(score), is all that the backward pass needs to know
+    of the softmax: it recomputes any block of the weights as P = exp(S − lse) instead of storing
+    them.
 
-    With dO, the gradient of the output, the chain rule through S = q kᵀ, P = softmax(S), O = P v reads
+    With dO, the gradient of the output, the chain rule through S = q kᵀ, P = softmax(S), O = P v
+    reads
 
         dv = Pᵀ dO      dP = dO vᵀ      dS = P ∘ (dP − δ)      dq = dS k      dk = dSᵀ q
 
-    where δ = Σ_keys P ∘ dP, from the softmax's own derivative, seems to need whole rows again. But it
-    equals the row sum of dO ∘ O (Dao 2023, FlashAttention-2), so block by block is enough here too.
+    where δ = Σ_keys P ∘ dP, from the softmax's own derivative, seems to need whole rows again. But
+    it equals the row sum of dO ∘ O (Dao 2023, FlashAttention-2), so block by block is enough here
+    too.
 
-    Between the passes it keeps q, k, v, the output and lse. Blocks are summed in float32 (float64 for
-    float64 inputs) and in a fixed order, so equal inputs give equal bits.
+    Between the passes it keeps q, k, v, the output and lse. Blocks are summed in float32 (float64
+    for float64 inputs) and in a fixed order, so equal inputs give equal bits.
     """
 
     BLOCK = 64  # keys; the largest tensor of all is a block of scores, M·H·BLOCK
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens: Tensor) -> Tensor:
+    def forward(
+        ctx, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens: Tensor
+    ) -> Tensor:
         out, lse = torch.empty_like(q), torch.empty_like(q[..., :1], dtype=_sum_dtype(q))
         with _no_autocast(q):
-            for (q1, out1, lse1), kv in _rectangles(cu_seqlens_q, cu_seqlens, [q, out, lse], [k, v]):
+            for (q1, out1, lse1), kv in _rectangles(
+                cu_seqlens_q, cu_seqlens, [q, out, lse], [k, v]
+            ):
                 out1[:], lse1[:] = _tiled_forward(q1, *kv)
         ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens)
         return out
@@ -106,7 +119,9 @@ class Tiled(torch.autograd.Function):
         q, k, v, out, lse, *cu_seqlens = ctx.saved_tensors
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
         with _no_autocast(q):
-            for of_queries, of_keys in _rectangles(*cu_seqlens, [q, out, lse, d_out, dq], [k, v, dk, dv]):
+            for of_queries, of_keys in _rectangles(
+                *cu_seqlens, [q, out, lse, d_out, dq], [k, v, dk, dv]
+            ):
                 *given_q, dq1 = of_queries
                 *given_k, dk1, dv1 = of_keys
                 dq1[:], dk1[:], dv1[:] = _tiled_backward(*given_q, *given_k)
@@ -179,7 +194,7 @@ def fused(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens: Tensor, max_seqlen: int
 ) -> Tensor:
     """FlashAttention as Triton kernels. Imported only when asked for: not every machine has triton."""
-    from minitune.kernels import Fused
+    from minitune.fast.triton_attention import Fused
 
     return Fused.apply(q, k, v, cu_seqlens_q, cu_seqlens, max_seqlen)
 
@@ -200,10 +215,10 @@ BACKENDS = {"reference": reference, "padded": padded, "tiled": tiled, "sdpa": sd
 def choose(backend: str, device: torch.device, dtype: torch.dtype, head_size: int) -> str:
     """The backend that "auto" stands for; any other name is returned as it is.
 
-    Measured on CPUs with bfloat16 products (tests/benchmarks/LOG.md): in bfloat16 plain batched products
-    are about twice as fast as torch's fused kernel and its backward pass, where their shapes come again; in
-    float32 the fused kernel is ahead.
-    On a GPU the Triton kernels where they run, since one call serves sequences of all lengths.
+    Measured on CPUs with bfloat16 products (tests/benchmarks/LOG.md): in bfloat16 plain batched
+    products are about twice as fast as torch's fused kernel and its backward pass, where their
+    shapes come again; in float32 the fused kernel is ahead. On a GPU the Triton kernels where they
+    run, since one call serves sequences of all lengths.
 
     Raises UserError where "triton" is asked for by name and cannot run.
     """
@@ -217,8 +232,10 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype, head_size: in
 
 
 def obstacle_to_triton(device: torch.device, head_size: int) -> str:
-    """Why the kernels of kernels.py cannot run here; empty if they can."""
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":  # which runs kernels in numpy
+    """Why the kernels of fast/triton_attention.py cannot run here; empty if they can."""
+    if (
+        device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1"
+    ):  # which runs kernels in numpy
         return "it needs a CUDA device"
     if not importlib.util.find_spec("triton"):
         return "the package triton is not installed"

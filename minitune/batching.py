@@ -4,9 +4,33 @@ Steps then cost about the same, and attention, which works on runs of equal leng
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
+
+
+@dataclass
+class PackedBatch:
+    """Sequences laid end to end, and where each of them ends."""
+
+    tokens: Tensor  # (T,) int64
+    cu_seqlens: Tensor  # (B+1,) int32, cumulative lengths, starting with 0
+    max_seqlen: int
+
+    @classmethod
+    def from_sequences(cls, sequences: list[Tensor]) -> "PackedBatch":
+        """Pack 1-D tensors of token ids."""
+        lengths = torch.tensor([0] + [len(s) for s in sequences], dtype=torch.int32)
+        tokens = torch.cat(sequences).long()
+        return cls(tokens, lengths.cumsum(0, dtype=torch.int32), int(lengths.max()))
+
+    def to(self, device: torch.device) -> "PackedBatch":
+        """The same batch on another device."""
+        move = {"device": device, "non_blocking": True}
+        return PackedBatch(self.tokens.to(**move), self.cu_seqlens.to(**move), self.max_seqlen)
+
 
 WINDOW = 64  # batches that are drawn together before they are sorted by length
 
@@ -29,7 +53,9 @@ def shuffled_batches(
         order = rng.permutation(np.arange(len(lengths), dtype=np.int32))
         for start in range(0, len(order), window):
             chosen = order[start : start + window]
-            batches = filled(chosen[np.argsort(lengths[chosen], kind="stable")], lengths, batch_tokens)
+            batches = filled(
+                chosen[np.argsort(lengths[chosen], kind="stable")], lengths, batch_tokens
+            )
             for i in rng.permutation(len(batches)):
                 if skip:
                     skip -= 1
@@ -57,7 +83,7 @@ def filled(order: np.ndarray, lengths: np.ndarray, batch_tokens: int) -> list[np
 def reading_tokens(device: torch.device) -> int:
     """The budget of a batch that is read and not learned from, so that nothing is kept of it.
 
-    On a CPU a small one: 4,096 tokens are 1 to 3% faster and take 6 to 18% more memory, 2,048 are 3% slower
-    (tests/benchmarks/LOG.md). A GPU wants enough to do.
+    On a CPU a small one: 4,096 tokens are 1 to 3% faster and take 6 to 18% more memory, 2,048 are
+    3% slower (tests/benchmarks/LOG.md). A GPU wants enough to do.
     """
     return 3072 if device.type == "cpu" else 16384

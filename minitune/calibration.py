@@ -1,11 +1,13 @@
 """Calibrating a prompt without labels: what the answer would be for no reason at all, taken off again.
 
-A model that writes "good" into most blanks calls everything positive. Its label scores still put the
-reviews in order; what is wrong is where zero lies. Each function here gives one number a label to add to
-the scores, which are log-probabilities. Accuracy moves by ten points and more with it; that is the lesson.
+A model that writes "good" into most blanks calls everything positive. Its label scores still put
+the reviews in order; what is wrong is where zero lies. Each function here gives one number a label
+to add to the scores, which are log-probabilities. Accuracy moves by ten points and more with it;
+that is the lesson.
 """
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from minitune.prediction import BLOCK, Prediction
 from minitune.prompting import Prompt, in_words
+from minitune.support.results import TOGETHER, expected_calibration_error, interval
 
 
 def none(prompt: Prompt, unlabelled: Sequence[list[int]]) -> Tensor:
@@ -34,8 +37,8 @@ def contextual(prompt: Prompt, unlabelled: Sequence[list[int]]) -> Tensor:
 def pmi(prompt: Prompt, unlabelled: Sequence[list[int]]) -> Tensor:
     """Divide by how probable the words are in the domain anyway: in the template without any text.
 
-    Domain-conditional pointwise mutual information, log p(word | text, template) - log p(word | template):
-    Holtzman et al. 2021, "Surface Form Competition".
+    Domain-conditional pointwise mutual information, log p(word | text, template) - log p(word |
+    template): Holtzman et al. 2021, "Surface Form Competition".
     """
     return -prompt.scores([[]])[0]
 
@@ -49,7 +52,8 @@ def match_prior(scores: Tensor) -> Tensor:
     """(L,) to add to the scores (N, L), so that the mean of their softmax is the same for all labels.
 
     The re-estimation of Saerens et al. 2002, "Adjusting the Outputs of a Classifier to New a Priori
-    Probabilities", turned round: there the prior is unknown, here it is known and the scores are off.
+    Probabilities", turned round: there the prior is unknown, here it is known and the scores are
+    off.
     """
     bias = torch.zeros(scores.size(1), dtype=torch.float64)
     for _ in range(1000):  # a hundred are enough unless hardly any review is in doubt
@@ -64,18 +68,6 @@ def match_prior(scores: Tensor) -> Tensor:
 CALIBRATIONS: dict[str, Callable[[Prompt, Sequence[list[int]]], Tensor]] = {
     "none": none, "contextual": contextual, "pmi": pmi, "prior": prior,
 }  # fmt: skip
-
-
-def expected_calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 10) -> float:
-    """How far the probability (N, L) of an answer is from its chance to be right, on average.
-
-    Answers are put in bins by their probability: Guo et al. 2017, "On Calibration of Modern Neural Networks".
-    """
-    confidence, answers = probabilities.double().max(-1)
-    right = (answers == labels).double()
-    bin_of = (confidence * bins).long().clamp_max(bins - 1)
-    gaps = torch.zeros(bins, dtype=torch.float64).index_add(0, bin_of, right - confidence)
-    return (gaps.abs().sum() / len(labels)).item()
 
 
 class Ensemble:
@@ -124,3 +116,35 @@ class PromptPrediction(Prediction):
 def agree(scores: list[Tensor]) -> Tensor:
     """The common answer (N, L) of several prompts with these scores (N, L), in log-probabilities."""
     return torch.stack([own.log_softmax(-1) for own in scores]).mean(0).log_softmax(-1)
+
+
+def compare_prompts(
+    prompts: list[Prompt], texts: list[list[int]], labels: Tensor, unlabelled: list[list[int]]
+) -> Iterator[dict]:
+    """A row for each template and calibration, and last, for each calibration, one for all templates."""
+    names = prompts[0].words.names
+    calibrated: dict[str, list[Tensor]] = {name: [] for name in CALIBRATIONS}
+    for prompt in prompts:
+        scores = prompt.scores(texts)
+        for name, calibrate in CALIBRATIONS.items():
+            own = scores + calibrate(prompt, unlabelled)
+            calibrated[name].append(own)
+            yield {"template": prompt.sentence, "calibration": name} | figures(own, labels, names)
+    if len(prompts) > 1:
+        for name, own in calibrated.items():
+            yield {"template": TOGETHER, "calibration": name} | figures(agree(own), labels, names)
+
+
+def figures(scores: Tensor, labels: Tensor, names: dict[int, str]) -> dict:
+    """What scores (N, L) are worth, given the right labels (N,)."""
+    probabilities = scores.softmax(-1)
+    answers = probabilities.argmax(-1)
+    accuracy = (answers == labels).double().mean().item()
+    most, count = Counter(answers.tolist()).most_common(1)[0]
+    return {
+        "accuracy": accuracy,
+        "interval": interval(accuracy, len(labels)),
+        "majority_answer": names[most],
+        "majority_share": count / len(labels),
+        "calibration_error": expected_calibration_error(probabilities, labels),
+    }

@@ -5,7 +5,6 @@ whole network reads (Sequences), or the features of a frozen encoder (features.F
 """
 
 import copy
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -15,9 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minitune.batching import shuffled_batches, sorted_batches
-from minitune.model import PackedBatch
-from minitune.processes import Processes
+from minitune.batching import PackedBatch, shuffled_batches, sorted_batches
+from minitune.support.runtime import Processes
 from minitune.tokenizer import Tokenizer
 
 HEAD_SHARE = 0.25  # of a text that is cut, this much from its beginning and the rest from its end
@@ -91,7 +89,9 @@ class Examples:
 
     def batches(self, batch_tokens: int) -> list["Batch"]:
         """All examples once, sorted by length."""
-        return [self.batch(indices) for indices in sorted_batches(self.inputs.lengths, batch_tokens)]
+        return [
+            self.batch(indices) for indices in sorted_batches(self.inputs.lengths, batch_tokens)
+        ]
 
 
 @dataclass
@@ -134,7 +134,8 @@ class Classification:
         self.yardstick = f"always the same answer: accuracy {shares.max():.3f}, loss {entropy:.3f}"
         self.unit = train.inputs.unit
         self.validation_tokens = int(validation.inputs.lengths.sum()) * epochs
-        # An epoch has not always the same number of batches: they are filled anew from shuffled rows.
+        # An epoch has not always the same number of batches: they are filled anew from shuffled
+        # rows.
         self.epoch_ends, step = [], 0
         rows = 0
         for indices in shuffled_batches(train.inputs.lengths, batch_tokens, seed):
@@ -187,10 +188,3 @@ def evaluate(model: nn.Module, examples: Examples, batch_tokens: int, processes:
         totals += torch.tensor([loss.item(), right.item(), len(batch)], dtype=torch.float64)
     loss, right, answers = processes.sum(totals).tolist()
     return {"accuracy": right / answers, "loss": loss / answers}
-
-
-def interval(accuracy: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95% confidence interval of an accuracy measured on n rows (Wilson 1927)."""
-    center = (accuracy + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(accuracy * (1 - accuracy) / n + z * z / (4 * n * n))
-    return center - half, center + half

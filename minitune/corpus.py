@@ -5,8 +5,8 @@
     data/cache/KEY/SPLIT.ends.npy               (N,) int64, where each text ends
     data/cache/KEY/unigrams.npy                 (V,) int64, how often each id occurs in train
 
-KEY depends on all that the content depends on (files by name, size and time of change). Texts stream
-through in blocks; what stays in memory is where sequences start, 16 bytes each.
+KEY depends on all that the content depends on (files by name, size and time of change). Texts
+stream through in blocks; what stays in memory is where sequences start, 16 bytes each.
 """
 
 import hashlib
@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from minitune.data import Dataset
-from minitune.errors import UserError
-from minitune.files import publish_directory
+from minitune.support.errors import UserError
+from minitune.support.runs import publish_directory
 from minitune.tokenizer import Tokenizer
 
 CACHE = Path(__file__).parents[1] / "data" / "cache"
@@ -86,9 +86,9 @@ class Corpus:
 class Pieces:
     """Sequences [CLS] tokens [SEP], cut from texts.
 
-    A text of more than max_len - 2 tokens becomes several pieces of that many, and a shorter last one.
-    With `overlap` the last one begins earlier instead and is as long as the others: steps over batches
-    of one shape are about 10% faster, since oneDNN compiles a kernel for each new shape.
+    A text of more than max_len - 2 tokens becomes several pieces of that many, and a shorter last
+    one. With `overlap` the last one begins earlier instead and is as long as the others: steps over
+    batches of one shape are about 10% faster, since oneDNN compiles a kernel for each new shape.
     """
 
     def __init__(self, corpus: Corpus, split: str, max_len: int, overlap: bool):
@@ -99,8 +99,14 @@ class Pieces:
             for i in range(0, len(ends), PIECES_BLOCK)
         ]
         self.starts = np.concatenate([starts for starts, _ in blocks])  # (N,) int64
-        self.lengths = np.concatenate([lengths for _, lengths in blocks])  # (N,) int32, with the frame
-        self.path, self.dtype, self.max_len = corpus.directory / f"{split}.tokens", corpus.dtype, max_len
+        self.lengths = np.concatenate(
+            [lengths for _, lengths in blocks]
+        )  # (N,) int32, with the frame
+        self.path, self.dtype, self.max_len = (
+            corpus.directory / f"{split}.tokens",
+            corpus.dtype,
+            max_len,
+        )
         self.frame = corpus.tokenizer.cls_id, corpus.tokenizer.sep_id
 
     def __len__(self) -> int:

@@ -17,11 +17,16 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from minitune.errors import UserError
+import numpy as np
+import torch
+from torch import Tensor
+
+from minitune.support.errors import UserError
 
 PACKAGED = ("imdb", "rotten_tomatoes")  # also the values of the package's column `source`
 SUFFIXES = (".txt", ".csv", ".tsv", ".jsonl")
@@ -113,14 +118,18 @@ def _source(name: str, option: str):
         return [file], lambda: _read_package(file, name)
     path = Path(name)
     if not path.exists():
-        raise UserError(f"{option} {name}: no such file or directory (and not imdb or rotten_tomatoes)")
+        raise UserError(
+            f"{option} {name}: no such file or directory (and not imdb or rotten_tomatoes)"
+        )
     if path.is_dir():
         if (path / "train" / "pos").is_dir() and (path / "train" / "neg").is_dir():
             files = [file for part in ACL_IMDB for file in _in_number_order(path / part)]
             return files, lambda: _read_acl_imdb(files)
         files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
         if not files:
-            raise UserError(f"{option} {name}: no {', '.join(SUFFIXES)} file and no aclImdb tree in it")
+            raise UserError(
+                f"{option} {name}: no {', '.join(SUFFIXES)} file and no aclImdb tree in it"
+            )
     elif path.suffix not in SUFFIXES:
         raise UserError(f"{option} {name}: the name must end in {', '.join(SUFFIXES)}")
     else:
@@ -184,7 +193,9 @@ def _read_table(file: Path, keep=lambda cells: True) -> Iterator[Row]:
     csv.field_size_limit(1 << 30)  # the library's default refuses a long review
     with _reading(file), open(file, encoding="utf-8-sig", newline="") as lines:
         # strict: a quote that never closes must not swallow the rest of the file.
-        reader = csv.DictReader(lines, delimiter="\t" if file.suffix == ".tsv" else ",", strict=True)
+        reader = csv.DictReader(
+            lines, delimiter="\t" if file.suffix == ".tsv" else ",", strict=True
+        )
         for cells in reader:
             if keep(cells):
                 yield _row(cells, f"{file}, line {reader.line_num}")
@@ -197,13 +208,17 @@ def _row(cells: dict, where: str) -> Row:
         names = ", ".join(str(name) for name in cells if name is not None) or "none"
         raise UserError(f"{where}: no column named text (columns: {names[:200]})")
     if None in cells:
-        raise UserError(f"{where}: more cells than columns; a text with a delimiter in it needs quotes")
+        raise UserError(
+            f"{where}: more cells than columns; a text with a delimiter in it needs quotes"
+        )
     if text is not None and not isinstance(text, str):
         raise UserError(f"{where}: the column text holds a {type(text).__name__}, not a string")
     if not text or not text.strip():
         raise UserError(f"{where}: the column text is empty")
     if "\0" in text:
-        raise UserError(f"{where}: the text holds zero bytes; is the file UTF-16, or no text at all?")
+        raise UserError(
+            f"{where}: the text holds zero bytes; is the file UTF-16, or no text at all?"
+        )
     try:
         text.encode()
     except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
@@ -222,3 +237,108 @@ def _reading(file: Path) -> Iterator[None]:
         raise UserError(f"{file}: not a table: {error}") from error
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}") from error
+
+
+SENTIMENT = {"0": "negative", "1": "positive"}  # in the sources that minitune knows by name
+MOST_LABELS = 100
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass
+class Reviews:
+    """The texts of each split, and the index of each one's label."""
+
+    names: dict[int, str]  # of the labels
+    texts: dict[str, list[str]] = field(default_factory=lambda: {split: [] for split in SPLITS})
+    labels: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, dataset: Dataset) -> "Reviews":
+        """All labelled rows. Raises UserError where there are too few, or labels make no sense."""
+        raw = {split: [] for split in SPLITS}
+        texts = {split: [] for split in SPLITS}
+        unlabelled = Counter()
+        for row in dataset.split_rows():
+            if row.label:
+                texts[row.split].append(row.text)
+                raw[row.split].append(row.label)
+            else:
+                unlabelled[row.split] += 1
+        known = dataset.name in PACKAGED or _is_acl_imdb(dataset)
+        # The aclImdb tree has unlabelled reviews on purpose, and none of them to test.
+        if unlabelled["test"] or (unlabelled and not known):
+            option = (
+                "--test"
+                if dataset.test and unlabelled["test"]
+                else f"{dataset.option} {dataset.name}"
+            )
+            raise UserError(
+                f"{option}: {unlabelled.total():,} rows have no label (in a column label)"
+            )
+        names = _names(raw["train"], SENTIMENT if known else {}, f"{dataset.option} {dataset.name}")
+        reviews = cls(names, texts)
+        for split in SPLITS:
+            labels = [label_index(label, names, known) for label in raw[split]]
+            if None in labels:
+                wrong = raw[split][labels.index(None)]
+                raise UserError(
+                    f"{split} rows: the label {wrong} is not in the train rows of {dataset.name}"
+                )
+            reviews.labels[split] = torch.tensor(labels, dtype=torch.int64)
+            if not labels:
+                raise UserError(
+                    f"{dataset.option} {dataset.name} has too few rows: none is left for {split}"
+                )
+        return reviews
+
+    def choose(self, split: str, count: int, seed: int) -> np.ndarray:
+        """Indices of `count` rows of a split, the labels as even as they can be.
+
+        Random by `seed`; a smaller choice is part of a larger one. Raises UserError for too many.
+        """
+        labels = self.labels[split].numpy()
+        if count > len(labels):
+            raise UserError(f"there are {len(labels):,} {split} rows, not {count:,}")
+        order = np.random.default_rng(seed).permutation(len(labels))
+        # The k-th row of each label comes before the (k+1)-th of any.
+        rank = np.empty(len(labels), dtype=np.int64)
+        for label in self.names:
+            own = order[labels[order] == label]
+            rank[own] = np.arange(len(own))
+        return order[np.argsort(rank[order], kind="stable")][:count]
+
+
+def label_index(label: str, names: dict[int, str], numbers_too: bool) -> int | None:
+    """Which label a name means, or its number where that may stand for it; None: neither.
+
+    Where names are numbers themselves, "1" is a name and never a number.
+    """
+    for index, name in names.items():
+        if label == name:
+            return index
+    if not numbers_too or any(name.isdigit() for name in names.values()):
+        return None
+    return next((index for index in names if label == str(index)), None)
+
+
+def _names(labels: list[str], known: dict[str, str], source: str) -> dict[int, str]:
+    """Index to name, of the distinct labels in the train rows: sorted, numbers by value."""
+    distinct = set(labels)
+    try:
+        "".join(distinct).encode()
+    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
+        raise UserError(f"{source}: a label holds half of a character (a lone surrogate)") from None
+    if len(distinct) < 2:
+        what = f"one label only, {distinct.pop()}" if distinct else "no labelled row to train on"
+        raise UserError(f"{source} has {what}: there is nothing to tell apart")
+    if len(distinct) > MOST_LABELS:
+        raise UserError(f"{source} has {len(distinct):,} different labels, {MOST_LABELS} at most")
+    try:
+        ordered = sorted(sorted(distinct), key=float)  # "1" and "1.0" in an order of their own
+    except ValueError:
+        ordered = sorted(distinct)
+    return {index: known.get(label, label) for index, label in enumerate(ordered)}
+
+
+def _is_acl_imdb(dataset: Dataset) -> bool:
+    return "/".join(dataset.files[0].parts[-3:-1]) in ACL_IMDB

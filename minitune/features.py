@@ -1,8 +1,8 @@
 """Feature extraction: a frozen encoder reads every text once, and a small head learns from what it said.
 
-A text becomes one vector: for each layer the mean of the hidden states over its tokens, and their standard
-deviation, side by side. Layers see different things, and which of them knows about sentiment is for the
-head to find out.
+A text becomes one vector: for each layer the mean of the hidden states over its tokens, and their
+standard deviation, side by side. Layers see different things, and which of them knows about
+sentiment is for the head to find out.
 """
 
 import time
@@ -14,13 +14,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minitune.batching import filled, reading_tokens
+from minitune.batching import PackedBatch, filled, reading_tokens
 from minitune.classification import Examples, Sequences
-from minitune.errors import UserError
-from minitune.files import write_tensors
-from minitune.model import Bert, PackedBatch, mean_of_tokens
-from minitune.precision import Precision
-from minitune.processes import Processes
+from minitune.model import Bert, mean_of_tokens
+from minitune.support.errors import UserError
+from minitune.support.runs import write_tensors
+from minitune.support.runtime import Precision, Processes
 
 BLOCK = 1024  # texts in a file of features; a kill loses the work on one
 
@@ -94,7 +93,11 @@ def pooled_layers(bert: Bert, batch: PackedBatch) -> Tensor:
 
 
 def extract(
-    bert: Bert, examples: dict[str, Examples], directory: Path, processes: Processes, precision: Precision
+    bert: Bert,
+    examples: dict[str, Examples],
+    directory: Path,
+    processes: Processes,
+    precision: Precision,
 ) -> tuple[dict[str, Examples], float]:
     """The examples of each split with features as inputs, and the seconds that the training rows took.
 

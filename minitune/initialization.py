@@ -20,24 +20,29 @@ def sinusoid_angles(positions: Tensor, size: int) -> Tensor:
 def start_with_sinusoids(positions: nn.Embedding, scale: float) -> None:
     """Initial position embeddings: sinusoids of this amplitude, from which the learned ones go on."""
     angles = sinusoid_angles(torch.arange(positions.num_embeddings), positions.embedding_dim)
-    positions.weight[:, 0::2], positions.weight[:, 1::2] = scale * angles.sin(), scale * angles.cos()
+    positions.weight[:, 0::2], positions.weight[:, 1::2] = (
+        scale * angles.sin(),
+        scale * angles.cos(),
+    )
 
 
 @torch.no_grad()
-def start_with_neighbours(bert: Bert, scale: float = 0.1, sharpness: float = 1.5, layers: int = 2) -> None:
+def start_with_neighbours(
+    bert: Bert, scale: float = 0.1, sharpness: float = 1.5, layers: int = 2
+) -> None:
     """Initial weights with which the first layers attend to the words next to each word.
 
     A BERT from random weights sits on a plateau at the entropy of single words: attention is near
-    uniform, a bag of words, until it has found out which positions are neighbours. Here it knows from
-    the start. Positions begin as sinusoids p(i), large beside the words (whose spread is 0.02), and
-    head h of a lower layer begins as a rotation: query and key select the D fastest-turning
-    coordinates, the key turned back by the head's offset o, so that
+    uniform, a bag of words, until it has found out which positions are neighbours. Here it knows
+    from the start. Positions begin as sinusoids p(i), large beside the words (whose spread is
+    0.02), and head h of a lower layer begins as a rotation: query and key select the D
+    fastest-turning coordinates, the key turned back by the head's offset o, so that
 
         q(i) · k(j) = sharpness² p(i) · p(j - o),   largest where j = i + o.
 
-    Offsets are -1, +1, -2, +2, … . All of it is only where training starts; every weight is learned.
-    In spirit like the mimetic initialization of Trockman & Kolter (2023), who copy the look of trained
-    query-key products. Measured effect: tests/benchmarks/LOG.md.
+    Offsets are -1, +1, -2, +2, … . All of it is only where training starts; every weight is
+    learned. In spirit like the mimetic initialization of Trockman & Kolter (2023), who copy the
+    look of trained query-key products. Measured effect: tests/benchmarks/LOG.md.
     """
     C, D = bert.config.hidden_size, bert.config.hidden_size // bert.config.num_attention_heads
     start_with_sinusoids(bert.embeddings.position, scale)

@@ -1,7 +1,7 @@
 """Masked-language-model corruption (Devlin et al. 2019, section 3.1): one pure function.
 
-Of the tokens chosen for prediction 80% become [MASK], 10% a random word and 10% stay as they are, so
-that the model must keep a good guess at every position, not only where it sees a [MASK].
+Of the tokens chosen for prediction 80% become [MASK], 10% a random word and 10% stay as they are,
+so that the model must keep a good guess at every position, not only where it sees a [MASK].
 """
 
 from typing import NamedTuple
@@ -30,11 +30,11 @@ def mask_tokens(
 ) -> Masked:
     """Corrupt the packed tokens (T,) of a batch, leaving the input as it is.
 
-    Of the tokens that are not special, the share `rate` is chosen: exactly so many, in random places,
-    since products of one size at every step are faster and take less memory than many sizes. With
-    `continuation`, a bool for each word of the vocabulary that tells whether it goes on a word
-    ("##ing"), whole words are chosen instead of tokens (the BERT authors' 2019 update), up to that
-    share. `special_ids` are never chosen and never put in as a random word.
+    Of the tokens that are not special, the share `rate` is chosen: exactly so many, in random
+    places, since products of one size at every step are faster and take less memory than many
+    sizes. With `continuation`, a bool for each word of the vocabulary that tells whether it goes on
+    a word ("##ing"), whole words are chosen instead of tokens (the BERT authors' 2019 update), up
+    to that share. `special_ids` are never chosen and never put in as a random word.
     """
     ordinary_places = (~torch.isin(tokens, special_ids)).nonzero().squeeze(1)
     wanted = round(rate * ordinary_places.numel())

@@ -1,12 +1,13 @@
 """BERT (Devlin et al. 2019), every line of it, over packed batches.
 
-The architecture is BERT to the letter: post-LayerNorm, learned positions, token types, exact GELU, a
-masked-LM decoder tied to the word embeddings. What differs from most code is how it is run: a batch
-is its T tokens laid end to end (see attention.py), so nothing here knows of padded sequences, and where a
-head reads a few tokens only, the last layer computes keys and values of the others, and no more.
+The architecture is BERT to the letter: post-LayerNorm, learned positions, token types, exact GELU,
+a masked-LM decoder tied to the word embeddings. What differs from most code is how it is run: a
+batch is its T tokens laid end to end (see attention.py), so nothing here knows of padded sequences,
+and where a head reads a few tokens only, the last layer computes keys and values of the others, and
+no more.
 
-Shapes: T tokens in the batch, M of them wanted, R rows (T or M, on a CPU rounded up, see `rounded`),
-B sequences, C = hidden_size, H heads, D = C / H, V = vocab_size.
+Shapes: T tokens in the batch, M of them wanted, R rows (T or M, on a CPU rounded up, see
+`rounded`), B sequences, C = hidden_size, H heads, D = C / H, V = vocab_size.
 """
 
 from dataclasses import dataclass, field
@@ -14,9 +15,10 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from minitune.attention import attention
+from minitune.batching import PackedBatch
+from minitune.fast.layers import Dropout, GeluLinear, rounded
 
 
 @dataclass
@@ -55,45 +57,6 @@ PRESETS = {
 
 
 @dataclass
-class PackedBatch:
-    """Sequences laid end to end, and where each of them ends."""
-
-    tokens: Tensor  # (T,) int64
-    cu_seqlens: Tensor  # (B+1,) int32, cumulative lengths, starting with 0
-    max_seqlen: int
-
-    @classmethod
-    def from_sequences(cls, sequences: list[Tensor]) -> "PackedBatch":
-        """Pack 1-D tensors of token ids."""
-        lengths = torch.tensor([0] + [len(s) for s in sequences], dtype=torch.int32)
-        tokens = torch.cat(sequences).long()
-        return cls(tokens, lengths.cumsum(0, dtype=torch.int32), int(lengths.max()))
-
-    def to(self, device: torch.device) -> "PackedBatch":
-        """The same batch on another device."""
-        move = {"device": device, "non_blocking": True}
-        return PackedBatch(self.tokens.to(**move), self.cu_seqlens.to(**move), self.max_seqlen)
-
-
-ROWS = 64
-
-
-def rounded(x: Tensor) -> Tensor:
-    """(N, …) with rows of zeros after it, to a multiple of ROWS, and for large N of a larger power of two.
-
-    They are an eighth of N at most, or less than ROWS. On another device than a CPU there are none.
-
-    The matrices of a network then have few different numbers of rows. On a CPU with bfloat16 products oneDNN
-    compiles a kernel for each of these, which took a tenth of all training and more.
-    """
-    if x.device.type != "cpu":
-        return x
-    N = x.size(0)
-    multiple = max(ROWS, 2 ** (N.bit_length() - 4))
-    return F.pad(x, (0, 0) * (x.ndim - 1) + (0, -N % multiple))
-
-
-@dataclass
 class Wanted:
     """The tokens of a batch whose last hidden states a head reads."""
 
@@ -120,23 +83,6 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(x.float(), self.normalized_shape, self.weight, self.bias, self.eps)
 
 
-class Dropout(nn.Dropout):
-    """nn.Dropout, on a CPU by one random byte a number: p is the nearest multiple of 1/256 but 0 and 1.
-
-    There nn.Dropout draws a float for each number, which takes four times as long as all of this.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.p in (0, 1) or x.device.type != "cpu":
-            return super().forward(x)
-        drop = min(max(round(256 * self.p), 1), 255)
-        words = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None)  # all 64 bits
-        noise = words.view(torch.uint8)[: x.numel()].view(x.shape)
-        # 0 or 1, not by a comparison: bools take three times as long. Autograd keeps the bytes.
-        kept = noise.clamp_(drop - 1, drop).sub_(drop - 1)
-        return (x * kept).mul_(256 / (256 - drop))
-
-
 class Embeddings(nn.Module):
     """Word + position + token type, then LayerNorm: (R, C), the T tokens and what `rounded` adds to them."""
 
@@ -153,7 +99,11 @@ class Embeddings(nn.Module):
         offsets = batch.cu_seqlens[:-1].repeat_interleave(lengths, output_size=batch.tokens.numel())
         positions = torch.arange(batch.tokens.numel(), device=offsets.device) - offsets
         # minitune reads single texts, so every token is of type 0.
-        x = self.word(rounded(batch.tokens)) + self.position(rounded(positions)) + self.token_type.weight[0]
+        x = (
+            self.word(rounded(batch.tokens))
+            + self.position(rounded(positions))
+            + self.token_type.weight[0]
+        )
         return self.dropout(self.norm(x))  # (R, C)
 
 
@@ -173,34 +123,17 @@ class SelfAttention(nn.Module):
             q, k, v = self.qkv(x).chunk(3, dim=1)
         else:  # these ask, all are asked
             M, cu_seqlens_q = wanted.count, wanted.cu_seqlens
-            (w_q, w_kv), (b_q, b_kv) = (p.split([C, 2 * C]) for p in (self.qkv.weight, self.qkv.bias))
+            (w_q, w_kv), (b_q, b_kv) = (
+                p.split([C, 2 * C]) for p in (self.qkv.weight, self.qkv.bias)
+            )
             q = F.linear(at(wanted, x), w_q, b_q)
             k, v = F.linear(x, w_kv, b_kv).chunk(2, dim=1)
         R = q.size(0)
         q, k, v = (y[:n].unflatten(1, (self.heads, -1)) for y, n in ((q, M), (k, T), (v, T)))
-        y = attention(q, k, v, batch.cu_seqlens, batch.max_seqlen, self.backend, cu_seqlens_q)  # (M, H, D)
+        y = attention(
+            q, k, v, batch.cu_seqlens, batch.max_seqlen, self.backend, cu_seqlens_q
+        )  # (M, H, D)
         return self.out(F.pad(y.flatten(1), (0, 0, 0, R - M)))
-
-
-class GeluLinear(torch.autograd.Function):
-    """gelu(x) Wᵀ + b, which keeps x for the way back and makes gelu(x) again, where autograd keeps both.
-
-    That is an eighth less of all that a layer keeps, for one more GELU (checkpointing, Chen et al. 2016).
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return F.linear(F.gelu(x), weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        dx = torch.ops.aten.gelu_backward(d_out @ weight, x) if ctx.needs_input_grad[0] else None
-        d_weight = d_out.mT @ F.gelu(x) if ctx.needs_input_grad[1] else None
-        d_bias = d_out.sum(0) if ctx.needs_input_grad[2] else None
-        return dx, d_weight, d_bias
 
 
 class FeedForward(nn.Module):
@@ -213,7 +146,9 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.up(x)
-        if not torch.is_grad_enabled():  # nothing is kept, and autocast casts weights once for many batches
+        if (
+            not torch.is_grad_enabled()
+        ):  # nothing is kept, and autocast casts weights once for many batches
             return self.down(F.gelu(x))
         # Autocast does not look into a hand-written function, so here weights are cast by hand.
         return GeluLinear.apply(x, self.down.weight.to(x.dtype), self.down.bias.to(x.dtype))
@@ -255,8 +190,8 @@ class Bert(nn.Module):
     def forward(self, batch: PackedBatch, wanted: Tensor | None = None) -> Tensor:
         """Hidden states (T, C); or (M, C) of the M tokens `wanted`, different indices into the packed ones.
 
-        What nobody reads is not computed: of other tokens the last layer needs keys and values, which is
-        a sixth of its work and less.
+        What nobody reads is not computed: of other tokens the last layer needs keys and values,
+        which is a sixth of its work and less.
         """
         x = self.embeddings(batch)
         for layer in self.layers[:-1]:
@@ -284,7 +219,9 @@ def mean_of_tokens(hidden: Tensor, batch: PackedBatch) -> Tensor:
     lengths = batch.cu_seqlens.diff()
     B, T = lengths.numel(), hidden.size(0)
     owner = torch.arange(B, device=lengths.device).repeat_interleave(lengths, output_size=T)
-    sums = hidden.new_zeros(B, hidden.size(1), dtype=torch.float32).index_add(0, owner, hidden.float())
+    sums = hidden.new_zeros(B, hidden.size(1), dtype=torch.float32).index_add(
+        0, owner, hidden.float()
+    )
     return sums / lengths[:, None]
 
 
@@ -321,8 +258,8 @@ class BertForMaskedLM(nn.Module):
     def forward(self, batch: PackedBatch, positions: Tensor) -> Tensor:
         """Logits (M, V) at the M given positions, indices into the packed tokens.
 
-        Only those: over all T positions the product with the vocabulary would cost two thirds of what
-        the whole of the tiny encoder does.
+        Only those: over all T positions the product with the vocabulary would cost two thirds of
+        what the whole of the tiny encoder does.
         """
         hidden = rounded(self.bert(batch, positions))
         return self.head(hidden, self.bert.embeddings.word.weight)[: positions.numel()]

@@ -1,9 +1,9 @@
 """Muon for the hidden matrices, AdamW for everything else.
 
-Muon (Jordan et al. 2024) replaces the momentum of a matrix by the nearest orthogonal one, so that every
-direction moves by the same amount, the rare ones too. It is for maps from hidden vectors to hidden
-vectors; embeddings, the head, biases and LayerNorms stay with AdamW (Loshchilov & Hutter 2019). What
-leaves the plateau early is not Muon but where training starts: initialization.py.
+Muon (Jordan et al. 2024) replaces the momentum of a matrix by the nearest orthogonal one, so that
+every direction moves by the same amount, the rare ones too. It is for maps from hidden vectors to
+hidden vectors; embeddings, the head, biases and LayerNorms stay with AdamW (Loshchilov & Hutter
+2019). What leaves the plateau early is not Muon but where training starts: initialization.py.
 """
 
 import re
@@ -12,21 +12,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from minitune.precision import multiplies_bf16
+from minitune.support.runtime import multiplies_bf16
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum, made orthogonal by Newton-Schulz iterations (Jordan et al. 2024).
 
-    The rule is that of `torch.optim.Muon`, with two differences. Its products are always in bfloat16,
-    which a processor without such products takes a hundred times as long for; here they are in float32
-    where that is so. And matrices of one shape are multiplied as one batch.
+    The rule is that of `torch.optim.Muon`, with two differences. Its products are always in
+    bfloat16, which a processor without such products takes a hundred times as long for; here they
+    are in float32 where that is so. And matrices of one shape are multiplied as one batch.
     """
 
     COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # steepest at zero: small singular values grow fastest
     ITERATIONS = 4  # instead of five: a fifth cheaper, no worse here
 
-    def __init__(self, params: list[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95):
+    def __init__(
+        self, params: list[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95
+    ):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
@@ -59,7 +61,9 @@ def orthogonal(matrices: Tensor) -> Tensor:
         X = X.mT
     X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     a, b, c = Muon.COEFFICIENTS
-    for _ in range(Muon.ITERATIONS):  # aX + bXXᵀX + c(XXᵀ)²X: an odd polynomial of the singular values
+    for _ in range(
+        Muon.ITERATIONS
+    ):  # aX + bXXᵀX + c(XXᵀ)²X: an odd polynomial of the singular values
         A = X @ X.mT
         B = torch.baddbmm(A, A, A, beta=b, alpha=c)
         X = torch.baddbmm(X, B, X, beta=a)
@@ -70,12 +74,13 @@ def orthogonal(matrices: Tensor) -> Tensor:
 class Rates:
     """Learning rates of AdamW by what a parameter belongs to, in multiples of the peak rate.
 
-    The vector of a word moves only where a step reads the word: at a rate that suits what moves in all steps,
-    a rare word stays about where it was. So `embeddings` of a young model want a larger one. (Positions and
-    token types are raised with the words; not measured apart.) And what a layer has learned is the more
-    general the lower it is: each layer learns more slowly than the one above it by the same factor, down to
-    `lowest_layer` (Howard & Ruder 2018, "Universal Language Model Fine-tuning for Text Classification",
-    section 3.2; unlike there, not the embeddings). What Muon has, learns at Muon's rate.
+    The vector of a word moves only where a step reads the word: at a rate that suits what moves in
+    all steps, a rare word stays about where it was. So `embeddings` of a young model want a larger
+    one. (Positions and token types are raised with the words; not measured apart.) And what a layer
+    has learned is the more general the lower it is: each layer learns more slowly than the one
+    above it by the same factor, down to `lowest_layer` (Howard & Ruder 2018, "Universal Language
+    Model Fine-tuning for Text Classification", section 3.2; unlike there, not the embeddings). What
+    Muon has, learns at Muon's rate.
     """
 
     embeddings: float = 1.0
@@ -112,14 +117,19 @@ class Optimizer:
             rest = {name: p for name, p in named.items() if name not in hidden}
         else:
             adamw_lr = lr
-        numbers = [int(number) for name in named for number in re.findall(r"\.layers\.(\d+)\.", name)]
+        numbers = [
+            int(number) for name in named for number in re.findall(r"\.layers\.(\d+)\.", name)
+        ]
         layers = 1 + max(numbers, default=0)
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for path, p in rest.items():
-            # Decay pulls matrices towards zero; a bias or a LayerNorm gain has no reason to be small.
+            # Decay pulls matrices towards zero; a bias or a LayerNorm gain has no reason to be
+            # small.
             decay = weight_decay if p.ndim >= 2 else 0.0
             groups.setdefault((adamw_lr * rates.multiple(path, layers), decay), []).append(p)
-        groups = [{"params": ps, "lr": lr, "weight_decay": decay} for (lr, decay), ps in groups.items()]
+        groups = [
+            {"params": ps, "lr": lr, "weight_decay": decay} for (lr, decay), ps in groups.items()
+        ]
         self.parts.append(torch.optim.AdamW(groups, lr=adamw_lr, betas=(0.9, 0.98), fused=True))
         self.names = {id(p): name for name, p in named.items()}
         for group in self._groups():

@@ -1,151 +1,45 @@
 """Fine-tuned models on disk, and new reviews labelled with them.
 
-Full fine-tuning leaves a whole BERT directory (checkpoint.py). The other methods leave what they trained
-and what it belongs to:
+Full fine-tuning leaves a whole BERT directory (checkpoint.py). The other methods leave what they
+trained and what it belongs to:
 
     trained.safetensors   adapters, LayerNorms and head; or the head alone
     trained.json          method, label names, longest text, and path and SHA-256 of the base model
 """
 
+import argparse
+import csv
 import itertools
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
-from minitune.adapters import AdapterSwitch, adapter_modules, new_adapter_modules
-from minitune.batching import sorted_batches
-from minitune.checkpoint import load_classifier, load_for_classification, weights_hash
+from minitune.adapters import AdapterSwitch
+from minitune.batching import reading_tokens, sorted_batches
+from minitune.checkpoint import (
+    Trained,
+    check_max_len,
+    fill,
+    find_model,
+    load_classifier,
+    load_for_classification,
+)
 from minitune.classification import Sequences
-from minitune.errors import UserError
+from minitune.data import SUFFIXES, Dataset, Row, label_index
 from minitune.features import FeatureClassifier
-from minitune.files import read_json, write_json, write_tensors
-from minitune.model import BertConfig
-from minitune.precision import Precision
-from minitune.sources import find_model
+from minitune.support.cli import check_utf8
+from minitune.support.errors import UserError
+from minitune.support.runs import read_json
+from minitune.support.runtime import Precision, Processes, check_device
 from minitune.tokenizer import Tokenizer
 
 BLOCK = 2048  # texts that are in memory at a time
-
-
-def save_trained(
-    directory: Path,
-    method: str,
-    model: nn.Module,
-    labels: dict[int, str],
-    base: str,
-    base_hash: str,
-    max_len: int,
-) -> Path:
-    """Write what an adapter or feature run trained, and return the weights' path.
-
-    `base` is the pretrained model's name or directory, `base_hash` the checkpoint.weights_hash of it.
-    """
-    if method == "adapter":
-        modules = adapter_modules(model)
-        extra = {"adapter_size": model.bert.layers[0].attention_adapter.down.out_features}
-    else:
-        modules, extra = {"head": model.head}, {}
-    tensors = {
-        f"{path}.{name}": tensor
-        for path, module in modules.items()
-        for name, tensor in module.state_dict().items()
-    }
-    weights = directory / "trained.safetensors"
-    write_tensors(weights, tensors, {"format": "pt"})
-    description = {"method": method, "labels": list(labels.values()), "max_len": max_len, **extra}
-    path = str(Path(base).resolve()) if Path(base).is_dir() else base  # found again from any directory
-    write_json(directory / "trained.json", description | {"base": {"path": path, "sha256": base_hash}})
-    return weights
-
-
-@dataclass
-class Trained:
-    """What `save_trained` wrote."""
-
-    method: str
-    labels: dict[int, str]
-    max_len: int
-    adapter_size: int | None
-    base: str
-    base_hash: str
-    tensors: dict[str, Tensor]
-
-    @classmethod
-    def read(cls, directory: Path) -> "Trained":
-        """Raises UserError where a file is missing or damaged."""
-        raw = read_json(directory / "trained.json")
-        try:
-            tensors = load_file(directory / "trained.safetensors")
-            labels = {i: str(label) for i, label in enumerate(raw["labels"])}
-            base, base_hash = str(raw["base"]["path"]), str(raw["base"]["sha256"])
-            method, max_len = raw["method"], raw["max_len"]
-            if method not in ("adapter", "feature"):
-                raise ValueError(f"method {method}")
-            return cls(method, labels, max_len, raw.get("adapter_size"), base, base_hash, tensors)
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{directory}/trained.json is damaged: {error!r}") from error
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{directory}/trained.safetensors cannot be read: {error}") from error
-
-    def find_base(self, directory: Path) -> Path:
-        """The base model's directory, if it still holds the weights this was trained on."""
-        try:
-            source = find_model(self.base)
-            found = weights_hash(source)
-        except UserError as error:
-            raise UserError(f"{directory} needs its base model: {error}") from error
-        if found != self.base_hash:
-            raise UserError(f"{directory} was trained on another base model than the one now in {source}")
-        return source
-
-    def adapter_modules(self, config: BertConfig, directory: Path) -> dict[str, nn.Module]:
-        """The trained modules, for adapters.AdapterSwitch or to put into a model."""
-        try:
-            modules = new_adapter_modules(config, self.adapter_size, len(self.labels))
-            for path, module in modules.items():
-                fill(module, path, self.tensors)
-        except (RuntimeError, TypeError) as error:
-            raise UserError(f"{directory}/trained.safetensors does not fit its description") from error
-        return modules
-
-
-def load_adapters(runs: dict[str, str], attention: str = "auto") -> AdapterSwitch:
-    """One base model with the adapters of several runs, given as {name: directory}.
-
-    Raises UserError where a run holds no adapters, or they were trained on different bases.
-    """
-    switch, first = None, None
-    for name, run in runs.items():
-        directory = find_model(run)
-        trained = Trained.read(directory)
-        if trained.method != "adapter":
-            raise UserError(f"{directory} holds no adapters: it is a {trained.method} run")
-        if switch is None:
-            first, base = trained, trained.find_base(directory)
-            switch = AdapterSwitch(load_for_classification(base, trained.labels, attention).eval())
-        if trained.base_hash != first.base_hash:
-            raise UserError(f"{directory} was trained on another base model than the others")
-        switch.add(name, trained.adapter_modules(switch.model.config, directory), trained.labels)
-    return switch
-
-
-def check_max_len(max_len: object, config: BertConfig, where: Path) -> None:
-    """Raise UserError where a saved limit is none that the model has room for, [CLS] and [SEP] included."""
-    if not isinstance(max_len, int) or not 3 <= max_len <= config.max_position_embeddings:
-        raise UserError(f"{where} is damaged: max_len {max_len}")
-
-
-def fill(module: nn.Module, path: str, tensors: dict[str, Tensor]) -> None:
-    """Give a module its tensors out of those of a whole model."""
-    prefix = path + "."
-    module.load_state_dict(
-        {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-    )
 
 
 @dataclass
@@ -159,15 +53,30 @@ class Prediction:
 
     def cells(self) -> dict[str, str]:
         """The columns of its line in a table, the text last since it is the longest."""
-        probability, truncated = f"{self.probabilities[self.label]:.4f}", str(self.truncated).lower()
-        return {"label": self.label, "probability": probability, "truncated": truncated, "text": self.text}
+        probability, truncated = (
+            f"{self.probabilities[self.label]:.4f}",
+            str(self.truncated).lower(),
+        )
+        return {
+            "label": self.label,
+            "probability": probability,
+            "truncated": truncated,
+            "text": self.text,
+        }
 
 
 class Classifier:
     """A fine-tuned model with its tokenizer and label names, ready for new texts."""
 
-    def __init__(self, model: nn.Module, tokenizer: Tokenizer, labels: dict[int, str], max_len: int):
-        self.model, self.tokenizer, self.labels, self.max_len = model.eval(), tokenizer, labels, max_len
+    def __init__(
+        self, model: nn.Module, tokenizer: Tokenizer, labels: dict[int, str], max_len: int
+    ):
+        self.model, self.tokenizer, self.labels, self.max_len = (
+            model.eval(),
+            tokenizer,
+            labels,
+            max_len,
+        )
 
     @classmethod
     def load(cls, name: str, attention: str = "auto") -> "Classifier":
@@ -193,7 +102,9 @@ class Classifier:
             try:
                 fill(model.head, "head", trained.tensors)
             except RuntimeError as error:
-                raise UserError(f"{directory}/trained.safetensors does not fit its description") from error
+                raise UserError(
+                    f"{directory}/trained.safetensors does not fit its description"
+                ) from error
         return cls(model, Tokenizer.load(base), trained.labels, trained.max_len)
 
     def predict(
@@ -205,13 +116,124 @@ class Classifier:
         while block := list(itertools.islice(texts, BLOCK)):
             sequences = Sequences(block, self.tokenizer, self.max_len)
             probabilities = torch.empty(len(block), len(self.labels))
-            # One context for all batches: while it lasts, autocast keeps what it has made of weights that
-            # require gradients (of others, and under inference_mode, it keeps nothing).
+            # One context for all batches: while it lasts, autocast keeps what it has made of
+            # weights that require gradients (of others, and under inference_mode, it keeps
+            # nothing).
             with torch.no_grad(), precision.autocast(device):
                 for indices in sorted_batches(sequences.lengths, batch_tokens):
                     logits = self.model(sequences.pack(indices).to(device))
                     probabilities[torch.from_numpy(indices)] = logits.float().softmax(-1).cpu()
-            for text, p, truncated in zip(block, probabilities.tolist(), sequences.truncated, strict=True):
+            for text, p, truncated in zip(
+                block, probabilities.tolist(), sequences.truncated, strict=True
+            ):
                 label = max(range(len(p)), key=p.__getitem__)
                 by_name = {self.labels[i]: p[i] for i in range(len(p))}
                 yield Prediction(text, self.labels[label], by_name, truncated)
+
+
+def label_new_reviews(args: argparse.Namespace) -> None:
+    """`finetune.py --predict`, from its options to the last answer."""
+    check_device(args.device)
+    sys.stdout.reconfigure(encoding="utf-8")  # as every file, whatever the locale says
+    name = args.model or _latest_run(args.out)
+    classifier = Classifier.load(name, args.attention)
+    device = Processes(args.device).device
+    precision = Precision.choose(args.precision, device)
+    say(
+        f"model: {name}; labels: {', '.join(classifier.labels.values())}; precision: {precision.name}"
+    )
+
+    def predict(texts: Iterator[str]) -> Iterator[Prediction]:
+        batch_tokens = args.batch_tokens or reading_tokens(device)
+        return classifier.predict(texts, device, precision, batch_tokens)
+
+    cut = f"had more than {classifier.max_len} tokens: their two ends were read"
+    print_answers(args.predict, "--predict", classifier.labels, predict, args.json, cut)
+
+
+def print_answers(
+    arguments: list[str],
+    option: str,
+    labels: dict[int, str],
+    predict: Callable[[Iterator[str]], Iterator[Prediction]],
+    as_json: bool,
+    cut: str,
+) -> None:
+    """Read texts, print one line for each; what is not an answer goes to stderr.
+
+    `arguments` are texts, files or -, given to `option`; `cut` says what happened to texts that are
+    too long.
+    """
+    expected: list[str | None] = []  # the labels of the rows, where they come with any
+
+    def texts() -> Iterator[str]:
+        for number, row in enumerate(_rows(arguments, option), start=1):
+            index = label_index(row.label, labels, numbers_too=True) if row.label else None
+            if row.label and index is None:
+                names = ", ".join(labels.values())
+                raise UserError(
+                    f"row {number}: the label {row.label} is none of the model's: {names}"
+                )
+            expected.append(labels.get(index))
+            yield row.text
+
+    table = csv.writer(sys.stdout, lineterminator="\n")
+    right, known, truncated = 0, 0, 0
+    for number, prediction in enumerate(predict(texts())):
+        if as_json:
+            print(json.dumps(asdict(prediction), ensure_ascii=False))
+        else:
+            cells = prediction.cells()
+            if number == 0:
+                table.writerow(cells)
+            table.writerow(cells.values())
+        truncated += prediction.truncated
+        known += expected[number] is not None
+        right += expected[number] == prediction.label
+    if not expected:
+        raise UserError(f"{option}: there is no text in what was given")
+    if truncated:
+        say(f"{truncated:,} of {len(expected):,} {cut}")
+    if known:
+        say(f"accuracy: {right / known:.2%} of {known:,} labelled rows")
+
+
+def say(line: str) -> None:
+    """To stderr: stdout is for the answers."""
+    print(line, file=sys.stderr)
+
+
+def _rows(arguments: list[str], option: str) -> Iterator[Row]:
+    """Each argument is a file by its name, - for the lines of standard input, or else a text."""
+    for argument in arguments:
+        if argument == "-":
+            yield from _standard_input()
+        elif os.path.isfile(argument) or (
+            Path(argument).suffix in SUFFIXES and " " not in argument
+        ):
+            yield from Dataset(argument, option=option).read()
+        elif not argument.strip():
+            raise UserError(f"{option}: the text is empty")
+        else:
+            check_utf8(f"{option}: the text", argument)
+            yield Row(argument)
+
+
+def _standard_input() -> Iterator[Row]:
+    try:
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")
+        for line in sys.stdin:
+            if line.strip():
+                yield Row(line.strip())
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input: not UTF-8 text ({error.reason})") from error
+
+
+def _latest_run(out: Path) -> str:
+    """The run of finetune.py that ended last."""
+    finished = [
+        path for path in out.rglob("metrics.json") if "scratch" not in path.relative_to(out).parts
+    ]
+    if not finished:
+        raise UserError(f"no fine-tuned model in {out}: train one first, or name one with --model")
+    return str(max(finished, key=lambda path: path.stat().st_mtime).parent)

@@ -9,12 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minitune.batching import filled, shuffled_batches
+from minitune.batching import PackedBatch, filled, shuffled_batches
 from minitune.corpus import Corpus
 from minitune.masking import mask_tokens
-from minitune.model import BertForMaskedLM, PackedBatch
-from minitune.precision import Precision
-from minitune.processes import Processes
+from minitune.model import BertForMaskedLM
+from minitune.support.runtime import Precision, Processes
 
 VALIDATION_RATE = 0.15  # whatever the training rate is, so that runs can be compared
 VALIDATION_TOKENS = 1 << 19  # of a large corpus, an evenly spread part is enough
@@ -105,7 +104,11 @@ class MaskedLanguageModelling:
             yield self._mask(self.train.read(indices), self.rate, self.continuation, generator)
 
     def _mask(
-        self, sequences: list[Tensor], rate: float, continuation: Tensor | None, generator: torch.Generator
+        self,
+        sequences: list[Tensor],
+        rate: float,
+        continuation: Tensor | None,
+        generator: torch.Generator,
     ) -> Cloze:
         batch = PackedBatch.from_sequences(sequences)
         masked = mask_tokens(
@@ -127,8 +130,13 @@ class MaskedLanguageModelling:
         blanks, summaries = logits.split([len(cloze), len(first)])
         loss = F.cross_entropy(blanks, cloze.labels, reduction="sum")
         # A sum over all words, made about as large as that over the blanks.
-        summary = self.rate * self.summary_weight * summary_loss(summaries, cloze, self.tokenizer.special_ids)
-        # Zero, but for its gradient: what is reported is the loss of masked-language modelling alone.
+        summary = (
+            self.rate
+            * self.summary_weight
+            * summary_loss(summaries, cloze, self.tokenizer.special_ids)
+        )
+        # Zero, but for its gradient: what is reported is the loss of masked-language modelling
+        # alone.
         return loss + (summary - summary.detach())
 
     def evaluation_due(self, step: int, steps: int) -> bool:
@@ -157,12 +165,14 @@ class MaskedLanguageModelling:
 def summary_loss(logits: Tensor, cloze: Cloze, special_ids: Tensor) -> Tensor:
     """Sum over all words of the batch of -log p(word), from the logits (B, V) at each sequence's [CLS].
 
-    One guess for all words of a sequence, in whatever order: [CLS] has to gather what the text is about.
-    Masked-language modelling alone never asks it for anything, though fine-tuning reads just this vector.
-    The bag of words of Le & Mikolov 2014 (PV-DBOW), as a second task of a BERT: Ma et al. 2024, "Drop your
-    Decoder: Pre-training with Bag-of-Word Prediction".
+    One guess for all words of a sequence, in whatever order: [CLS] has to gather what the text is
+    about. Masked-language modelling alone never asks it for anything, though fine-tuning reads just
+    this vector. The bag of words of Le & Mikolov 2014 (PV-DBOW), as a second task of a BERT: Ma et
+    al. 2024, "Drop your Decoder: Pre-training with Bag-of-Word Prediction".
     """
-    tokens = cloze.batch.tokens.scatter(0, cloze.positions, cloze.labels)  # as they were before masking
+    tokens = cloze.batch.tokens.scatter(
+        0, cloze.positions, cloze.labels
+    )  # as they were before masking
     lengths = cloze.batch.cu_seqlens.diff()
     sequence = torch.arange(len(lengths), device=lengths.device)
     sequence = sequence.repeat_interleave(lengths, output_size=len(tokens))
@@ -176,14 +186,19 @@ SENTENCE_TOKENS = range(8, 28)  # fits a line
 
 @torch.no_grad()
 def fill_examples(
-    model: BertForMaskedLM, task: MaskedLanguageModelling, precision: Precision, device: torch.device
+    model: BertForMaskedLM,
+    task: MaskedLanguageModelling,
+    precision: Precision,
+    device: torch.device,
 ) -> list[str]:
     """Lines that show the model at work: a word hidden in held-out sentences, and its guesses."""
     tokenizer, lines = task.tokenizer, []
     rng = np.random.default_rng(0)
     model.eval()
     candidates = list(_sentences_with_words(task))
-    for i in np.unique(np.linspace(0, len(candidates) - 1, EXAMPLES, dtype=int)) if candidates else []:
+    for i in (
+        np.unique(np.linspace(0, len(candidates) - 1, EXAMPLES, dtype=int)) if candidates else []
+    ):
         ids, words = candidates[i]
         blank = int(rng.choice(words))
         hidden, ids[blank] = ids[blank], tokenizer.mask_id
@@ -212,7 +227,9 @@ def _sentences_with_words(task: MaskedLanguageModelling) -> Iterator[tuple[list[
             ids = ids[stops[0] + 1 : stops[1] + 1]
         if len(ids) in SENTENCE_TOKENS and len(ids) + 2 <= pieces.max_len:
             # Longer than "the", or the guess impresses nobody.
-            long = [i for i, index in enumerate(ids) if len(token(index)) > 4 and token(index).isalpha()]
+            long = [
+                i for i, index in enumerate(ids) if len(token(index)) > 4 and token(index).isalpha()
+            ]
             whole = [i for i in long if i + 1 == len(ids) or not token(ids[i + 1]).startswith("##")]
             if whole:
                 yield ids, whole

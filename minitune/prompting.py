@@ -1,9 +1,9 @@
 """Prompting: a masked language model answers by what it would write into a blank. No weight changes.
 
-A review becomes a cloze, "{text} It was [MASK].", and the answer is read from the probabilities of a few
-label words at the mask (Schick & Schütze 2021, "Exploiting Cloze Questions for Few Shot Text
-Classification"; Gao et al. 2021, "Making Pre-trained Language Models Better Few-shot Learners"). What
-those probabilities are worth is another question: see calibration.py.
+A review becomes a cloze, "{text} It was [MASK].", and the answer is read from the probabilities of
+a few label words at the mask (Schick & Schütze 2021, "Exploiting Cloze Questions for Few Shot Text
+Classification"; Gao et al. 2021, "Making Pre-trained Language Models Better Few-shot Learners").
+What those probabilities are worth is another question: see calibration.py.
 
 Shapes: N texts, L labels, V = vocab_size.
 """
@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minitune.batching import reading_tokens, sorted_batches
-from minitune.errors import UserError
-from minitune.model import BertForMaskedLM, PackedBatch
-from minitune.precision import Precision
+from minitune.batching import PackedBatch, reading_tokens, sorted_batches
+from minitune.model import BertForMaskedLM
+from minitune.support.errors import UserError
+from minitune.support.runtime import Precision
 from minitune.tokenizer import Tokenizer
 
 TEXT, MASK = "{text}", "[MASK]"
@@ -63,8 +63,9 @@ class Reader:
     def fill(self, clozes: Sequence[Cloze]) -> Iterator[tuple[int, Tensor]]:
         """(index, float32 log-probabilities (blanks, V)) of each cloze, shortest clozes first.
 
-        The head runs at the blanks only. All of V, since the words compete with every other word: next to
-        an encoder that read a review, one product with the vocabulary costs a few percent at most.
+        The head runs at the blanks only. All of V, since the words compete with every other word:
+        next to an encoder that read a review, one product with the vocabulary costs a few percent
+        at most.
         """
         lengths = np.array([len(cloze.ids) for cloze in clozes])
         batch_tokens = self.batch_tokens or reading_tokens(self.device)
@@ -72,9 +73,15 @@ class Reader:
             chosen = [clozes[i] for i in indices]
             batch = PackedBatch.from_sequences([torch.tensor(cloze.ids) for cloze in chosen])
             starts = batch.cu_seqlens.tolist()
-            blanks = [start + i for cloze, start in zip(chosen, starts, strict=False) for i in cloze.blanks]
+            blanks = [
+                start + i
+                for cloze, start in zip(chosen, starts, strict=False)
+                for i in cloze.blanks
+            ]
             with self.precision.autocast(self.device):
-                hidden = self.model.bert(batch.to(self.device), torch.tensor(blanks, device=self.device))
+                hidden = self.model.bert(
+                    batch.to(self.device), torch.tensor(blanks, device=self.device)
+                )
             # The head in float32: in bfloat16 its log-probabilities come in steps of 1/16.
             logits = self.model.head(hidden.float(), self.model.bert.embeddings.word.weight)
             counts = [len(cloze.blanks) for cloze in chosen]
@@ -94,14 +101,18 @@ class Template:
                 raise UserError(f"the template {sentence!r} must hold {part} once")
         parts = re.split(r"(\{text\}|\[MASK\])", sentence)
         ids = tokenizer.encode(parts)
-        self.parts = [part if part in (TEXT, MASK) else own for part, own in zip(parts, ids, strict=True)]
+        self.parts = [
+            part if part in (TEXT, MASK) else own for part, own in zip(parts, ids, strict=True)
+        ]
         self.length = 2 + sum(len(part) for part in self.parts if isinstance(part, list))
 
     def room(self, max_len: int, blank: int) -> int:
         """How many tokens of text go with a blank of so many into a sequence; UserError for none."""
         room = max_len - self.length - blank
         if room < 1:
-            raise UserError(f"the template {self.sentence!r} leaves no room for a text in {max_len} tokens")
+            raise UserError(
+                f"the template {self.sentence!r} leaves no room for a text in {max_len} tokens"
+            )
         return room
 
     def body(self, text: list[int], blank: list[int]) -> tuple[list[int], int]:
@@ -120,19 +131,23 @@ class LabelWords:
         """Raises UserError for fewer than two labels, a label without words, or a word nobody knows."""
         self.names = dict(enumerate(words))
         if len(words) < 2 or not all(words.values()):
-            raise UserError("--words takes two labels or more with a word each: negative=bad positive=good")
+            raise UserError(
+                "--words takes two labels or more with a word each: negative=bad positive=good"
+            )
         words = [(label, word) for label, name in self.names.items() for word in words[name]]
         self.labels = torch.tensor([label for label, _ in words])  # of each word
         self.ids = tokenizer.encode([word for _, word in words])
         owner: dict[tuple[int, ...], int] = {}  # the label of each word
         for (label, word), ids in zip(words, self.ids, strict=True):
             if not ids or tokenizer.unk_id in ids:
-                raise UserError(f"--words: the tokenizer does not know {word!r}, of {self.names[label]}")
+                raise UserError(
+                    f"--words: the tokenizer does not know {word!r}, of {self.names[label]}"
+                )
             if owner.setdefault(tuple(ids), label) != label:
                 raise UserError(f"--words: {word!r} stands for two labels")
         self.longest = max(map(len, self.ids))
-        # What has to be in the blank for a token of a word to be asked for: the word's tokens before it,
-        # and masks for it and those after it. Words of one token all share one blank.
+        # What has to be in the blank for a token of a word to be asked for: the word's tokens
+        # before it, and masks for it and those after it. Words of one token all share one blank.
         self.questions = defaultdict(list)  # blank -> [(word, its token, the word's length)]
         for word, ids in enumerate(self.ids):
             for i, token in enumerate(ids):
@@ -159,7 +174,8 @@ class Prompt:
     def demonstrate(self, texts: list[list[int]], labels: list[int]) -> None:
         """Put answered examples in front of every question (Brown et al. 2020, few-shot), as room allows.
 
-        They share the positions that `max_len` leaves free. Raises UserError where these are too few.
+        They share the positions that `max_len` leaves free. Raises UserError where these are too
+        few.
         """
         free = self.reader.model.config.max_position_embeddings - self.max_len
         answers = [self.words.ids[self.words.labels.tolist().index(label)] for label in labels]
@@ -178,7 +194,8 @@ class Prompt:
     def cloze(self, text: list[int], blank: Sequence[int]) -> Cloze:
         """The question about a text.
 
-        A long text loses its beginning: template and mask survive, and most reviewers end with a verdict.
+        A long text loses its beginning: template and mask survive, and most reviewers end with a
+        verdict.
         """
         tokenizer = self.reader.tokenizer
         body, start = self.template.body(text[-self.room :], list(blank))
@@ -188,10 +205,11 @@ class Prompt:
     def scores(self, texts: Sequence[list[int]]) -> Tensor:
         """(N, L): how well each label's words fit each text, in log-probability a token.
 
-        A word of several tokens is asked for one token at a time, from left to right, the ones after it
-        hidden, in as many blanks as it has tokens (Salazar et al. 2020's pseudo-log-likelihood with the
-        correction of Kauf & Ivanova 2023: seen pieces of a rare word would give the others away). The mean
-        over its tokens stands for the word, and the mean over its words for the label.
+        A word of several tokens is asked for one token at a time, from left to right, the ones
+        after it hidden, in as many blanks as it has tokens (Salazar et al. 2020's
+        pseudo-log-likelihood with the correction of Kauf & Ivanova 2023: seen pieces of a rare word
+        would give the others away). The mean over its tokens stands for the word, and the mean over
+        its words for the label.
         """
         scores = torch.zeros(len(texts), len(self.words.ids))
         for blank, questions in self.words.questions.items():
@@ -219,3 +237,65 @@ def most_probable(logs: Tensor, count: int, tokenizer: Tokenizer) -> list[tuple[
 def in_words(pairs: list[tuple[str, float]]) -> str:
     """Words and their probabilities for people."""
     return ", ".join(f"{word} {probability:.1%}" for word, probability in pairs)
+
+
+ROUNDS = 10  # as in the paper; more words come one at a time, fewer badly together
+
+
+def fill_blanks(reader: Reader, sentence: str, count: int) -> list[list[tuple[str, float]]]:
+    """For each [MASK] of the sentence the `count` most probable words, each blank by itself.
+
+    Raises UserError where there is no [MASK], or the sentence is longer than the model's positions.
+    """
+    if MASK not in sentence:
+        raise UserError(f"--fill: the sentence has no {MASK}")
+    tokenizer, ids = reader.tokenizer, []
+    for part in tokenizer.encode(sentence.split(MASK)):
+        ids += [*part, tokenizer.mask_id]
+    ids = _framed(reader, ids[:-1], "--fill")
+    blanks = [i for i, token in enumerate(ids) if token == tokenizer.mask_id]
+    ((_, logs),) = reader.fill([Cloze(ids, blanks)])
+    return [most_probable(blank, count, tokenizer) for blank in logs]
+
+
+def generate(reader: Reader, prompt: str, count: int, temperature: float, seed: int) -> str:
+    """The prompt with `count` tokens after it, by iterative unmasking.
+
+    Mask-predict (Ghazvininejad et al. 2019): all blanks are filled at once, each by itself, which
+    reads badly together; then the words that the model is least sure of are hidden again and
+    guessed anew beside those that stay, fewer in every round. Words are drawn at this
+    `temperature`; 0 takes the most probable.
+
+    Raises UserError where the tokens are more than the model's positions.
+    """
+    tokenizer = reader.tokenizer
+    start = tokenizer.encode([prompt])[0]
+    ids = torch.tensor(_framed(reader, [*start, *[tokenizer.mask_id] * count], "--generate"))
+    blanks = torch.arange(count) + len(start) + 1
+    sureness = torch.zeros(count)  # log-probability of each word when it was written
+    generator = torch.Generator().manual_seed(seed)
+    rounds = min(ROUNDS, count)
+    for done in range(rounds):
+        hidden = sureness.argsort()[
+            : count - count * done // rounds
+        ]  # all of them in the first round
+        ids[blanks[hidden]] = tokenizer.mask_id
+        ((_, logs),) = reader.fill([Cloze(ids.tolist(), blanks[hidden].tolist())])
+        logs[:, tokenizer.special_ids] = -torch.inf  # neither a new blank nor the end of the text
+        if temperature:
+            odds = (logs.double() - logs.amax(-1, keepdim=True)) / temperature
+            words = torch.multinomial(odds.softmax(-1), 1, generator=generator).squeeze(1)
+        else:
+            words = logs.argmax(-1)
+        ids[blanks[hidden]] = words
+        sureness[hidden] = logs.gather(1, words[:, None]).squeeze(1)
+    written, given = tokenizer.decode(ids[1:-1].tolist()), tokenizer.decode(start)
+    return prompt + written[len(given) :]
+
+
+def _framed(reader: Reader, ids: list[int], option: str) -> list[int]:
+    """With [CLS] and [SEP]."""
+    longest = reader.model.config.max_position_embeddings - 2
+    if len(ids) > longest:
+        raise UserError(f"{option}: {len(ids)} tokens, the model has room for {longest}")
+    return [reader.tokenizer.cls_id, *ids, reader.tokenizer.sep_id]

@@ -9,10 +9,11 @@ from torch import Tensor
 class Soup:
     """The average so far, and where the next training begins.
 
-    Each training reads the same rows in another order and ends somewhere else, but pretrained weights
-    hardly leave the valley of the loss that they are in. The average lies in it too, as a rule deeper than
-    what went into it, and is still one network (Wortsman et al. 2022, "Model soups: averaging weights of
-    multiple fine-tuned models improves accuracy without increasing inference time").
+    Each training reads the same rows in another order and ends somewhere else, but pretrained
+    weights hardly leave the valley of the loss that they are in. The average lies in it too, as a
+    rule deeper than what went into it, and is still one network (Wortsman et al. 2022, "Model
+    soups: averaging weights of multiple fine-tuned models improves accuracy without increasing
+    inference time").
     """
 
     def __init__(self, weights: dict[str, Tensor], ends: list[int]):

@@ -1,7 +1,7 @@
 """WordPiece tokens: train a vocabulary, load one, turn text into ids (on the `tokenizers` library).
 
-WordPiece (Schuster & Nakajima 2012; BERT's lower-cased variant) keeps frequent words whole and spells
-rare ones in pieces: "unforgettable" may become "un", "##forget", "##table".
+WordPiece (Schuster & Nakajima 2012; BERT's lower-cased variant) keeps frequent words whole and
+spells rare ones in pieces: "unforgettable" may become "un", "##forget", "##table".
 """
 
 import json
@@ -13,7 +13,7 @@ import tokenizers
 import torch
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from minitune.errors import UserError
+from minitune.support.errors import UserError
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 # Options of a tokenizer_config.json with their defaults, and what the normalizer calls them.
@@ -43,8 +43,8 @@ class Tokenizer:
         """Learn a lower-cased vocabulary of `vocab_size` entries from the texts, letters always included.
 
         The same texts give the same vocabulary. The library numbers the letters inside words in the
-        order of a hash map, which differs from run to run, and decides ties by those numbers; so the
-        letters are found first, and numbered in order.
+        order of a hash map, which differs from run to run, and decides ties by those numbers; so
+        the letters are found first, and numbered in order.
         """
         texts = [clean(text) for text in texts]
         backend = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
@@ -55,7 +55,9 @@ class Tokenizer:
         )
         backend.train_from_iterator(texts, trainer)
         vocab = backend.get_vocab()
-        backend = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))  # letters: not special
+        backend = tokenizers.Tokenizer(
+            models.WordPiece(vocab, unk_token="[UNK]")
+        )  # letters: not special
         backend.add_special_tokens(SPECIAL_TOKENS)
         _as_in_bert(backend, lowercase=True)
         return cls(backend)
@@ -69,10 +71,14 @@ class Tokenizer:
             elif (directory / "vocab.txt").is_file():
                 vocab = models.WordPiece.read_file(str(directory / "vocab.txt"))
                 backend = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
-                backend.add_special_tokens([t for t in SPECIAL_TOKENS if t in vocab])  # marks, adds none
+                backend.add_special_tokens(
+                    [t for t in SPECIAL_TOKENS if t in vocab]
+                )  # marks, adds none
                 path = directory / "tokenizer_config.json"
                 options = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-                _as_in_bert(backend, *(options.get(key, default) for key, default in OPTIONS.items()))
+                _as_in_bert(
+                    backend, *(options.get(key, default) for key, default in OPTIONS.items())
+                )
             else:
                 raise UserError(f"{directory} has no tokenizer.json and no vocab.txt")
         except UserError:
@@ -119,7 +125,10 @@ def clean(text: str) -> str:
 
 
 def _as_in_bert(
-    backend: tokenizers.Tokenizer, lowercase: bool, strip_accents: bool | None = None, chinese: bool = True
+    backend: tokenizers.Tokenizer,
+    lowercase: bool,
+    strip_accents: bool | None = None,
+    chinese: bool = True,
 ) -> None:
     """BERT's clean-up, its split at spaces and punctuation, and its [CLS] text [SEP] frame.
 
@@ -132,7 +141,9 @@ def _as_in_bert(
     backend.decoder = decoders.WordPiece()
     cls, sep = backend.token_to_id("[CLS]"), backend.token_to_id("[SEP]")
     if cls is not None and sep is not None:
-        backend.post_processor = tokenizers.processors.BertProcessing(("[SEP]", sep), ("[CLS]", cls))
+        backend.post_processor = tokenizers.processors.BertProcessing(
+            ("[SEP]", sep), ("[CLS]", cls)
+        )
 
 
 def _letters(backend: tokenizers.Tokenizer, texts: list[str]) -> set[str]:

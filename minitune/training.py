@@ -1,14 +1,16 @@
 """The one training loop: precision, accumulation, clipping, schedule, resume.
 
-A task brings its batches and its loss (pretraining.py); the loop does not look inside them. What a step
-computes depends on the seed and the step's number alone, so a run that was killed and resumed ends
-with the same bits as one that was not.
+A task brings its batches and its loss (pretraining.py); the loop does not look inside them. What a
+step computes depends on the seed and the step's number alone, so a run that was killed and resumed
+ends with the same bits as one that was not.
 """
 
 import contextlib
 import copy
 import itertools
 import math
+import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,15 +18,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from minitune.errors import UserError
-from minitune.interrupts import Interrupted, Interrupts
 from minitune.optimizer import Optimizer, one_cycle
-from minitune.precision import Precision
-from minitune.processes import Processes
-from minitune.reporter import Reporter
-from minitune.runs import Run
 from minitune.soup import Soup
+from minitune.support.errors import UserError
+from minitune.support.runs import Run
+from minitune.support.runtime import Precision, Processes
 
 MAX_GRADIENT_NORM = 1.0
 LOG_EVERY = 10  # steps
@@ -54,7 +54,8 @@ class Task(Protocol):
     def score(self, metrics: dict) -> Any:
         """If the weights with the best score are to be kept at the end, that; None keeps the last.
 
-        A task that scores evaluates all rows each time, quickly or not: what was best is not evaluated again.
+        A task that scores evaluates all rows each time, quickly or not: what was best is not
+        evaluated again.
         """
 
 
@@ -79,14 +80,20 @@ class Trainer:
         self.processes, self.precision = processes, precision
         self.seed, self.warmup, self.accumulate = seed, warmup, accumulate
         self.save_seconds = 60 * save_minutes
-        # float16 gradients underflow to zero unless the loss is scaled up (Micikevicius et al. 2018).
+        # float16 gradients underflow to zero unless the loss is scaled up (Micikevicius et al.
+        # 2018).
         self.scaler = torch.amp.GradScaler(enabled=precision.name == "fp16")
         self.step, self.steps, self.seconds, self.tokens = 0, 0, 0.0, 0
-        self.last_save = -math.inf  # so a checkpoint is written at the first step, to go back to after a NaN
+        self.last_save = (
+            -math.inf
+        )  # so a checkpoint is written at the first step, to go back to after a NaN
         self.interrupts = Interrupts()
         self.reporter = Reporter(task.unit, task.yardstick, speaks=processes.is_main)
-        self.soup: Soup | None = None  # where several trainings, one after the other, are to be averaged
-        # Of the best evaluation so far: {"score", "step", "average_of", "metrics"}, and what was trained.
+        self.soup: Soup | None = (
+            None  # where several trainings, one after the other, are to be averaged
+        )
+        # Of the best evaluation so far: {"score", "step", "average_of", "metrics"}, and what was
+        # trained.
         self.best: dict = {}
         self.best_weights: dict[str, Tensor] = {}
 
@@ -102,7 +109,8 @@ class Trainer:
     def plan(self, deadline: float) -> int:
         """How many steps fit in before `deadline` (of time.monotonic), evaluations included.
 
-        Measured on a copy that is thrown away, so that a run of N steps is the same however N was set.
+        Measured on a copy that is thrown away, so that a run of N steps is the same however N was
+        set.
         """
         rehearsal = copy.copy(self)
         rehearsal.model = copy.deepcopy(self.model).train()
@@ -139,7 +147,9 @@ class Trainer:
         self._load(parts["model"])
         self.best, self.best_weights = progress["best"], parts["best"]
         if self.soup:
-            self.soup.average = {name: t.to(self.processes.device) for name, t in parts["average"].items()}
+            self.soup.average = {
+                name: t.to(self.processes.device) for name, t in parts["average"].items()
+            }
         self.optimizer.load_state(parts["optimizer"])
         if progress["scaler"]:
             self.scaler.load_state_dict(progress["scaler"])
@@ -155,7 +165,11 @@ class Trainer:
             tensors |= {f"optimizer/{name}": tensor for name, tensor in state}
             tensors |= {f"best/{name}": tensor for name, tensor in self.best_weights.items()}
             progress = {"step": self.step, "steps": self.steps, "seconds": self.seconds}
-            progress |= {"tokens": self.tokens, "scaler": self.scaler.state_dict(), "best": self.best}
+            progress |= {
+                "tokens": self.tokens,
+                "scaler": self.scaler.state_dict(),
+                "best": self.best,
+            }
             if self.soup:
                 tensors |= {f"average/{name}": tensor for name, tensor in self.soup.average.items()}
             self.run.save(tensors, progress)
@@ -201,7 +215,11 @@ class Trainer:
             self._apply(norm)
         self.step += 1
         self.tokens += batch.tokens
-        entry = {"step": self.step, "loss": loss, "gradient_norm": norm if math.isfinite(norm) else None}
+        entry = {
+            "step": self.step,
+            "loss": loss,
+            "gradient_norm": norm if math.isfinite(norm) else None,
+        }
         entry |= {"tokens": self.tokens, "seconds": round(self.seconds, 2)}
         if self.task.evaluation_due(self.step, self.steps):
             self._validate(entry)
@@ -230,7 +248,9 @@ class Trainer:
         # Dropout must not depend on where the run was resumed.
         torch.manual_seed((self.seed * 1_000_003 + self.step) * 1009 + self.processes.rank)
         total = torch.zeros(2)  # loss, and how many processes were asked to stop
-        self.scaler.scale(torch.zeros((), device=self.processes.device))  # wakes a scaler without parts
+        self.scaler.scale(
+            torch.zeros((), device=self.processes.device)
+        )  # wakes a scaler without parts
         parts = batch.split(self.processes.count * self.accumulate)
         for part in parts[self.processes.rank :: self.processes.count]:
             part = part.to(self.processes.device)
@@ -246,7 +266,8 @@ class Trainer:
         for optimizer in self.optimizer.parts:
             self.scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(self.parameters, MAX_GRADIENT_NORM).item()
-        # Scaled float16 gradients may overflow now and then; the step is skipped and the scale lowered.
+        # Scaled float16 gradients may overflow now and then; the step is skipped and the scale
+        # lowered.
         self._check(loss if self.scaler.is_enabled() else loss + norm)
         return loss, norm, stop > 0
 
@@ -254,7 +275,11 @@ class Trainer:
         """Stop where there is nothing left to train."""
         if not math.isfinite(loss):
             saved = self.run.state_path.is_file()
-            where = f"the last good checkpoint is in {self.run.state_path.parent}" if saved else "none saved"
+            where = (
+                f"the last good checkpoint is in {self.run.state_path.parent}"
+                if saved
+                else "none saved"
+            )
             what = f"loss or gradient became {loss} after step {self.step}"
             raise UserError(f"{what}; {where}; try --resume with a lower --lr")
 
@@ -281,7 +306,9 @@ class Trainer:
         entry["validation"] = metrics = self.evaluate(quick=True)
         average_of = entry.get("average_of", 1)
         minutes_left = (self.steps - self.step) * self.seconds / self.step / 60
-        self.reporter.report(self.step, metrics, self.tokens / self.seconds, minutes_left, average_of)
+        self.reporter.report(
+            self.step, metrics, self.tokens / self.seconds, minutes_left, average_of
+        )
         score = self.task.score(metrics)
         if score is not None and (not self.best or list(score) > self.best["score"]):
             self.best = {"score": list(score), "step": self.step, "metrics": metrics}
@@ -305,3 +332,74 @@ def train_or_say_how_to_go_on(trainer: Trainer, out: Path, say: Callable[[str], 
     except Interrupted:
         say(f"\ninterrupted: saved at step {trainer.step:,}; go on with --resume --out {out}")
         raise
+
+
+REPORT_EVERY = 10  # seconds: small tasks have evaluations faster than anyone reads
+
+
+class Reporter:
+    """A bar where there is a terminal, and lines with the validation metrics, which a log file gets too."""
+
+    def __init__(self, unit: str, yardstick: str, speaks: bool):
+        """`unit` of a batch's size; `yardstick`, what a loss is to be compared with; one process speaks."""
+        self.unit, self.yardstick, self.speaks = unit, yardstick, speaks
+        self.last_report = -math.inf
+
+    @contextlib.contextmanager
+    def bar(self, step: int, steps: int) -> Iterator[None]:
+        """Show a bar over so many steps, the first ones of which are done."""
+        self.steps = steps
+        # None: only where there is a terminal.
+        disable = None if self.speaks else True
+        with tqdm(
+            total=steps, initial=step, unit="step", dynamic_ncols=True, disable=disable
+        ) as self._bar:
+            yield
+
+    def advance(self, loss: float, speed: float) -> None:
+        """One step is done; `speed` in units a second."""
+        self._bar.update()
+        self._bar.set_postfix_str(f"loss {loss:.3f} ({self.yardstick}), {speed:,.0f} {self.unit}/s")
+
+    def report(
+        self, step: int, metrics: dict, speed: float, minutes_left: float, average_of: int
+    ) -> None:
+        """A line for people, not more often than they can read: at the end and for an average always."""
+        due = (
+            time.monotonic() - self.last_report > REPORT_EVERY
+            or step == self.steps
+            or average_of > 1
+        )
+        if not due or not self.speaks:
+            return
+        self.last_report = time.monotonic()
+        what = f"average of {average_of} trainings" if average_of > 1 else "validation"
+        values = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
+        line = f"step {step:>6,} of {self.steps:,}   {what} {values} ({self.yardstick})"
+        line += f"   {speed:,.0f} {self.unit}/s   {minutes_left:.1f} min left"
+        self._bar.write(line, file=sys.stdout)
+        sys.stdout.flush()
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, after the checkpoint was saved."""
+
+
+class Interrupts:
+    """Within this context the first Ctrl-C only sets `asked`; the second ends the program at once."""
+
+    def __init__(self):
+        self.asked = False
+
+    def __enter__(self) -> "Interrupts":
+        handled = (signal.SIGINT, signal.SIGTERM)
+        self.before = {number: signal.signal(number, self._ask) for number in handled}
+        return self
+
+    def _ask(self, number: int, frame: object) -> None:
+        self.asked = True
+        signal.signal(number, signal.default_int_handler)
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

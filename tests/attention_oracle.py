@@ -49,7 +49,8 @@ def compute(backend, lengths, inputs, counts=None):
     device = inputs[0].device
     asking = cumulative(counts).to(device) if counts else None
     return output_and_gradients(
-        lambda *qkv: attention(*qkv, cumulative(lengths).to(device), max(lengths), backend, asking), inputs
+        lambda *qkv: attention(*qkv, cumulative(lengths).to(device), max(lengths), backend, asking),
+        inputs,
     )
 
 
@@ -66,8 +67,8 @@ def assert_is_the_definition(backend, lengths, inputs, counts=None):
         if inputs[0].dtype == torch.float32:
             assert (ours - true).abs().max() <= 1e-5, name
             continue
-        # 1% of each sequence's own norm: two to three roundings of 2⁻⁸, and for float16 an eighth of it.
-        # The small absolute part is for a sequence of one token, where dq and dk are zero.
+        # 1% of each sequence's own norm: two to three roundings of 2⁻⁸, and for float16 an eighth
+        # of it. The small absolute part is for a sequence of one token, where dq and dk are zero.
         share = 0.01 if inputs[0].dtype == torch.bfloat16 else 0.01 / 8
         for ours1, true1 in zip(ours.double().split(rows1), true.split(rows1), strict=True):
             assert (ours1 - true1).norm() <= share * (true1.norm() + 0.01), name

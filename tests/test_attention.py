@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minitune import padded_attention
 from minitune.attention import Tiled, attention, choose
-from minitune.errors import UserError
+from minitune.fast import padded_attention as padded_attention
+from minitune.support.errors import UserError
 from tests.attention_oracle import (
     HERE,
     assert_is_the_definition,
@@ -59,8 +59,9 @@ def test_large_scores_do_not_overflow(backend):
 
 @pytest.mark.parametrize("n", [1, 2, 7, 16, 33, 128, 129, 512])
 def test_bfloat16_softmax_on_cpu_is_rounded_once(n):
-    # What `reference` relies on. One rounding costs at most 2⁻⁸ of the value; 0.1% more is room for the
-    # float32 arithmetic before it. A softmax with bfloat16 steps on the way is off by eight times that.
+    # What `reference` relies on. One rounding costs at most 2⁻⁸ of the value; 0.1% more is room for
+    # the float32 arithmetic before it. A softmax with bfloat16 steps on the way is off by eight
+    # times that.
     scores = (4 * torch.randn(20, n, generator=torch.Generator().manual_seed(n))).bfloat16()
     exact = torch.softmax(scores.double(), -1)
     error = (torch.softmax(scores, -1).double() - exact).abs() / exact
@@ -75,7 +76,9 @@ def test_tiled_gradients_are_those_of_its_output(monkeypatch):
     lengths = [1, 3, 4, 5, 5, 9]
     *qkv, _ = random_inputs(lengths, 4, torch.float64, heads=2)
     qkv = [x.detach().requires_grad_() for x in qkv]
-    assert torch.autograd.gradcheck(lambda *qkv: attention(*qkv, cumulative(lengths), 9, "tiled"), qkv)
+    assert torch.autograd.gradcheck(
+        lambda *qkv: attention(*qkv, cumulative(lengths), 9, "tiled"), qkv
+    )
 
 
 @pytest.mark.parametrize("block", [1, 4, 64])
@@ -116,12 +119,16 @@ def test_memory_of_tiled_grows_with_the_tokens_not_with_their_square(lengths):
     T, H, D = 512, 2, 32
     inputs = random_inputs(lengths, D, heads=H)
     saved = []
-    hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x)
+    hooks = torch.autograd.graph.saved_tensors_hooks(
+        lambda x: saved.append(x.numel()) or x, lambda x: x
+    )
     with LargestResult() as largest, hooks:
         compute("tiled", lengths, inputs)
     assert largest.elements <= T * H * BLOCK
     ends = len(lengths) + 1
-    assert sorted(saved) == sorted([ends, ends, T * H] + 4 * [T * H * D])  # of q and k; lse; q, k, v, out
+    assert sorted(saved) == sorted(
+        [ends, ends, T * H] + 4 * [T * H * D]
+    )  # of q and k; lse; q, k, v, out
     with LargestResult() as largest:
         compute("reference", lengths, inputs)
     assert largest.elements > T * H * BLOCK
@@ -143,13 +150,17 @@ def set_sizes(monkeypatch):
     padded_attention.plan.cache_clear()
 
 
-@pytest.mark.parametrize("piece", [1, 64, 2**22])  # one, two, all of the sequences of four tokens at a time
+@pytest.mark.parametrize(
+    "piece", [1, 64, 2**22]
+)  # one, two, all of the sequences of four tokens at a time
 def test_padded_gradients_are_those_of_its_output(set_sizes, piece):
     set_sizes(MULTIPLE=4, PIECE=piece)
     lengths = [1, 3, 4, 5, 5, 9]
     *qkv, _ = random_inputs(lengths, 4, torch.float64, heads=2)
     qkv = [x.detach().requires_grad_() for x in qkv]
-    assert torch.autograd.gradcheck(lambda *qkv: attention(*qkv, cumulative(lengths), 9, "padded"), qkv)
+    assert torch.autograd.gradcheck(
+        lambda *qkv: attention(*qkv, cumulative(lengths), 9, "padded"), qkv
+    )
 
 
 def test_padded_gradients_of_fewer_queries_are_those_of_its_output(set_sizes):
@@ -185,11 +196,15 @@ def test_padded_computes_few_rows_for_few_queries():
     assert largest.elements == 4 * 2 * 16 * 256
 
 
-@pytest.mark.parametrize(("head_size", "kept"), [(16, True), (8, False)])  # 128 tokens, kept up to 8·D
+@pytest.mark.parametrize(
+    ("head_size", "kept"), [(16, True), (8, False)]
+)  # 128 tokens, kept up to 8·D
 def test_padded_keeps_a_softmax_only_if_it_is_small(head_size, kept):
     saved = []
     inputs = random_inputs([128], head_size, heads=2)
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: saved.append(x.numel()) or x, lambda x: x
+    ):
         compute("padded", [128], inputs)
     assert (2 * 128 * 128 in saved) == kept
     assert_is_the_definition("padded", [128], inputs)
@@ -201,7 +216,9 @@ def test_padded_reads_what_it_learns_from(dtype):
     lengths = [70, 64, 5]
     *qkv, _ = random_inputs(lengths, 32, dtype)
     read = attention(*qkv, cumulative(lengths), 70, "padded")
-    learned_from = attention(*(x.detach().requires_grad_() for x in qkv), cumulative(lengths), 70, "padded")
+    learned_from = attention(
+        *(x.detach().requires_grad_() for x in qkv), cumulative(lengths), 70, "padded"
+    )
     assert learned_from.grad_fn is not None and read.grad_fn is None
     torch.testing.assert_close(read, learned_from.detach(), rtol=2e-2, atol=2e-2)
 

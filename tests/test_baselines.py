@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from minitune import baselines
-from minitune.baselines import NBSVM, Matrix, log_count_ratio, majority, train_svm
+from minitune.support import baselines as baselines
+from minitune.support.baselines import NBSVM, Matrix, log_count_ratio, majority, train_svm
 
 pytestmark = pytest.mark.filterwarnings("error")  # no division by zero behind the scenes
 
@@ -77,9 +77,22 @@ def test_svm_finds_the_minimum(seed, cost):
 
 
 def test_pairs_matter():
-    texts = ["good", "good", "not bad", "bad", "bad", "not good"] * 3  # no weights of single words do this
+    texts = [
+        "good",
+        "good",
+        "not bad",
+        "bad",
+        "bad",
+        "not good",
+    ] * 3  # no weights of single words do this
     model = NBSVM().fit(texts, np.array([1, 1, 1, 0, 0, 0] * 3), 2)
-    assert model.predict(["not good", "good", "bad", "so bad", "it is not bad"]).tolist() == [0, 1, 0, 0, 1]
+    assert model.predict(["not good", "good", "bad", "so bad", "it is not bad"]).tolist() == [
+        0,
+        1,
+        0,
+        0,
+        1,
+    ]
 
 
 def test_features_are_words_and_pairs_within_a_text():
@@ -92,7 +105,9 @@ def test_case_markup_and_repeats_do_not_count():
     plain = model._matrix(*model._grams(["good good film"]), 1)
     odd = model._matrix(*model._grams(["GOOD <br />good<br/>FILM"]), 1)
     assert np.array_equal(plain.columns, odd.columns)
-    assert plain.columns.size == 4  # good, film, good film and the bias; the pair good good is unknown
+    assert (
+        plain.columns.size == 4
+    )  # good, film, good film and the bias; the pair good good is unknown
 
 
 def test_three_labels():

@@ -9,10 +9,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from minitune.checkpoint import load_bert, load_masked_lm, read_config, save_model, to_bert
-from minitune.errors import UserError
+from minitune.checkpoint import (
+    find_model,
+    load_bert,
+    load_masked_lm,
+    read_config,
+    save_model,
+    to_bert,
+)
 from minitune.model import BertConfig, BertForMaskedLM
-from minitune.sources import find_model
+from minitune.support.errors import UserError
 from minitune.tokenizer import Tokenizer
 
 CONFIG = BertConfig(
@@ -53,7 +59,12 @@ SAVED_BY_TRANSFORMERS = {
     "cls.predictions.transform.dense.weight": (8, 8),
 }
 SELF = "bert.encoder.layer.0.attention.self"
-TEXTS = ["An awful, awful film!", "Two hours of pure joy.", "Was that Zoë's café?", "[MASK] is text"]
+TEXTS = [
+    "An awful, awful film!",
+    "Two hours of pure joy.",
+    "Was that Zoë's café?",
+    "[MASK] is text",
+]
 
 
 def random_model():
@@ -128,7 +139,9 @@ def test_each_name_means_what_it_says(model):
     attention = "bert.encoder.layer.0.attention.output"
     assert torch.equal(tensors[f"{attention}.dense.weight"], layer.attention.out.weight)
     assert torch.equal(tensors[f"{attention}.LayerNorm.bias"], layer.attention_norm.bias)
-    assert torch.equal(tensors["bert.encoder.layer.0.output.LayerNorm.bias"], layer.feed_forward_norm.bias)
+    assert torch.equal(
+        tensors["bert.encoder.layer.0.output.LayerNorm.bias"], layer.feed_forward_norm.bias
+    )
     assert torch.equal(tensors["cls.predictions.transform.dense.weight"], model.head.dense.weight)
 
 
@@ -155,12 +168,17 @@ def test_tensorflow_names_of_layer_norm_load(model, directory):
 def test_bare_bert_model_loads_with_a_new_head(model, directory):
     change_weights(
         directory,
-        lambda tensors: {
-            name.removeprefix("bert."): tensor
-            for name, tensor in tensors.items()
-            if name.startswith("bert.")
-        }
-        | {"pooler.dense.weight": torch.zeros(8, 8), "embeddings.position_ids": torch.arange(16)[None]},
+        lambda tensors: (
+            {
+                name.removeprefix("bert."): tensor
+                for name, tensor in tensors.items()
+                if name.startswith("bert.")
+            }
+            | {
+                "pooler.dense.weight": torch.zeros(8, 8),
+                "embeddings.position_ids": torch.arange(16)[None],
+            }
+        ),
     )
     loaded, has_head = load_masked_lm(directory)
     assert not has_head
@@ -169,7 +187,9 @@ def test_bare_bert_model_loads_with_a_new_head(model, directory):
 
 
 def test_half_precision_weights_load_as_float32(model, directory):
-    change_weights(directory, lambda tensors: {name: tensor.half() for name, tensor in tensors.items()})
+    change_weights(
+        directory, lambda tensors: {name: tensor.half() for name, tensor in tensors.items()}
+    )
     loaded, _ = load_masked_lm(directory)
     halved = {name: tensor.half().float() for name, tensor in model.state_dict().items()}
     assert_same_tensors(loaded.state_dict(), halved)
@@ -177,7 +197,8 @@ def test_half_precision_weights_load_as_float32(model, directory):
 
 def test_load_bert_says_what_was_missing(model, directory):
     change_weights(
-        directory, lambda tensors: {name: t for name, t in tensors.items() if not name.startswith("cls.")}
+        directory,
+        lambda tensors: {name: t for name, t in tensors.items() if not name.startswith("cls.")},
     )
     missing = load_bert(model, directory, optional=("head.",))
     assert sorted(missing) == [
@@ -253,7 +274,9 @@ def with_config(**values):
 
 
 def without_tensor(name):
-    return lambda directory: change_weights(directory, lambda t: {k: v for k, v in t.items() if k != name})
+    return lambda directory: change_weights(
+        directory, lambda t: {k: v for k, v in t.items() if k != name}
+    )
 
 
 def with_shape(name, *shape):
@@ -270,7 +293,10 @@ def cut_weights(size):
 
 REFUSED = {
     "no config.json": (remove("config.json"), "no config.json"),
-    "broken config.json": (lambda d: (d / "config.json").write_text("{"), "config.json cannot be read"),
+    "broken config.json": (
+        lambda d: (d / "config.json").write_text("{"),
+        "config.json cannot be read",
+    ),
     "another model": (with_config(model_type="roberta"), "roberta"),
     "another activation": (with_config(hidden_act="relu"), "hidden_act is relu"),
     "relative positions": (with_config(position_embedding_type="relative_key"), "relative_key"),
@@ -301,9 +327,14 @@ REFUSED = {
     "half a head": (without_tensor("cls.predictions.bias"), r"cls\.predictions\.bias"),
     "a layer too few": (with_config(num_hidden_layers=2), r"layer\.1\."),
     "a wrong size": (with_config(vocab_size=41), r"\(40, 8\).*\(41, 8\)"),
-    "a wrong key": (with_shape(f"{SELF}.key.weight", 8, 9), r"self\.key\.weight has shape \(8, 9\)"),
+    "a wrong key": (
+        with_shape(f"{SELF}.key.weight", 8, 9),
+        r"self\.key\.weight has shape \(8, 9\)",
+    ),
     "rows moved from key to query": (
-        lambda d: [with_shape(f"{SELF}.{part}.bias", n)(d) for part, n in (("query", 9), ("key", 7))],
+        lambda d: [
+            with_shape(f"{SELF}.{part}.bias", n)(d) for part, n in (("query", 9), ("key", 7))
+        ],
         r"self\.query\.bias has shape \(9,\)",
     ),
     "a scalar": (with_shape("cls.predictions.bias"), r"cls\.predictions\.bias has shape \(\)"),

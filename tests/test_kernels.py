@@ -27,10 +27,11 @@ import re
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from minitune import kernels
+from minitune.fast import triton_attention as kernels
 
 types = {"cu_q": "*i32", "cu_k": "*i32", "Lse": "*fp32", "Delta": "*fp32"}
-types |= dict.fromkeys(["M", "T", "H", "q_stride", "q_head_stride", "kv_stride", "kv_head_stride"], "i32")
+sizes = ["M", "T", "H", "q_stride", "q_head_stride", "kv_stride", "kv_head_stride"]
+types |= dict.fromkeys(sizes, "i32")
 for capability, dtype, size, D in (80, "bf16", 2, 128), (90, "fp16", 2, 128), (80, "fp32", 4, 32):
     options = dict(kernels.TILES[size])
     constants = {"D": D, "BLOCK": options.pop("BLOCK")}

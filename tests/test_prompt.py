@@ -17,13 +17,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import minitune.plots
+import minitune.support.plots
 import prompt
-from minitune.calibration import CALIBRATIONS
+from minitune.batching import PackedBatch
+from minitune.calibration import CALIBRATIONS, TOGETHER
 from minitune.checkpoint import save_model, weights_hash
-from minitune.cli import run_script
-from minitune.model import BertConfig, BertForMaskedLM, BertForSequenceClassification, PackedBatch
-from minitune.prompt_comparison import TOGETHER
+from minitune.model import BertConfig, BertForMaskedLM, BertForSequenceClassification
+from minitune.support.cli import run_script
 from minitune.tokenizer import Tokenizer
 
 GOOD, BAD = ["good", "great", "superb"], ["bad", "dull", "clumsy"]
@@ -56,16 +56,22 @@ def pretrain(model, tokenizer):
 def folder(tmp_path_factory):
     """Three model directories and data.csv. At the end no file of a model has changed.
 
-    "learned" knows the reviews, "biased" does too but says "good" all the time, "classifier" has no words.
+    "learned" knows the reviews, "biased" does too but says "good" all the time, "classifier" has no
+    words.
     """
     folder = tmp_path_factory.mktemp("prompting")
     with open(folder / "data.csv", "w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([("text", "label"), *ROWS])
     tokenizer = Tokenizer.train([f"{text} it is . : {label}" for text, label in ROWS], 110)
     config = BertConfig(
-        vocab_size=tokenizer.vocab_size, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=64, max_position_embeddings=64, id2label={0: "no", 1: "yes"},
-    )  # fmt: skip
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        id2label={0: "no", 1: "yes"},
+    )
     torch.manual_seed(0)
     model = pretrain(BertForMaskedLM(config), tokenizer)
     for name in ("learned", "biased"):
@@ -148,7 +154,9 @@ def test_standard_input_and_accuracy_of_labelled_rows(succeed, folder):
     assert one.out == two.out and "accuracy" not in one.err
     labelled = succeed(folder / "data.csv", *ASK, "--json")
     answers = [json.loads(line)["label"] for line in labelled.out.splitlines()]
-    right = sum(answer == label for answer, (_, label) in zip(answers, ROWS, strict=True)) / len(ROWS)
+    right = sum(answer == label for answer, (_, label) in zip(answers, ROWS, strict=True)) / len(
+        ROWS
+    )
     assert f"accuracy: {right:.2%} of {len(ROWS)} labelled rows" in labelled.err
 
 
@@ -165,7 +173,9 @@ def test_the_order_in_which_labels_are_typed_does_not_matter(succeed):
     one, two = ([*ASK[:3], "--words", *words] for words in (ASK[-2:], ASK[:-3:-1]))
     for calibration in CALIBRATIONS:
         options = ["--calibrate", calibration, "--json"]
-        answers = [json.loads(succeed("the film was good", *asked, *options).out) for asked in (one, two)]
+        answers = [
+            json.loads(succeed("the film was good", *asked, *options).out) for asked in (one, two)
+        ]
         assert answers[0]["label"] == answers[1]["label"] == "yes"
         assert answers[0]["probabilities"] == pytest.approx(answers[1]["probabilities"], abs=1e-5)
 
@@ -174,9 +184,13 @@ def test_the_lesson(succeed, folder):
     """A model that nearly always says "good" is right half the time, until zero is put in its place."""
     accuracies = {}
     for calibration in ("none", "prior"):
-        lines = succeed(folder / "data.csv", *ASK, "--calibrate", calibration, "--json", model="biased")
+        lines = succeed(
+            folder / "data.csv", *ASK, "--calibrate", calibration, "--json", model="biased"
+        )
         answers = [json.loads(line)["label"] for line in lines.out.splitlines()]
-        accuracies[calibration] = sum(a == label for a, (_, label) in zip(answers, ROWS, strict=True)) / 60
+        accuracies[calibration] = (
+            sum(a == label for a, (_, label) in zip(answers, ROWS, strict=True)) / 60
+        )
         if calibration == "none":
             assert set(answers) == {"yes"}
     assert accuracies["none"] == 0.5 and accuracies["prior"] > 0.9
@@ -186,7 +200,9 @@ def test_the_prior_is_that_of_train_rows(succeed, folder, tmp_path):
     """Other rows to test change no answer; fewer rows to train do, and so does not asking for them."""
     rows = [row for label in ("yes", "no") for row in ROWS if row[1] == label]
     with open(tmp_path / "other.csv", "w", encoding="utf-8", newline="") as file:
-        other = [("so bad" if i % 30 >= 27 else text, label) for i, (text, label) in enumerate(rows)]
+        other = [
+            ("so bad" if i % 30 >= 27 else text, label) for i, (text, label) in enumerate(rows)
+        ]
         csv.writer(file).writerows([("text", "label"), *other])
     with open(tmp_path / "same.csv", "w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([("text", "label"), *rows])
@@ -194,14 +210,18 @@ def test_the_prior_is_that_of_train_rows(succeed, folder, tmp_path):
     one = succeed(*texts, *ASK, "--json", "--data", "same.csv").out
     assert succeed(*texts, *ASK, "--json", "--data", "other.csv").out == one
     assert succeed(*texts, *ASK, "--json", "--data", "same.csv", "--unlabelled", "3").out != one
-    assert succeed(*texts, *ASK, "--json", "--calibrate", "none", "--data", "nowhere.csv").out != one
+    assert (
+        succeed(*texts, *ASK, "--json", "--calibrate", "none", "--data", "nowhere.csv").out != one
+    )
 
 
 def test_demonstrations_stand_in_front_of_a_text(succeed):
     plain = succeed("the film was good", *ASK, "--calibrate", "none", "--json").out
     shown = succeed("the film was good", *ASK, "--calibrate", "none", "--json", "--shots", "2")
     assert json.loads(shown.out)["probabilities"] != json.loads(plain)["probabilities"]
-    again = succeed("the film was good", *ASK, "--calibrate", "none", "--json", "--shots", "2", "--seed", "9")
+    again = succeed(
+        "the film was good", *ASK, "--calibrate", "none", "--json", "--shots", "2", "--seed", "9"
+    )
     assert again.out != shown.out  # others were chosen
 
 
@@ -212,7 +232,9 @@ def test_templates_answer_together(succeed):
     products = {name: math.sqrt(math.prod(answer["probabilities"][name] for answer in each))
                 for name in ("no", "yes")}  # fmt: skip
     for name, product in products.items():
-        assert together["probabilities"][name] == pytest.approx(product / sum(products.values()), abs=1e-5)
+        assert together["probabilities"][name] == pytest.approx(
+            product / sum(products.values()), abs=1e-5
+        )
 
 
 @pytest.mark.parametrize(
@@ -223,7 +245,9 @@ def test_templates_answer_together(succeed):
     ],
 )
 def test_how_it_is_computed_changes_no_answer(succeed, folder, more):
-    one, two = (succeed(folder / "data.csv", *ASK, "--json", *options).out for options in ([], more))
+    one, two = (
+        succeed(folder / "data.csv", *ASK, "--json", *options).out for options in ([], more)
+    )
     for a, b in zip(one.splitlines(), two.splitlines(), strict=True):
         a, b = json.loads(a), json.loads(b)
         assert (a["text"], a["label"]) == (b["text"], b["label"])
@@ -238,7 +262,9 @@ def test_a_text_that_looks_like_a_template_is_only_text(succeed):
 
 
 def test_three_labels(succeed):
-    [line] = succeed("the cast", "--words", "a=good", "b=bad", "c=dull", *ASK[:3], "--json").out.splitlines()
+    [line] = succeed(
+        "the cast", "--words", "a=good", "b=bad", "c=dull", *ASK[:3], "--json"
+    ).out.splitlines()
     assert list(json.loads(line)["probabilities"]) == ["a", "b", "c"]
 
 
@@ -262,9 +288,13 @@ def test_text_is_written(succeed):
     assert set(json.loads(line)) == {"text", "generated"}
 
 
-@pytest.mark.parametrize("words", [["--evaluate", "DATA", "--out", "out"], ["--fill", "the [MASK]"]])
+@pytest.mark.parametrize(
+    "words", [["--evaluate", "DATA", "--out", "out"], ["--fill", "the [MASK]"]]
+)
 def test_words_of_any_language_are_printed_in_any_locale(folder, tmp_path, words):
-    tokenizer = Tokenizer.train(["日 本 は い い"] * 9 + [f"{text} it is . :" for text, _ in ROWS], 60)
+    tokenizer = Tokenizer.train(
+        ["日 本 は い い"] * 9 + [f"{text} it is . :" for text, _ in ROWS], 60
+    )
     config = BertConfig(vocab_size=60, hidden_size=16, num_hidden_layers=1, num_attention_heads=1)
     (tmp_path / "model").mkdir()
     save_model(BertForMaskedLM(config), tokenizer, tmp_path / "model")
@@ -298,7 +328,9 @@ def test_only_words_that_exist_are_wanted(succeed, padded):
 
 def test_only_words_that_exist_are_written(succeed, padded, monkeypatch):
     decoded, decode = [], Tokenizer.decode
-    monkeypatch.setattr(Tokenizer, "decode", lambda self, ids: decoded.extend(ids) or decode(self, ids))
+    monkeypatch.setattr(
+        Tokenizer, "decode", lambda self, ids: decoded.extend(ids) or decode(self, ids)
+    )
     succeed("--generate", "40", "", "--temperature", "5", model=padded)
     assert max(decoded) < Tokenizer.load(padded).vocab_size
 
@@ -308,8 +340,12 @@ def test_a_number_is_the_place_of_a_label_in_words(succeed, tmp_path):
         rows = [(text, ("no", "yes").index(label)) for text, label in ROWS]
         csv.writer(file).writerows([("text", "label"), *rows])
     assert "accuracy: 100.00% of 60" in succeed("numbers.csv", *ASK).err
-    done = succeed("--evaluate", "numbers.csv", *ASK, "--out", "result", "--calibrate", "none", "--json")
-    assert all(json.loads(line)["accuracy"] == 1 for line in done.out.splitlines()[: len(CALIBRATIONS)])
+    done = succeed(
+        "--evaluate", "numbers.csv", *ASK, "--out", "result", "--calibrate", "none", "--json"
+    )
+    assert all(
+        json.loads(line)["accuracy"] == 1 for line in done.out.splitlines()[: len(CALIBRATIONS)]
+    )
 
 
 # Evaluation
@@ -366,7 +402,17 @@ def test_what_is_evaluated_and_what_is_shown(succeed, folder, monkeypatch):
 
     monkeypatch.setattr(prompt, "compare_prompts", watched)
     monkeypatch.setattr(prompt.Prompt, "demonstrate", watched_too)
-    asked = ["--evaluate", folder / "data.csv", *ASK, "--shots", "2", "--unlabelled", "7", "--out", "result"]
+    asked = [
+        "--evaluate",
+        folder / "data.csv",
+        *ASK,
+        "--shots",
+        "2",
+        "--unlabelled",
+        "7",
+        "--out",
+        "result",
+    ]
     succeed(*asked)
     labels = {text: ("no", "yes").index(label) for text, label in ROWS}
     test = [text for label in (1, 0) for text in [t for t in labels if labels[t] == label][-3:]]
@@ -390,7 +436,9 @@ def test_every_interval_is_of_six_rows(succeed, folder, tmp_path):
 
 
 def test_evaluation_as_json(succeed, folder):
-    lines = succeed("--evaluate", folder / "data.csv", *ASK, "--out", "result", "--json").out.splitlines()
+    lines = succeed(
+        "--evaluate", folder / "data.csv", *ASK, "--out", "result", "--json"
+    ).out.splitlines()
     rows = [json.loads(line) for line in lines]
     assert len(rows) == 3 * len(CALIBRATIONS) + 2
     assert all(set(row) >= {"accuracy", "interval"} for row in rows)
@@ -400,7 +448,10 @@ def test_evaluation_as_json(succeed, folder):
 def test_an_evaluation_may_be_made_again(succeed, folder, tmp_path):
     for _ in range(2):
         succeed("--evaluate", folder / "data.csv", *ASK, "--out", "result")
-    assert {path.name for path in (tmp_path / "result").iterdir()} == {"prompts.json", "prompts.png"}
+    assert {path.name for path in (tmp_path / "result").iterdir()} == {
+        "prompts.json",
+        "prompts.png",
+    }
 
 
 def test_nothing_changes_a_weight(succeed, folder, monkeypatch):
@@ -409,7 +460,9 @@ def test_nothing_changes_a_weight(succeed, folder, monkeypatch):
 
     def watched(*arguments):
         model, has_head = load(*arguments)
-        loaded.append((model, {name: tensor.clone() for name, tensor in model.state_dict().items()}))
+        loaded.append(
+            (model, {name: tensor.clone() for name, tensor in model.state_dict().items()})
+        )
         return model, has_head
 
     monkeypatch.setattr(prompt, "load_masked_lm", watched)
@@ -429,12 +482,25 @@ def test_nothing_changes_a_weight(succeed, folder, monkeypatch):
 
 
 def test_the_prompt_beside_curves_is_of_all_templates(succeed, folder, tmp_path, monkeypatch):
-    rows = [{"method": "full", "train_examples": n, "accuracy": 0.6, "spread": None} for n in (16, 64)]
+    rows = [
+        {"method": "full", "train_examples": n, "accuracy": 0.6, "spread": None} for n in (16, 64)
+    ]
     (tmp_path / "compare.json").write_text(json.dumps({"rows": rows}))
     drawn = []
-    monkeypatch.setattr(minitune.plots, "plot_when_labels_pay", lambda *arguments: drawn.append(arguments))
+    monkeypatch.setattr(
+        minitune.support.plots, "plot_when_labels_pay", lambda *arguments: drawn.append(arguments)
+    )
     for calibration in ("prior", "pmi"):
-        options = ["--calibrate", calibration, "--shots", "2", "--out", "result", "--curves", "compare.json"]
+        options = [
+            "--calibrate",
+            calibration,
+            "--shots",
+            "2",
+            "--out",
+            "result",
+            "--curves",
+            "compare.json",
+        ]
         succeed("--evaluate", folder / "data.csv", *ASK, *options)
         curves, prompted, *_ = drawn.pop()
         assert [row["train_examples"] for row in curves] == [16, 64]
@@ -443,12 +509,16 @@ def test_the_prompt_beside_curves_is_of_all_templates(succeed, folder, tmp_path,
 
 
 def test_curves_are_drawn_beside_the_prompt(succeed, ask, folder, tmp_path):
-    rows = [{"method": "full", "train_examples": n, "accuracy": 0.6, "spread": None} for n in (16, 64)]
+    rows = [
+        {"method": "full", "train_examples": n, "accuracy": 0.6, "spread": None} for n in (16, 64)
+    ]
     (tmp_path / "compare.json").write_text(json.dumps({"rows": rows}))
     succeed("--evaluate", folder / "data.csv", *ASK, "--out", "result", "--curves", "compare.json")
     assert matplotlib.image.imread(tmp_path / "result" / "labels.png").std() > 0.01
     (tmp_path / "compare.json").write_text(json.dumps({"rows": rows[:1]}))
-    done = ask("--evaluate", folder / "data.csv", *ASK, "--out", "result", "--curves", "compare.json")
+    done = ask(
+        "--evaluate", folder / "data.csv", *ASK, "--out", "result", "--curves", "compare.json"
+    )
     assert done.status == 2 and "--curves compare.json" in done.err
 
 
@@ -463,35 +533,59 @@ def test_unlabelled_reviews_may_have_no_labels(succeed, tmp_path):
 REFUSED = {
     "nothing to do": ([], ["texts", "--evaluate", "--fill"]),
     "two things to do": (["a film", "--fill", "[MASK]"], ["--fill"]),
-    "two other things to do": (["--evaluate", "DATA", "--generate", "3"], ["--evaluate", "--generate"]),
+    "two other things to do": (
+        ["--evaluate", "DATA", "--generate", "3"],
+        ["--evaluate", "--generate"],
+    ),
     "evaluate and a text": (["a film", "--evaluate", "DATA"], ["texts", "--evaluate"]),
     "generate after nothing": (["--generate", "3"], ["--generate"]),
     "an empty text": (["a film", " ", *ASK], ["empty"]),
-    "a template without a text": (["a film", "--template", "it was [MASK]"], ["it was [MASK]", "{text}"]),
-    "a template with two texts": (["a", "--template", "{text} {text} [MASK]"], ["{text} {text}", "once"]),
-    "a template with two blanks": (["a", "--template", "{text} [MASK] [MASK]"], ["[MASK] [MASK]", "once"]),
+    "a template without a text": (
+        ["a film", "--template", "it was [MASK]"],
+        ["it was [MASK]", "{text}"],
+    ),
+    "a template with two texts": (
+        ["a", "--template", "{text} {text} [MASK]"],
+        ["{text} {text}", "once"],
+    ),
+    "a template with two blanks": (
+        ["a", "--template", "{text} [MASK] [MASK]"],
+        ["[MASK] [MASK]", "once"],
+    ),
     "a small blank": (["a film", "--template", "{text} [mask]"], ["{text} [mask]", "[MASK] once"]),
     "an empty template": (["a film", "--template", ""], ["template", "{text}"]),
     "one bad template of two": (["a film", *ASK[:2], "it is", *ASK[3:]], ["'it is'", "{text}"]),
-    "a template without a blank": (["a film", "--template", "{text} fine"], ["{text} fine", "[MASK]"]),
+    "a template without a blank": (
+        ["a film", "--template", "{text} fine"],
+        ["{text} fine", "[MASK]"],
+    ),
     "a long template": (["a", "--template", "{text} [MASK]" + " the" * 40, *ASK[3:]], ["no room"]),
     "words of nothing": (["a film", "--words", "good", *ASK[:3]], ["--words good"]),
     "a label without words": (["a film", *ASK[:3], "--words", "no=bad", "yes="], ["--words yes="]),
     "words of no label": (["a film", *ASK[:3], "--words", "=bad", "yes=good"], ["--words =bad"]),
     "only commas": (["a film", *ASK[:3], "--words", "no=,,", "yes=good"], ["--words no=,,"]),
     "the same label twice": (["a film", *ASK[:3], "--words", "no=bad", "no=dull"], ["two labels"]),
-    "an unknown part": (["a film", *ASK[:3], "--words", "no=bad", "yes=good,goo日"], ["goo日", "yes"]),
+    "an unknown part": (
+        ["a film", *ASK[:3], "--words", "no=bad", "yes=good,goo日"],
+        ["goo日", "yes"],
+    ),
     "one label": (["a film", *ASK[:3], "--words", "no=bad"], ["two labels"]),
     "an unknown word": (["a film", *ASK[:3], "--words", "no=bad", "yes=日本"], ["日本"]),
     "a file that is not there": (["nowhere.csv", *ASK], ["nowhere.csv"]),
-    "unlabelled reviews that are not there": (["a", *ASK, "--data", "nowhere.csv"], ["--data nowhere.csv"]),
+    "unlabelled reviews that are not there": (
+        ["a", *ASK, "--data", "nowhere.csv"],
+        ["--data nowhere.csv"],
+    ),
     "one label to evaluate": (["--evaluate", "one.csv", *ASK], ["one.csv", "one label only, yes"]),
     "no label to evaluate": (["--evaluate", "bare.csv", *ASK], ["bare.csv", "no label"]),
     "too little to evaluate": (["--evaluate", "few.csv", *ASK], ["few.csv", "too few rows"]),
     "three labels for two": (["--evaluate", "three.csv", *ASK], ["three.csv", "so-so", "no, yes"]),
     "another label in a file": (["three.csv", *ASK], ["row 3", "so-so", "no, yes"]),
     "labels in capitals": (["DATA", *ASK[:4], "No=bad", "Yes=good"], ["row 1", "yes", "No, Yes"]),
-    "shots of other labels": (["a", *ASK[:4], "a=bad", "b=good", "--shots", "2"], ["data.csv", "a, b"]),
+    "shots of other labels": (
+        ["a", *ASK[:4], "a=bad", "b=good", "--shots", "2"],
+        ["data.csv", "a, b"],
+    ),
     "a file without texts": (["empty.csv", *ASK], ["no text"]),
     "a file that is no UTF-8": (["latin.txt", *ASK], ["latin.txt", "UTF-8"]),
     "data that is not there": (["--evaluate", "nowhere.csv", *ASK], ["--evaluate nowhere.csv"]),
@@ -499,25 +593,43 @@ REFUSED = {
     "a long sentence": (["--fill", "[MASK]" + " the" * 99], ["--fill", "62"]),
     "more to write than positions": (["--generate", "99", "the film"], ["--generate", "62"]),
     "nothing to write": (["--generate", "0", "the film"], ["--generate", "0"]),
-    "negative heat": (["--generate", "3", "the film", "--temperature", "-1"], ["--temperature", "-1"]),
+    "negative heat": (
+        ["--generate", "3", "the film", "--temperature", "-1"],
+        ["--temperature", "-1"],
+    ),
     "heat that is no number": (["--generate", "3", "the film", "--temperature", "nan"], ["nan"]),
     "no words wanted": (["a film", *ASK, "--top", "0"], ["--top", "0"]),
     "no shots": (["a film", *ASK, "--shots", "0"], ["--shots", "0"]),
     "a file for results": (["--evaluate", "DATA", *ASK, "--out", "few.csv"], ["few.csv"]),
     "results below a file": (["--evaluate", "DATA", *ASK, "--out", "few.csv/x"], ["few.csv/x"]),
-    "curves that are not there": (["--evaluate", "DATA", *ASK, "--curves", "nowhere.json"], ["nowhere.json"]),
+    "curves that are not there": (
+        ["--evaluate", "DATA", *ASK, "--curves", "nowhere.json"],
+        ["nowhere.json"],
+    ),
     "half precision": (["a film", *ASK, "--precision", "fp16"], ["--precision fp16"]),
     "a text that is no UTF-8": (["caf\udce9", *ASK], ["UTF-8"]),
     "something to go on after that is no UTF-8": (["--generate", "3", "caf\udce9"], ["UTF-8"]),
-    "words that are no UTF-8": (["a film", *ASK[:3], "--words", "no=bad", "yes=caf\udce9"], ["UTF-8"]),
+    "words that are no UTF-8": (
+        ["a film", *ASK[:3], "--words", "no=bad", "yes=caf\udce9"],
+        ["UTF-8"],
+    ),
     "no such option": (["a film", *ASK, "--templates", "x"], ["--templates"]),
     "more shots than room": (["a film", *ASK, "--shots", "20"], ["--shots 20"]),
     "more shots than rows": (["a film", *ASK, "--shots", "64"], ["64"]),
-    "labels of other names": (["--evaluate", "DATA", *ASK[:4], "a=bad", "b=good"], ["no is", "a, b"]),
+    "labels of other names": (
+        ["--evaluate", "DATA", *ASK[:4], "a=bad", "b=good"],
+        ["no is", "a, b"],
+    ),
     "more tokens than positions": (["a film", *ASK, "--max-len", "65"], ["--max-len 65", "64"]),
-    "a GPU's attention": (["a film", *ASK, "--attention", "triton"], ["--attention triton", "CUDA"]),
+    "a GPU's attention": (
+        ["a film", *ASK, "--attention", "triton"],
+        ["--attention triton", "CUDA"],
+    ),
     "a blank that is not UTF-8": (["--fill", "caf\udce9 [MASK]"], ["UTF-8"]),
-    "a template that is not UTF-8": (["a film", "--template", "{text} caf\udce9 [MASK]"], ["UTF-8"]),
+    "a template that is not UTF-8": (
+        ["a film", "--template", "{text} caf\udce9 [MASK]"],
+        ["UTF-8"],
+    ),
     "shots for a blank": (["--fill", "[MASK]", "--shots", "2"], ["--shots"]),
     "a calibration of its own": (["a film", "--calibrate", "luck"], ["luck"]),
 }
@@ -563,13 +675,19 @@ def test_bad_input_is_refused_in_one_line(refused, folder, tmp_path, case):
     refused(*(folder / "data.csv" if word == "DATA" else word for word in words), naming=naming)
 
 
-@pytest.mark.parametrize("stdin, naming", [(b"", "no text"), (b"\n \n", "no text"), (b"caf\xe9\n", "UTF-8")])
+@pytest.mark.parametrize(
+    "stdin, naming", [(b"", "no text"), (b"\n \n", "no text"), (b"caf\xe9\n", "UTF-8")]
+)
 def test_bad_standard_input_is_refused(refused, stdin, naming):
     refused("-", *ASK, stdin=stdin, naming=[naming])
 
 
-@pytest.mark.parametrize("words", [["a film", *ASK], ["--fill", "[MASK]"], ["--generate", "3", "the film"]])
-@pytest.mark.parametrize("model, naming", [("classifier", "no masked-LM head"), ("nowhere", "nowhere")])
+@pytest.mark.parametrize(
+    "words", [["a film", *ASK], ["--fill", "[MASK]"], ["--generate", "3", "the film"]]
+)
+@pytest.mark.parametrize(
+    "model, naming", [("classifier", "no masked-LM head"), ("nowhere", "nowhere")]
+)
 def test_a_model_that_cannot_be_asked_is_refused(refused, monkeypatch, words, model, naming):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     refused(*words, model=model, naming=[naming])
@@ -619,11 +737,19 @@ def test_an_error_about_evaluate_names_evaluate(refused, tmp_path, name):
 
 @pytest.mark.parametrize(
     "change",
-    [{"method": "magic"}, {"accuracy": "high"}, {"accuracy": None},
-     {"spread": "wide"}, {"train_examples": "many"}, {"train_examples": None}],
-)  # fmt: skip
+    [
+        {"method": "magic"},
+        {"accuracy": "high"},
+        {"accuracy": None},
+        {"spread": "wide"},
+        {"train_examples": "many"},
+        {"train_examples": None},
+    ],
+)
 def test_damaged_curves_are_refused_before_the_work(refused, folder, tmp_path, change):
-    rows = [{"method": "full", "train_examples": n, "accuracy": 0.6, "spread": None} for n in (16, 64)]
+    rows = [
+        {"method": "full", "train_examples": n, "accuracy": 0.6, "spread": None} for n in (16, 64)
+    ]
     (tmp_path / "compare.json").write_text(json.dumps({"rows": [rows[0] | change, rows[1]]}))
     options = ["--out", "result", "--curves", "compare.json"]
     refused("--evaluate", folder / "data.csv", *ASK, *options, naming=["--curves compare.json"])

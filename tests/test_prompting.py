@@ -8,19 +8,42 @@ import pytest
 import torch
 
 import minitune.calibration
-from minitune.calibration import CALIBRATIONS, Ensemble, agree, expected_calibration_error, match_prior
-from minitune.errors import UserError
-from minitune.generation import ROUNDS, fill_blanks, generate
-from minitune.model import BertConfig, BertForMaskedLM, LayerNorm, PackedBatch
-from minitune.prompt_comparison import TOGETHER, compare_prompts, figures, summary
-from minitune.prompting import TEMPLATES, WORDS, Cloze, LabelWords, Prompt, Reader, Template
+from minitune.batching import PackedBatch
+from minitune.calibration import (
+    CALIBRATIONS,
+    TOGETHER,
+    Ensemble,
+    agree,
+    compare_prompts,
+    figures,
+    match_prior,
+)
+from minitune.model import BertConfig, BertForMaskedLM, LayerNorm
+from minitune.prompting import (
+    ROUNDS,
+    TEMPLATES,
+    WORDS,
+    Cloze,
+    LabelWords,
+    Prompt,
+    Reader,
+    Template,
+    fill_blanks,
+    generate,
+)
+from minitune.support.errors import UserError
+from minitune.support.results import expected_calibration_error, prompt_summary
 
 TEXTS = [f"the {noun} was {word} , all in all ." for noun in ("film", "cast", "plot")
          for word in ("good", "great", "bad", "dull", "unforgettable", "tedious")] * 3  # fmt: skip
 CONFIG = BertConfig(
-    vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+    vocab_size=100,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=64,
     max_position_embeddings=64,
-)  # fmt: skip
+)
 LABELS = {"no": ["bad", "dull"], "yes": ["good", "forgettable"]}  # the last one in several tokens
 CLOZE = "{text} it was [MASK] ."
 
@@ -47,7 +70,9 @@ def ids_of(reader, *texts):
 # Clozes
 
 
-@pytest.mark.parametrize("sentence", [CLOZE, "it was [MASK] . {text}", "[MASK]{text}", "so {text} ? [MASK]"])
+@pytest.mark.parametrize(
+    "sentence", [CLOZE, "it was [MASK] . {text}", "[MASK]{text}", "so {text} ? [MASK]"]
+)
 @pytest.mark.parametrize("words", [0, 1, 5, 500])
 def test_template_and_blank_survive_a_text_of_any_length(reader, sentence, words):
     prompt = Prompt(sentence, LABELS, reader, max_len=20)
@@ -57,8 +82,14 @@ def test_template_and_blank_survive_a_text_of_any_length(reader, sentence, words
     cloze = prompt.cloze(text, blank)
     assert len(cloze.ids) <= 20
     assert cloze.ids[0] == tokenizer.cls_id and cloze.ids[-1] == tokenizer.sep_id
-    assert cloze.ids.count(tokenizer.mask_id) == 2 and cloze.ids[cloze.blanks[0]] == tokenizer.mask_id
-    rest = [token for token in cloze.ids[1:-1] if token not in (text[0] if text else -1, tokenizer.mask_id)]
+    assert (
+        cloze.ids.count(tokenizer.mask_id) == 2 and cloze.ids[cloze.blanks[0]] == tokenizer.mask_id
+    )
+    rest = [
+        token
+        for token in cloze.ids[1:-1]
+        if token not in (text[0] if text else -1, tokenizer.mask_id)
+    ]
     assert rest == ids_of(reader, sentence.replace("{text}", " ").replace("[MASK]", " "))[0]
 
 
@@ -82,13 +113,21 @@ def test_a_long_text_is_cut_only_as_far_as_it_must_be(reader, sentence):
 def test_a_review_that_looks_like_a_template_is_only_text(reader, text):
     prompt = Prompt(CLOZE, LABELS, reader, max_len=60)
     ids = ids_of(reader, text)[0]
-    assert not set(ids) & {reader.tokenizer.mask_id, reader.tokenizer.cls_id, reader.tokenizer.sep_id}
+    assert not set(ids) & {
+        reader.tokenizer.mask_id,
+        reader.tokenizer.cls_id,
+        reader.tokenizer.sep_id,
+    }
     cloze = prompt.cloze(ids, (reader.tokenizer.mask_id,))
     assert cloze.ids[1 : 1 + len(ids)] == ids
-    assert cloze.blanks == [i for i, token in enumerate(cloze.ids) if token == reader.tokenizer.mask_id]
+    assert cloze.blanks == [
+        i for i, token in enumerate(cloze.ids) if token == reader.tokenizer.mask_id
+    ]
 
 
-@pytest.mark.parametrize("sentence", ["was [MASK]", "{text} so", "{text}{text}[MASK]", "[MASK]{text}[MASK]"])
+@pytest.mark.parametrize(
+    "sentence", ["was [MASK]", "{text} so", "{text}{text}[MASK]", "[MASK]{text}[MASK]"]
+)
 def test_a_template_needs_one_text_and_one_blank(tokenizer, sentence):
     with pytest.raises(UserError, match="once"):
         Template(sentence, tokenizer)
@@ -134,18 +173,31 @@ def score_of_word(model, tokenizer, parts, text, word):
 
 @pytest.mark.parametrize(
     "sentence, parts",
-    [(CLOZE, ["TEXT", "it was", "BLANK", "."]), ("a [MASK] cast . {text}", ["a", "BLANK", "cast .", "TEXT"]),
-     ("{text}[MASK]", ["TEXT", "BLANK"])],
-)  # fmt: skip
-def test_scores_are_those_of_asking_for_one_token_after_another(reader, monkeypatch, sentence, parts):
-    tokenizer, texts = reader.tokenizer, ids_of(reader, "the film was good", "a dull cast , a bad plot", "so")
+    [
+        (CLOZE, ["TEXT", "it was", "BLANK", "."]),
+        ("a [MASK] cast . {text}", ["a", "BLANK", "cast .", "TEXT"]),
+        ("{text}[MASK]", ["TEXT", "BLANK"]),
+    ],
+)
+def test_scores_are_those_of_asking_for_one_token_after_another(
+    reader, monkeypatch, sentence, parts
+):
+    tokenizer, texts = (
+        reader.tokenizer,
+        ids_of(reader, "the film was good", "a dull cast , a bad plot", "so"),
+    )
     prompt = Prompt(sentence, SEVERAL, reader, max_len=40)
     scores = prompt.scores(texts)
-    monkeypatch.setattr(LayerNorm, "forward", torch.nn.LayerNorm.forward)  # which is not of float32 alone
+    monkeypatch.setattr(
+        LayerNorm, "forward", torch.nn.LayerNorm.forward
+    )  # which is not of float32 alone
     model = copy.deepcopy(reader.model).double()
     for text, row in zip(texts, scores.tolist(), strict=True):
         for label, words in enumerate(SEVERAL.values()):
-            each = [score_of_word(model, tokenizer, parts, text, word) for word in tokenizer.encode(words)]
+            each = [
+                score_of_word(model, tokenizer, parts, text, word)
+                for word in tokenizer.encode(words)
+            ]
             assert row[label] == pytest.approx(sum(each) / len(words), abs=1e-4)
     assert {len(ids) for ids in prompt.words.ids} >= {1, 2, 4}
 
@@ -171,7 +223,9 @@ def test_an_answer_does_not_depend_on_its_company(prompt, reader):
     torch.testing.assert_close(prompt.scores(texts[::-1]), together.flip(0), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("word", ["日本", "goo日", "[MASK]", "\u00ad"])  # the last one: invisible, no token
+@pytest.mark.parametrize(
+    "word", ["日本", "goo日", "[MASK]", "\u00ad"]
+)  # the last one: invisible, no token
 def test_a_word_that_is_unknown_is_named(tokenizer, word):
     with pytest.raises(UserError, match=f"{re.escape(repr(word))}.*yes"):
         LabelWords({"no": ["bad"], "yes": ["good", word]}, tokenizer)
@@ -199,9 +253,13 @@ def test_pmi_takes_off_what_the_template_alone_says(prompt):
 
 
 def test_prior_matching_makes_the_mean_answer_even(prompt, reader):
-    texts = ids_of(reader, *(f"the film was {word}" for word in ("good", "bad", "great", "dull", "tedious")))
+    texts = ids_of(
+        reader, *(f"the film was {word}" for word in ("good", "bad", "great", "dull", "tedious"))
+    )
     matched = prompt.scores(texts) + CALIBRATIONS["prior"](prompt, texts)
-    torch.testing.assert_close(matched.softmax(-1).mean(0), torch.tensor([0.5, 0.5]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        matched.softmax(-1).mean(0), torch.tensor([0.5, 0.5]), atol=1e-5, rtol=0
+    )
 
 
 @pytest.mark.parametrize("shift", [0, 5, 60, -700])
@@ -225,13 +283,17 @@ def test_scores_that_lean_further_than_exp_reaches(shift):
 
 
 def test_three_labels_are_matched_too():
-    scores = torch.randn(300, 3, generator=torch.Generator().manual_seed(0)) + torch.tensor([3.0, 0.0, -4.0])
+    scores = torch.randn(300, 3, generator=torch.Generator().manual_seed(0)) + torch.tensor(
+        [3.0, 0.0, -4.0]
+    )
     even = (scores + match_prior(scores)).softmax(-1).mean(0)
     torch.testing.assert_close(even, torch.full((3,), 1 / 3), atol=1e-5, rtol=0)
 
 
 def test_prior_matching_moves_zero_and_keeps_the_order_of_reviews():
-    scores = torch.randn(200, 2, generator=torch.Generator().manual_seed(0)) * 4 - torch.tensor([9.0, 0.0])
+    scores = torch.randn(200, 2, generator=torch.Generator().manual_seed(0)) * 4 - torch.tensor(
+        [9.0, 0.0]
+    )
     before, after = (x[:, 1] - x[:, 0] for x in (scores, scores + match_prior(scores)))
     assert torch.equal(before.argsort(), after.argsort())
     assert (after > 0).sum() < (before > 0).sum()
@@ -244,10 +306,16 @@ def test_what_is_even_already_stays_as_it_is():
 
 @pytest.mark.parametrize(
     "confident, right, expected",
-    [([1.0, 1.0], [True, True], 0), ([1.0, 1.0], [False, False], 1), ([1.0, 1.0], [True, False], 0.5),
-     ([0.5, 0.5], [True, False], 0), ([0.75, 0.85], [False, True], (0.75 + 0.15) / 2),
-     ([0.72, 0.78], [False, True], abs(0.5 - 0.75)), ([0.999], [True], 0.001)],
-)  # fmt: skip
+    [
+        ([1.0, 1.0], [True, True], 0),
+        ([1.0, 1.0], [False, False], 1),
+        ([1.0, 1.0], [True, False], 0.5),
+        ([0.5, 0.5], [True, False], 0),
+        ([0.75, 0.85], [False, True], (0.75 + 0.15) / 2),
+        ([0.72, 0.78], [False, True], abs(0.5 - 0.75)),
+        ([0.999], [True], 0.001),
+    ],
+)
 def test_expected_calibration_error_at_the_edges(confident, right, expected):
     probabilities = torch.tensor([[p, 1 - p] for p in confident])
     labels = torch.tensor([0 if answer else 1 for answer in right])
@@ -255,7 +323,9 @@ def test_expected_calibration_error_at_the_edges(confident, right, expected):
 
 
 def test_agreement_is_the_normalised_geometric_mean():
-    together = agree([torch.tensor([[0.9, 0.1]]).log() + 7, torch.tensor([[0.4, 0.6]]).log() - 2]).exp()
+    together = agree(
+        [torch.tensor([[0.9, 0.1]]).log() + 7, torch.tensor([[0.4, 0.6]]).log() - 2]
+    ).exp()
     no, yes = math.sqrt(0.9 * 0.4), math.sqrt(0.1 * 0.6)
     torch.testing.assert_close(together, torch.tensor([[no / (no + yes), yes / (no + yes)]]))
 
@@ -319,7 +389,9 @@ def test_every_row_is_what_its_scores_are_worth(reader):
     for (template, name, scores), row in zip(expected, rows, strict=True):
         assert (row["template"], row["calibration"]) == (template, name)
         answers = ["no" if no >= yes else "yes" for no, yes in scores.tolist()]
-        right = sum(answer == ("no", "yes")[label] for answer, label in zip(answers, labels, strict=True))
+        right = sum(
+            answer == ("no", "yes")[label] for answer, label in zip(answers, labels, strict=True)
+        )
         assert row["accuracy"] == pytest.approx(right / 18)
         assert row["majority_share"] == pytest.approx(answers.count(row["majority_answer"]) / 18)
         assert answers.count(row["majority_answer"]) >= 9
@@ -340,12 +412,17 @@ def test_a_row_by_hand():
 
 def test_the_summary_names_the_range_and_the_spread():
     rows = [
-        {"template": name, "calibration": calibration, "shots": shots, "accuracy": accuracy + 0.01 * shots}
+        {
+            "template": name,
+            "calibration": calibration,
+            "shots": shots,
+            "accuracy": accuracy + 0.01 * shots,
+        }
         for calibration in CALIBRATIONS
         for name, accuracy in (("a", 0.6), ("b", 0.5), ("c", 0.7), (TOGETHER, 0.8))
         for shots in (0, 4)
     ]
-    lines = summary(rows)
+    lines = prompt_summary(rows)
     assert len(lines) == 2 * len(CALIBRATIONS)
     spread = "standard deviation 8.2 points"
     assert f"prior: templates from 50.0% to 70.0%, {spread}; together 80.0%" in lines
@@ -363,7 +440,9 @@ def test_demonstrations_stand_in_front_and_the_question_is_asked(prompt, reader)
     cloze = prompt.cloze(ids_of(reader, "a cast")[0], (tokenizer.mask_id,))
     assert len(cloze.ids) <= CONFIG.max_position_embeddings
     assert cloze.ids[-len(question.ids) + 1 :] == question.ids[1:]
-    assert cloze.ids[cloze.blanks[0]] == tokenizer.mask_id and cloze.ids.count(tokenizer.mask_id) == 1
+    assert (
+        cloze.ids[cloze.blanks[0]] == tokenizer.mask_id and cloze.ids.count(tokenizer.mask_id) == 1
+    )
     front = tokenizer.decode(cloze.ids[1 : -len(question.ids) + 1])
     assert front.startswith("the film was bad it was bad.") and front.endswith("it was good.")
 
@@ -375,7 +454,9 @@ def test_long_demonstrations_keep_their_end_and_leave_room_for_the_question(read
     shown = ids_of(reader, *("plot " * (40 + i) + "was the end" for i in range(len(labels))))
     prompt.demonstrate(shown, labels)
     question = prompt.cloze(ids_of(reader, "film " * 40)[0], (tokenizer.mask_id,))
-    assert CONFIG.max_position_embeddings - 16 <= len(question.ids) <= CONFIG.max_position_embeddings
+    assert (
+        CONFIG.max_position_embeddings - 16 <= len(question.ids) <= CONFIG.max_position_embeddings
+    )
     rest = question.ids[1:]
     for text, label in zip(shown, labels, strict=True):
         answer = ids_of(reader, f"it was {('bad film', 'good')[label]} .")[0]
@@ -407,20 +488,26 @@ def test_without_demonstrations_the_question_stands_alone_again(prompt, reader):
 def test_each_blank_gets_the_words_that_a_plain_forward_pass_gives(reader):
     ids = ids_of(reader, "the plot was", "and the cast")
     mask = reader.tokenizer.mask_id
-    sequence = torch.tensor([reader.tokenizer.cls_id, *ids[0], mask, *ids[1], mask, reader.tokenizer.sep_id])
+    sequence = torch.tensor(
+        [reader.tokenizer.cls_id, *ids[0], mask, *ids[1], mask, reader.tokenizer.sep_id]
+    )
     blanks = (sequence == mask).nonzero().squeeze(1)
     expected = reader.model(PackedBatch.from_sequences([sequence]), blanks).softmax(-1)
     found = fill_blanks(reader, "The plot was [MASK] and the cast [MASK]", 3)
     assert len(found) == 2
     for words, probabilities in zip(found, expected, strict=True):
         top = probabilities.topk(3)
-        assert [word for word, _ in words] == [reader.tokenizer.token(i) for i in top.indices.tolist()]
+        assert [word for word, _ in words] == [
+            reader.tokenizer.token(i) for i in top.indices.tolist()
+        ]
         assert [p for _, p in words] == pytest.approx(top.values.tolist(), abs=1e-5)
 
 
 def test_other_special_tokens_in_a_sentence_to_fill_are_only_text(reader, monkeypatch):
     asked, fill = [], Reader.fill
-    monkeypatch.setattr(Reader, "fill", lambda self, clozes: asked.extend(clozes) or fill(self, clozes))
+    monkeypatch.setattr(
+        Reader, "fill", lambda self, clozes: asked.extend(clozes) or fill(self, clozes)
+    )
     assert len(fill_blanks(reader, "[SEP] [CLS] [PAD] [MASK]{text}", 3)) == 1
     [cloze], tokenizer = asked, reader.tokenizer
     special = [token for token in cloze.ids if token in (0, tokenizer.cls_id, tokenizer.sep_id)]
@@ -435,7 +522,9 @@ def test_a_sentence_without_a_blank_or_too_long_is_refused(reader, sentence):
 
 @pytest.mark.parametrize("count", [1, 7, 25])
 @pytest.mark.parametrize("temperature", [0, 0.7])
-def test_generation_writes_so_many_ordinary_tokens_after_the_prompt(reader, count, temperature, monkeypatch):
+def test_generation_writes_so_many_ordinary_tokens_after_the_prompt(
+    reader, count, temperature, monkeypatch
+):
     rounds, fill = [], Reader.fill
 
     def watched(self, clozes):
@@ -479,7 +568,10 @@ def test_cold_is_the_most_probable_and_heat_is_chance(reader, monkeypatch):
     assert written(reader, monkeypatch, "the film", 20, 1e-4, 0) == coldest
     cold, hot = (written(reader, monkeypatch, "the film", 20, t, 0) for t in (0.2, 50.0))
     assert len(set(hot)) > len(set(cold))
-    assert len({tuple(written(reader, monkeypatch, "the film", 20, 50.0, seed)) for seed in range(4)}) == 4
+    assert (
+        len({tuple(written(reader, monkeypatch, "the film", 20, 50.0, seed)) for seed in range(4)})
+        == 4
+    )
 
 
 def test_the_longest_text_that_fits_is_written(reader):
@@ -514,8 +606,12 @@ def test_reading_gives_log_probabilities_and_leaves_the_weights_alone(reader):
     cloze = Cloze([reader.tokenizer.cls_id, reader.tokenizer.mask_id, reader.tokenizer.sep_id], [1])
     [(index, logs)] = reader.fill([cloze])
     logits = reader.model(PackedBatch.from_sequences([torch.tensor(cloze.ids)]), torch.tensor([1]))
-    assert reader.tokenizer.vocab_size < CONFIG.vocab_size  # more rows than words: those compete, unnamed
+    assert (
+        reader.tokenizer.vocab_size < CONFIG.vocab_size
+    )  # more rows than words: those compete, unnamed
     torch.testing.assert_close(logs, logits.log_softmax(-1)[:, : reader.tokenizer.vocab_size])
     assert index == 0
     assert math.isfinite(logs.min()) and not logs.requires_grad
-    assert all(torch.equal(before[name], tensor) for name, tensor in reader.model.state_dict().items())
+    assert all(
+        torch.equal(before[name], tensor) for name, tensor in reader.model.state_dict().items()
+    )

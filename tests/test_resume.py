@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minitune.precision import multiplies_bf16
+from minitune.support.runtime import multiplies_bf16
 
 ROOT = Path(__file__).parents[1]
 STEPS = 24
@@ -23,7 +23,10 @@ STEPS = 24
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> Path:
     """A small text with something to learn in it."""
-    names, verbs = ["a dog", "the cat", "my aunt", "one critic"], ["saw", "loved", "left", "praised"]
+    names, verbs = (
+        ["a dog", "the cat", "my aunt", "one critic"],
+        ["saw", "loved", "left", "praised"],
+    )
     rng = random.Random(0)
     lines = [
         f"{rng.choice(names)} {rng.choice(verbs)} the film number {i}, and {rng.choice(names)} did not."
@@ -61,7 +64,8 @@ def assert_same_bits(one: Path, other: Path) -> None:
 
 
 EMULATED = pytest.mark.skipif(
-    not multiplies_bf16(torch.device("cpu")), reason="a step takes seconds where bf16 products are emulated"
+    not multiplies_bf16(torch.device("cpu")),
+    reason="a step takes seconds where bf16 products are emulated",
 )
 
 
@@ -76,7 +80,9 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(text, tmp_path, pre
     again = command(text, killed, *options, "--save-minutes", "1e-9", "--resume")
     while not (killed / "metrics.json").exists():
         process = start(again)
-        wait_for_line(process, b"to beat")  # the next thing is training; a kill before it proves little
+        wait_for_line(
+            process, b"to beat"
+        )  # the next thing is training; a kill before it proves little
         try:
             process.wait(timeout=rng.uniform(0.1, 2.5) + kills / 10)  # ends on a slow machine, too
         except subprocess.TimeoutExpired:
@@ -84,7 +90,9 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(text, tmp_path, pre
             process.wait()
             kills += 1
     assert kills >= 3
-    assert train(text, killed, "--resume").returncode == 0  # the last kill may have hit the clean-up
+    assert (
+        train(text, killed, "--resume").returncode == 0
+    )  # the last kill may have hit the clean-up
     assert_same_bits(undisturbed, killed)
     assert steps_logged(killed) == steps_logged(undisturbed)  # no step twice, none missing
     assert not (killed / "resume").exists()
@@ -161,7 +169,14 @@ def test_minutes_fix_the_number_of_steps_from_the_measured_speed(text, tmp_path)
 
 
 def distributed(text: Path, out: Path, *options: str) -> subprocess.CompletedProcess:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
     process = [*launch, *command(text, out, *options)]
     return subprocess.run(process, cwd=ROOT, capture_output=True, text=True)
 
@@ -186,7 +201,14 @@ def test_two_processes_follow_the_loss_curve_of_one(text, tmp_path):
 def test_two_processes_resume(text, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     assert distributed(text, one, "--precision", "fp32").returncode == 0
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
     more = ("--precision", "fp32", "--save-minutes", "1e-9")  # a checkpoint after every step
     process = start([*launch[1:], *command(text, two, *more)])
     wait_for_log(two, process)

@@ -11,15 +11,15 @@ import pytest
 import torch
 from torch import nn
 
-from minitune.errors import UserError
+from minitune.batching import PackedBatch
 from minitune.initialization import start_with_frequencies, start_with_neighbours
-from minitune.model import BertConfig, BertForMaskedLM, PackedBatch
+from minitune.model import BertConfig, BertForMaskedLM
 from minitune.optimizer import Muon, Optimizer, Rates, one_cycle
-from minitune.plots import plateau
-from minitune.precision import Precision
 from minitune.pretraining import Cloze, MaskedLanguageModelling, summary_loss
-from minitune.processes import Processes
-from minitune.runs import Run
+from minitune.support.errors import UserError
+from minitune.support.plots import plateau
+from minitune.support.runs import Run
+from minitune.support.runtime import Precision, Processes
 from minitune.training import Trainer
 
 CPU = torch.device("cpu")
@@ -36,20 +36,26 @@ def small_model() -> BertForMaskedLM:
 
 def some_cloze(lengths=(5, 9, 30, 2, 17, 12)) -> Cloze:
     generator = torch.Generator().manual_seed(1)
-    batch = PackedBatch.from_sequences([torch.randint(5, 90, (n,), generator=generator) for n in lengths])
+    batch = PackedBatch.from_sequences(
+        [torch.randint(5, 90, (n,), generator=generator) for n in lengths]
+    )
     # Crowded at one end: parts differ in how many blanks they have.
     positions = torch.cat([torch.arange(0, 14), torch.tensor([40, 73])])
     return Cloze(batch, positions, batch.tokens[positions])
 
 
 def trainer_for(model, tmp_path, accumulate=1) -> Trainer:
-    options = SimpleNamespace(rate=0.15, summary_weight=1.0, tokenizer=SimpleNamespace(special_ids=SPECIAL))
+    options = SimpleNamespace(
+        rate=0.15, summary_weight=1.0, tokenizer=SimpleNamespace(special_ids=SPECIAL)
+    )
     loss = functools.partial(MaskedLanguageModelling.loss, options)
     task = SimpleNamespace(loss=loss, yardstick="", unit="")
     optimizer = Optimizer(model, "muon", 0.01, 0.001, 0.01)
     precision = Precision("fp32")
     run = Run(tmp_path)
-    return Trainer(model, optimizer, task, run, Processes("cpu"), precision, seed=0, accumulate=accumulate)
+    return Trainer(
+        model, optimizer, task, run, Processes("cpu"), precision, seed=0, accumulate=accumulate
+    )
 
 
 def gradients(accumulate: int, tmp_path) -> tuple[float, dict]:
@@ -77,7 +83,9 @@ def test_the_summary_guesses_every_word_but_the_special_ones():
     logits = torch.randn(6, CONFIG.vocab_size, generator=torch.Generator().manual_seed(2))
     expected, original = 0.0, cloze.batch.tokens.clone()
     original[cloze.positions] = cloze.labels
-    for row, first, last in zip(logits, cloze.batch.cu_seqlens, cloze.batch.cu_seqlens[1:], strict=False):
+    for row, first, last in zip(
+        logits, cloze.batch.cu_seqlens, cloze.batch.cu_seqlens[1:], strict=False
+    ):
         for word in original[first:last].tolist():
             if word > 4:
                 expected -= (row[word] - row.exp().sum().log()).item()
@@ -88,7 +96,11 @@ def test_the_summary_guesses_every_word_but_the_special_ones():
 def test_the_summary_moves_the_weights_and_not_the_reported_loss(weight):
     model, cloze = small_model(), some_cloze()
     task = MaskedLanguageModelling.__new__(MaskedLanguageModelling)
-    task.rate, task.summary_weight, task.tokenizer = 0.15, weight, SimpleNamespace(special_ids=SPECIAL)
+    task.rate, task.summary_weight, task.tokenizer = (
+        0.15,
+        weight,
+        SimpleNamespace(special_ids=SPECIAL),
+    )
     loss = task.loss(model, cloze)
     alone = torch.nn.functional.cross_entropy(
         model(cloze.batch, cloze.positions), cloze.labels, reduction="sum"
@@ -108,7 +120,12 @@ def test_muon_has_the_hidden_matrices_and_only_matrices_decay():
         for layer in range(2)
         for matrix in ("attention.qkv", "attention.out", "feed_forward.up", "feed_forward.down")
     }
-    decayed = {names[id(p)] for group in adamw.param_groups if group["weight_decay"] for p in group["params"]}
+    decayed = {
+        names[id(p)]
+        for group in adamw.param_groups
+        if group["weight_decay"]
+        for p in group["params"]
+    }
     assert decayed == {
         "head.dense.weight",
         "bert.embeddings.word.weight",
@@ -127,7 +144,9 @@ def test_embeddings_and_lower_layers_learn_at_rates_of_their_own(name, adamw_lr)
     model = BertForMaskedLM(BertConfig(vocab_size=50, **sizes))
     *_, adamw = Optimizer(model, name, 0.01, 0.001, 0.01, Rates(5, 1 / 8)).for_copy(model).parts
     names = {id(p): name for name, p in model.named_parameters()}
-    rates = {names[id(p)]: group["peak_lr"] for group in adamw.param_groups for p in group["params"]}
+    rates = {
+        names[id(p)]: group["peak_lr"] for group in adamw.param_groups for p in group["params"]
+    }
     multiples = {
         "bert.embeddings.word.weight": 5,
         "bert.embeddings.position.weight": 5,
@@ -144,13 +163,18 @@ def test_embeddings_and_lower_layers_learn_at_rates_of_their_own(name, adamw_lr)
 
 
 @pytest.mark.parametrize(("has_bf16", "tolerance"), [(True, 1e-2), (False, 5e-2)])
-def test_muon_is_that_of_torch_whether_or_not_there_are_bf16_products(monkeypatch, has_bf16, tolerance):
+def test_muon_is_that_of_torch_whether_or_not_there_are_bf16_products(
+    monkeypatch, has_bf16, tolerance
+):
     monkeypatch.setattr("minitune.optimizer.multiplies_bf16", lambda device: has_bf16)
     generator = torch.Generator().manual_seed(0)
     shapes = [(24, 8), (8, 8), (8, 24), (24, 8), (8, 8)]
     start = [torch.randn(shape, generator=generator) for shape in shapes]
     ours, theirs = ([nn.Parameter(x.clone()) for x in start] for _ in range(2))
-    optimizers = Muon(ours, 0.1, 0.2), torch.optim.Muon(theirs, lr=0.1, weight_decay=0.2, ns_steps=4)
+    optimizers = (
+        Muon(ours, 0.1, 0.2),
+        torch.optim.Muon(theirs, lr=0.1, weight_decay=0.2, ns_steps=4),
+    )
     for _ in range(3):
         for p, q in zip(ours, theirs, strict=True):
             p.grad = torch.randn(p.shape, generator=generator)

@@ -3,10 +3,11 @@
     python -m tests.benchmarks.attention --plot attention.png
     python -m tests.benchmarks.attention --tokens 4096 --lengths 64 128 256 --ragged
 
-The number of tokens is fixed: longer sequences are fewer. Backends take turns, so that noise falls on all
-alike; times are medians, `ratio` compares forward + backward with the reference's. Work counts as 4n²D
-operations a head forward, 2.5 times that backward (five products, not two). Memory is the peak of one
-forward and backward beyond what was there: GPU memory, or the resident set of a process of its own.
+The number of tokens is fixed: longer sequences are fewer. Backends take turns, so that noise falls
+on all alike; times are medians, `ratio` compares forward + backward with the reference's. Work
+counts as 4n²D operations a head forward, 2.5 times that backward (five products, not two). Memory
+is the peak of one forward and backward beyond what was there: GPU memory, or the resident set of a
+process of its own.
 """
 
 import argparse
@@ -24,16 +25,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minitune.attention import BACKENDS, attention, obstacle_to_triton
-from minitune.machine import describe, forget_peak_memory, keep_freed_memory, peak_memory
-from minitune.plots import plt, save
-from minitune.precision import Precision
+from minitune.support.plots import plt, save
+from minitune.support.runtime import (
+    Precision,
+    describe,
+    forget_peak_memory,
+    keep_freed_memory,
+    peak_memory,
+)
 
 
 class Problem:
     """A packed batch of about `tokens` tokens in sequences of n, and what to do with it."""
 
     def __init__(self, args: argparse.Namespace, n: int, tokens: int):
-        self.device, heads, dtype = torch.device(args.device), args.heads, Precision(args.precision).dtype
+        self.device, heads, dtype = (
+            torch.device(args.device),
+            args.heads,
+            Precision(args.precision).dtype,
+        )
         torch.manual_seed(0)
         lengths = torch.randint(1 if args.ragged else n, n + 1, (tokens,))
         lengths = lengths[lengths.cumsum(0) <= tokens]
@@ -68,7 +78,11 @@ def backends(args: argparse.Namespace) -> list[str]:
     """What runs here."""
     obstacle = obstacle_to_triton(torch.device(args.device), args.head_size)
     names = [name for name in BACKENDS if name != "triton" or not obstacle]
-    packed = args.device == "cuda" and args.precision != "fp32" and find_spec("torch.nn.attention.varlen")
+    packed = (
+        args.device == "cuda"
+        and args.precision != "fp32"
+        and find_spec("torch.nn.attention.varlen")
+    )
     return [*names, "varlen_attn"] if packed else names
 
 
@@ -101,14 +115,18 @@ def measure(args: argparse.Namespace, n: int) -> dict[str, dict]:
     for _ in range(args.rounds + 1):
         for (name, work), seconds in times.items():
             seconds.append(problem.seconds(work, name))
-    ms = {key: 1e3 * statistics.median(taken[1:]) for key, taken in times.items()}  # the first compiles
+    ms = {
+        key: 1e3 * statistics.median(taken[1:]) for key, taken in times.items()
+    }  # the first compiles
     figures = {}
     for name in names:
         of = args, n, name
         peak = (memory(*of) if args.device == "cuda" else anew(memory, *of, gives_back=True)) / 1e6
         forward, both = ms[name, problem.forward], ms[name, problem.both]
         ratio, speed = both / ms["reference", problem.both], 3.5 * problem.operations / both / 1e9
-        print(f"{n:6}  {name:<12}{forward:8.2f} ms{both:10.2f} ms{ratio:8.2f}{speed:9.3f}{peak:7.0f} MB")
+        print(
+            f"{n:6}  {name:<12}{forward:8.2f} ms{both:10.2f} ms{ratio:8.2f}{speed:9.3f}{peak:7.0f} MB"
+        )
         figures[name] = {"ms": both, "MB": peak}
     return figures
 
@@ -116,7 +134,9 @@ def measure(args: argparse.Namespace, n: int) -> dict[str, dict]:
 def plot(results: dict[int, dict], title: str, path: Path) -> None:
     """Time and memory against length."""
     figure, panels = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
-    for axes, unit, what in zip(panels, ("ms", "MB"), ("forward + backward", "peak memory"), strict=True):
+    for axes, unit, what in zip(
+        panels, ("ms", "MB"), ("forward + backward", "peak memory"), strict=True
+    ):
         for name in results[min(results)]:
             axes.loglog([*results], [row[name][unit] for row in results.values()], "o-", label=name)
         axes.set(xlabel="tokens a sequence", ylabel=f"{what} ({unit})")

@@ -14,11 +14,10 @@ from pathlib import Path
 import torch
 import transformers
 
+from minitune.batching import PackedBatch
 from minitune.checkpoint import load_classifier, load_masked_lm
-from minitune.files import read_json
-from minitune.generation import fill_blanks
-from minitune.model import PackedBatch
-from minitune.prompting import Reader
+from minitune.prompting import Reader, fill_blanks
+from minitune.support.runs import read_json
 from minitune.tokenizer import Tokenizer
 
 TEXTS = [
@@ -51,7 +50,13 @@ def check_weights(directory: Path) -> transformers.BertPreTrainedModel:
 def check_tokens(directory: Path, tokenizer: Tokenizer) -> list[list[int]]:
     """The same ids, once [CLS] and [SEP] stand around ours."""
     theirs = transformers.AutoTokenizer.from_pretrained(directory)
-    special = (tokenizer.pad_id, tokenizer.unk_id, tokenizer.cls_id, tokenizer.sep_id, tokenizer.mask_id)
+    special = (
+        tokenizer.pad_id,
+        tokenizer.unk_id,
+        tokenizer.cls_id,
+        tokenizer.sep_id,
+        tokenizer.mask_id,
+    )
     assert special == tuple(
         getattr(theirs, f"{name}_token_id") for name in ("pad", "unk", "cls", "sep", "mask")
     ), f"special ids: {special}"
@@ -102,9 +107,13 @@ def check_blanks(directory: Path, theirs: transformers.BertPreTrainedModel) -> N
     reader, difference = Reader(load(directory), Tokenizer.load(directory)), 0.0
     for sentence in SENTENCES:
         answers = pipeline(sentence, top_k=5)
-        answers = answers if isinstance(answers[0], list) else [answers]  # one blank, no list around it
+        answers = (
+            answers if isinstance(answers[0], list) else [answers]
+        )  # one blank, no list around it
         for ours, expected in zip(fill_blanks(reader, sentence, 5), answers, strict=True):
-            assert [word for word, _ in ours] == [answer["token_str"] for answer in expected], sentence
+            assert [word for word, _ in ours] == [answer["token_str"] for answer in expected], (
+                sentence
+            )
             pairs = zip(ours, expected, strict=True)
             difference = max(difference, *(abs(p - answer["score"]) for (_, p), answer in pairs))
     assert difference <= 1e-4, f"probabilities differ by {difference:.1e}"

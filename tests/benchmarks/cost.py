@@ -3,10 +3,10 @@
     python -m tests.benchmarks.cost --plot cost.png           ten minutes on two cores
     python -m tests.benchmarks.cost --lengths 64 512 --batches 2048
 
-Masked words, the preset `tiny` with positions for 2,048 tokens. First 4,096 tokens a step in sequences of
-one length, then sequences of 256 tokens and more or fewer of them. Every figure comes from a process of its
-own: speed is the best of a few steps, memory the peak of a step beyond what was there before it (weights,
-gradients and the optimizer's state were).
+Masked words, the preset `tiny` with positions for 2,048 tokens. First 4,096 tokens a step in
+sequences of one length, then sequences of 256 tokens and more or fewer of them. Every figure comes
+from a process of its own: speed is the best of a few steps, memory the peak of a step beyond what
+was there before it (weights, gradients and the optimizer's state were).
 """
 
 import argparse
@@ -20,11 +20,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minitune.attention import BACKENDS, choose, obstacle_to_triton
-from minitune.machine import describe, forget_peak_memory, keep_freed_memory, peak_memory
-from minitune.model import PRESETS, BertForMaskedLM, PackedBatch
+from minitune.batching import PackedBatch
+from minitune.model import PRESETS, BertForMaskedLM
 from minitune.optimizer import Optimizer
-from minitune.plots import plt, save
-from minitune.precision import Precision
+from minitune.support.plots import plt, save
+from minitune.support.runtime import (
+    Precision,
+    describe,
+    forget_peak_memory,
+    keep_freed_memory,
+    peak_memory,
+)
 from tests.benchmarks.attention import anew
 
 CONFIG = replace(PRESETS["tiny"], max_position_embeddings=2048)
@@ -48,8 +54,14 @@ class Stepper:
         """Sequences of n random words, the blanks in them, and what belongs there."""
         sequences = list(torch.randint(5, CONFIG.vocab_size, (max(1, tokens // n), n)))
         batch = PackedBatch.from_sequences(sequences)
-        positions = torch.randperm(batch.tokens.numel())[: round(RATE * batch.tokens.numel())].sort().values
-        return batch.to(self.device), positions.to(self.device), batch.tokens[positions].to(self.device)
+        positions = (
+            torch.randperm(batch.tokens.numel())[: round(RATE * batch.tokens.numel())].sort().values
+        )
+        return (
+            batch.to(self.device),
+            positions.to(self.device),
+            batch.tokens[positions].to(self.device),
+        )
 
     def step(self, batch: PackedBatch, positions: Tensor, labels: Tensor) -> float:
         """Seconds."""
@@ -98,8 +110,16 @@ def plot(rows: list[dict], title: str, path: Path) -> None:
         for axes, (key, unit) in zip(line, units.items(), strict=True):
             for name in dict.fromkeys(row["attention"] for row in own):
                 points = [(row[varied], row[key]) for row in own if row["attention"] == name]
-                width = 5 if name == "tiled" else 1.5  # it needs the memory of sdpa, to be seen beneath it
-                axes.plot(*zip(*points, strict=True), "o-", color=COLOURS[name], label=name, linewidth=width)
+                width = (
+                    5 if name == "tiled" else 1.5
+                )  # it needs the memory of sdpa, to be seen beneath it
+                axes.plot(
+                    *zip(*points, strict=True),
+                    "o-",
+                    color=COLOURS[name],
+                    label=name,
+                    linewidth=width,
+                )
             ticks = sorted({row[varied] for row in own})
             axes.set_xscale("log", base=2)
             axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
@@ -122,12 +142,16 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device(args.device)
     precision = Precision.choose(args.precision, device)
-    names = [n for n in BACKENDS if n != "triton" or not obstacle_to_triton(device, CONFIG.head_size)]
+    names = [
+        n for n in BACKENDS if n != "triton" or not obstacle_to_triton(device, CONFIG.head_size)
+    ]
     chosen = choose("auto", device, precision.dtype, CONFIG.head_size)
     title = f"{describe(device)}, {precision.name}; auto is {chosen}"
     print(title)
     rows = []
-    shapes = [("length", n, TOKENS) for n in args.lengths] + [("batch", LENGTH, t) for t in args.batches]
+    shapes = [("length", n, TOKENS) for n in args.lengths] + [
+        ("batch", LENGTH, t) for t in args.batches
+    ]
     for varied, n, tokens in shapes:
         for name in names:
             problem = name, precision.name, args.device, n, tokens

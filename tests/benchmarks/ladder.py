@@ -3,12 +3,13 @@
     python -m tests.benchmarks.ladder --plot ladder.png            ten minutes on two cores
     python -m tests.benchmarks.ladder --jobs full --rounds 3
 
-Two jobs: pretraining the preset `tiny` on reviews of IMDb, and full fine-tuning of `minilm` on snippets of
-Rotten Tomatoes, 32 a batch. Every rung keeps the changes of those below it. All rungs train on the same
-sequences and take turns, there and back, so that noise falls on all alike. The first ratio is the median
-of what a rung gained over the one below within a round, with the least and the largest; the last what
-all of them gained. Padding is put in as tokens: that is the arithmetic of padded code. On all rungs the
-process keeps freed memory, and a GELU is made again on the way back, as in the scripts.
+Two jobs: pretraining the preset `tiny` on reviews of IMDb, and full fine-tuning of `minilm` on
+snippets of Rotten Tomatoes, 32 a batch. Every rung keeps the changes of those below it. All rungs
+train on the same sequences and take turns, there and back, so that noise falls on all alike. The
+first ratio is the median of what a rung gained over the one below within a round, with the least
+and the largest; the last what all of them gained. Padding is put in as tokens: that is the
+arithmetic of padded code. On all rungs the process keeps freed memory, and a GELU is made again on
+the way back, as in the scripts.
 """
 
 import argparse
@@ -26,17 +27,16 @@ from torch import Tensor, nn
 
 import minitune.model
 from minitune.attention import choose
-from minitune.checkpoint import load_for_classification, load_tokenizer, read_config
+from minitune.batching import PackedBatch
+from minitune.checkpoint import find_model, load_for_classification, load_tokenizer, read_config
 from minitune.classification import Sequences
 from minitune.corpus import Corpus
-from minitune.data import Dataset
-from minitune.machine import describe, keep_freed_memory
+from minitune.data import Dataset, Reviews
+from minitune.fast.layers import Dropout, rounded
 from minitune.masking import mask_tokens
-from minitune.model import PRESETS, BertForMaskedLM, Dropout, PackedBatch, rounded
-from minitune.plots import plt, save
-from minitune.precision import Precision, multiplies_bf16
-from minitune.reviews import Reviews
-from minitune.sources import find_model
+from minitune.model import PRESETS, BertForMaskedLM
+from minitune.support.plots import plt, save
+from minitune.support.runtime import Precision, describe, keep_freed_memory, multiplies_bf16
 
 CPU = torch.device("cpu")
 RATE, SPECIAL, MASK = 0.15, torch.tensor([0, 1, 2, 3, 4]), 4  # of our own tokenizer
@@ -87,7 +87,10 @@ class Climber:
         self.rung, self.sequences, self.labels = rung, sequences, labels
         torch.manual_seed(0)
         if job == "mlm":
-            self.model, self.loss = BertForMaskedLM(PRESETS["tiny"], rung.attention), self.loss_of_blanks
+            self.model, self.loss = (
+                BertForMaskedLM(PRESETS["tiny"], rung.attention),
+                self.loss_of_blanks,
+            )
         else:
             labels = {0: "negative", 1: "positive"}
             self.model = load_for_classification(find_model("minilm"), labels, rung.attention)
@@ -113,9 +116,13 @@ class Climber:
     def loss_of_blanks(self, rows: np.ndarray) -> Tensor:
         batch = self.pack(rows)
         masked = mask_tokens(
-            batch.tokens, torch.Generator().manual_seed(0),
-            rate=RATE, mask_id=MASK, special_ids=SPECIAL, vocab_size=self.model.config.vocab_size,
-        )  # fmt: skip
+            batch.tokens,
+            torch.Generator().manual_seed(0),
+            rate=RATE,
+            mask_id=MASK,
+            special_ids=SPECIAL,
+            vocab_size=self.model.config.vocab_size,
+        )
         batch = replace(batch, tokens=masked.tokens)
         if self.rung.last_layer:
             return F.cross_entropy(self.model(batch, masked.positions).float(), masked.labels)
@@ -160,10 +167,15 @@ def problem(job: str, rows: int) -> tuple[list[Tensor], Tensor]:
     chosen = np.random.default_rng(0).permutation(len(reviews.texts["train"]))[:rows]
     texts = [reviews.texts["train"][row] for row in chosen]
     ids = Sequences(texts, load_tokenizer(source, read_config(source)), 256).ids
-    return [torch.from_numpy(x).long() for x in ids], reviews.labels["train"][torch.from_numpy(chosen)]
+    return [torch.from_numpy(x).long() for x in ids], reviews.labels["train"][
+        torch.from_numpy(chosen)
+    ]
 
 
-JOBS = {"mlm": ("pretraining tiny, IMDb", 96, 24), "full": ("full fine-tuning, minilm, snippets", 256, 32)}
+JOBS = {
+    "mlm": ("pretraining tiny, IMDb", 96, 24),
+    "full": ("full fine-tuning, minilm, snippets", 256, 32),
+}
 
 
 def measure(job: str, rounds: int) -> Iterator[dict]:

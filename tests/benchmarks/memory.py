@@ -1,11 +1,11 @@
 """Peak memory and time to the first step of train.py, for texts of several sizes.
 
-    python tests/benchmarks/memory.py              200 MB and 1000 MB; ten minutes or so on two cores
-    python tests/benchmarks/memory.py 5 20         other sizes, in MB
+    python tests/benchmarks/memory.py              200 MB and 1000 MB; ten minutes or so on two
+    cores python tests/benchmarks/memory.py 5 20         other sizes, in MB
 
-Texts stream through, and tokens are read from disk, so the peak should hardly grow with the text. Each
-size is run twice: tokenising, and with the tokens of the first run already on disk. Texts, runs and
-tokens are deleted in the end.
+Texts stream through, and tokens are read from disk, so the peak should hardly grow with the text.
+Each size is run twice: tokenising, and with the tokens of the first run already on disk. Texts,
+runs and tokens are deleted in the end.
 """
 
 import argparse

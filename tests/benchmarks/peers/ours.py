@@ -12,18 +12,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from minitune.adapters import insert_adapters
-from minitune.batching import reading_tokens
+from minitune.batching import PackedBatch, reading_tokens
 from minitune.checkpoint import load_classifier, load_masked_lm, load_tokenizer, to_bert
 from minitune.classification import Batch, Classification, Examples, Sequences
 from minitune.features import FeatureClassifier, extract
-from minitune.methods import choose_trained
-from minitune.model import MeanPooler, PackedBatch
+from minitune.finetuning import choose_trained
+from minitune.model import MeanPooler
 from minitune.optimizer import Optimizer
-from minitune.precision import Precision
 from minitune.prediction import Classifier
 from minitune.pretraining import Cloze, MaskedLanguageModelling
-from minitune.processes import Processes
-from minitune.runs import Run
+from minitune.support.runs import Run
+from minitune.support.runtime import Precision, Processes
 from minitune.training import Trainer
 from tests.benchmarks.peers.problem import ADAPTER_SIZE, EPOCHS, LABELS, LR, RATE, Problem
 
@@ -68,7 +67,9 @@ class Ours:
 
     def __init__(self, problem: Problem, tuned: bool):
         self.problem, self.precision = problem, Precision(problem.precision)
-        self.run = {"feature": self.train_on_features, "label": self.label}.get(problem.job, self.train)
+        self.run = {"feature": self.train_on_features, "label": self.label}.get(
+            problem.job, self.train
+        )
         if problem.job == "mlm":
             self.model, _ = load_masked_lm(problem.directory)
             self.tokenizer = load_tokenizer(problem.directory, self.model.config)
@@ -92,7 +93,9 @@ class Ours:
         """Loss and gradients of the first batch in float32, under BERT's names; or logits."""
         self.model.eval()
         if self.problem.job in ("label", "feature"):
-            batch, _ = self.examples.batch(np.array(self.problem.grouped[0])).to(torch.device("cpu"))
+            batch, _ = self.examples.batch(np.array(self.problem.grouped[0])).to(
+                torch.device("cpu")
+            )
             with torch.no_grad():
                 return {"logits": self.model(batch)}
         if self.problem.job == "mlm":
@@ -104,7 +107,9 @@ class Ours:
             batch = self.examples.batch(np.array(self.problem.grouped[0]))
             loss = self.task.loss(self.model, batch.to(torch.device("cpu"))) / len(batch)
         loss.backward()
-        gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        gradients = {
+            name: p.grad for name, p in self.model.named_parameters() if p.grad is not None
+        }
         self.model.zero_grad()
         return {"loss": loss.detach()} | to_bert(gradients)
 
@@ -113,7 +118,15 @@ class Ours:
         run = Run(Path(folder))
         run.start({})
         trainer = Trainer(
-            learner, optimizer, task, run, PROCESSES, precision, seed=0, warmup=0.1, save_minutes=math.inf
+            learner,
+            optimizer,
+            task,
+            run,
+            PROCESSES,
+            precision,
+            seed=0,
+            warmup=0.1,
+            save_minutes=math.inf,
         )
         trainer.steps = len(task.given)
         return trainer
@@ -122,7 +135,9 @@ class Ours:
         """Seconds of training, saving not among them."""
         self.precision.cast_frozen(self.model.bert)  # as finetune.py does
         if self.problem.job == "adapter":
-            self.model.pooler = MeanPooler()  # what finetune.py puts there; for the check it was BERT's
+            self.model.pooler = (
+                MeanPooler()
+            )  # what finetune.py puts there; for the check it was BERT's
         with tempfile.TemporaryDirectory() as folder:
             trainer = self._trainer(self.model, self.task, self.precision, folder)
             trainer.train()

@@ -8,15 +8,19 @@ import torch
 from torch import Tensor
 
 from minitune.adapters import insert_adapters
-from minitune.checkpoint import load_for_classification, load_tokenizer, read_config, save_model
+from minitune.checkpoint import (
+    find_model,
+    load_for_classification,
+    load_tokenizer,
+    read_config,
+    save_model,
+)
 from minitune.classification import Sequences
 from minitune.corpus import Corpus
-from minitune.data import Dataset
-from minitune.files import write_tensors
+from minitune.data import Dataset, Reviews
 from minitune.masking import mask_tokens
 from minitune.model import PRESETS, BertForMaskedLM
-from minitune.reviews import Reviews
-from minitune.sources import find_model
+from minitune.support.runs import write_tensors
 
 LABELS = {0: "negative", 1: "positive"}
 ADAPTER_SIZE = 64
@@ -45,9 +49,13 @@ class Problem:
         tokens = torch.cat([torch.tensor(self.ids[row]) for row in self.grouped[0]])
         tokenizer = load_tokenizer(self.directory, read_config(self.directory))
         return mask_tokens(
-            tokens, torch.Generator().manual_seed(0), rate=RATE, mask_id=tokenizer.mask_id,
-            special_ids=tokenizer.special_ids, vocab_size=tokenizer.vocab_size,
-        )  # fmt: skip
+            tokens,
+            torch.Generator().manual_seed(0),
+            rate=RATE,
+            mask_id=tokenizer.mask_id,
+            special_ids=tokenizer.special_ids,
+            vocab_size=tokenizer.vocab_size,
+        )
 
 
 def make(
@@ -62,7 +70,11 @@ def make(
         # Whole sequences only, as run_mlm's concatenation gives them: nothing to gain by packing.
         pieces = corpus.pieces("train", max_len, overlap=True)
         chosen = rng.permutation(np.flatnonzero(pieces.lengths == max_len))[:rows]
-        ids, texts, labels = [piece.tolist() for piece in pieces.read(chosen)], [""] * rows, [0] * rows
+        ids, texts, labels = (
+            [piece.tolist() for piece in pieces.read(chosen)],
+            [""] * rows,
+            [0] * rows,
+        )
     else:
         source = find_model("minilm")
         model = load_for_classification(source, LABELS)
@@ -74,7 +86,9 @@ def make(
         reviews = Reviews.load(Dataset(data))
         chosen = rng.permutation(len(reviews.texts["train"]))
         if max_len > 256:  # a job of long texts: full length, all of them
-            long = [row for row in chosen[: 40 * rows] if len(reviews.texts["train"][row]) > 6 * max_len]
+            long = [
+                row for row in chosen[: 40 * rows] if len(reviews.texts["train"][row]) > 6 * max_len
+            ]
             chosen = np.array(long)
         texts = [reviews.texts["train"][row] for row in chosen[:rows]]
         labels = reviews.labels["train"][chosen[:rows]].tolist()

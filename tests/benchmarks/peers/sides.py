@@ -8,7 +8,7 @@ from multiprocessing.connection import Connection
 
 import torch
 
-from minitune.machine import forget_peak_memory, keep_freed_memory, peak_memory
+from minitune.support.runtime import forget_peak_memory, keep_freed_memory, peak_memory
 from tests.benchmarks.peers.problem import Problem
 
 CPU = torch.device("cpu")

@@ -1,8 +1,9 @@
 """The jobs as their libraries do them: transformers' Trainer and pipeline, AdapterHub's adapters.
 
-As shipped: what a tutorial's few lines give, in float32, with padding to the longest of a shuffled batch.
-Tuned: batches of alike lengths, bfloat16 where the processor multiplies it, no dropout on attention
-weights (which would keep the fused kernel from running); AdamW is fused and attention SDPA in both.
+As shipped: what a tutorial's few lines give, in float32, with padding to the longest of a shuffled
+batch. Tuned: batches of alike lengths, bfloat16 where the processor multiplies it, no dropout on
+attention weights (which would keep the fused kernel from running); AdamW is fused and attention
+SDPA in both.
 """
 
 import tempfile
@@ -35,7 +36,9 @@ class GivenBatches(transformers.Trainer):
     """Trainer, over given batches."""
 
     def get_train_dataloader(self) -> DataLoader:
-        return DataLoader(self.train_dataset, batch_sampler=self.given, collate_fn=self.data_collator)
+        return DataLoader(
+            self.train_dataset, batch_sampler=self.given, collate_fn=self.data_collator
+        )
 
 
 def our_name(name: str) -> str:
@@ -53,7 +56,9 @@ class Theirs:
 
     def __init__(self, problem: Problem, tuned: bool):
         self.problem, self.tuned, self.bf16 = problem, tuned, tuned and problem.precision == "bf16"
-        kind = "AutoModelForMaskedLM" if problem.job == "mlm" else "AutoModelForSequenceClassification"
+        kind = (
+            "AutoModelForMaskedLM" if problem.job == "mlm" else "AutoModelForSequenceClassification"
+        )
         self.model = getattr(transformers, kind).from_pretrained(
             problem.directory, attention_probs_dropout_prob=0.0 if tuned else 0.1
         )
@@ -77,14 +82,18 @@ class Theirs:
 
     def _collator(self):
         if self.problem.job == "mlm":
-            return transformers.DataCollatorForLanguageModeling(self.tokenizer, mlm_probability=RATE)
+            return transformers.DataCollatorForLanguageModeling(
+                self.tokenizer, mlm_probability=RATE
+            )
         return transformers.DataCollatorWithPadding(self.tokenizer)
 
     def _rows(self) -> list[dict]:
         rows = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in self.problem.ids]
         if self.problem.job == "mlm":
             return rows
-        return [row | {"labels": label} for row, label in zip(rows, self.problem.labels, strict=True)]
+        return [
+            row | {"labels": label} for row, label in zip(rows, self.problem.labels, strict=True)
+        ]
 
     def check(self) -> dict[str, Tensor]:
         """Loss and gradients of the first batch in float32, under our names for adapters; or logits."""
@@ -103,7 +112,9 @@ class Theirs:
             return {"logits": out.logits.detach()}
         out.loss.backward()
         gradients = {
-            our_name(name): p.grad for name, p in self.model.named_parameters() if p.grad is not None
+            our_name(name): p.grad
+            for name, p in self.model.named_parameters()
+            if p.grad is not None
         }
         self.model.zero_grad()
         return {"loss": out.loss.detach()} | gradients
@@ -148,7 +159,11 @@ class Theirs:
         options = {"batch_size": 32} if self.tuned else {}
         model = self.model.to(torch.bfloat16) if self.bf16 else self.model
         pipe = transformers.pipeline(
-            "text-classification", model=model.eval(), tokenizer=self.tokenizer, device="cpu", **options
+            "text-classification",
+            model=model.eval(),
+            tokenizer=self.tokenizer,
+            device="cpu",
+            **options,
         )
         started = time.perf_counter()
         texts = sorted(self.problem.texts, key=len) if self.tuned else self.problem.texts

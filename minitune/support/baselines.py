@@ -1,11 +1,13 @@
 """The simple methods that stand beside fine-tuning in a table of results: majority class and NB-SVM.
 
-NB-SVM (Wang & Manning 2012, "Baselines and Bigrams") is a linear classifier on single words and pairs of
-neighbours. Each is weighted beforehand by how much more often it stands in texts of one class than in the
-others, as naive Bayes would count it; a support vector machine then learns the rest.
+NB-SVM (Wang & Manning 2012, "Baselines and Bigrams") is a linear classifier on single words and
+pairs of neighbours. Each is weighted beforehand by how much more often it stands in texts of one
+class than in the others, as naive Bayes would count it; a support vector machine then learns the
+rest.
 """
 
 import re
+import time
 from typing import NamedTuple
 
 import numpy as np
@@ -51,7 +53,9 @@ class NBSVM:
             weights = _fit_one(matrix, labels == 1)
             self.weights = np.stack([-weights, weights])
         else:
-            self.weights = np.stack([_fit_one(matrix, labels == label) for label in range(num_labels)])
+            self.weights = np.stack(
+                [_fit_one(matrix, labels == label) for label in range(num_labels)]
+            )
         self.seen = np.bincount(labels, minlength=num_labels) > 0
         return self
 
@@ -65,8 +69,8 @@ class NBSVM:
     def _grams(self, texts: list[str], learn: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """(text, number) of every known word and of every pair of known words side by side.
 
-        Of V words, word i has the number i, and the pair i, j the number (i + 1) * V + j. Unlike strings,
-        numbers can be sorted and counted by numpy. `learn` first gives new words an id.
+        Of V words, word i has the number i, and the pair i, j the number (i + 1) * V + j. Unlike
+        strings, numbers can be sorted and counted by numpy. `learn` first gives new words an id.
         """
         ids, lengths = [], []
         for text in texts:
@@ -81,7 +85,9 @@ class NBSVM:
         known = ids >= 0
         pair = known[:-1] & known[1:] & (rows[:-1] == rows[1:])
         pairs = (ids[:-1] + 1) * len(self.words) + ids[1:]
-        return np.concatenate([rows[known], rows[1:][pair]]), np.concatenate([ids[known], pairs[pair]])
+        return np.concatenate([rows[known], rows[1:][pair]]), np.concatenate(
+            [ids[known], pairs[pair]]
+        )
 
     def _matrix(self, rows: np.ndarray, grams: np.ndarray, texts: int) -> Matrix:
         """A row for each text: which features it holds, however often, and a last column of ones."""
@@ -104,8 +110,9 @@ def _distinct(numbers: np.ndarray) -> np.ndarray:
 def _fit_one(matrix: Matrix, positive: np.ndarray) -> np.ndarray:
     """Weights whose product with a row is above zero for texts of the class.
 
-    An error costs 1 / mean |x|^2, the default of SVMlight (Joachims 1999), which suits long reviews and
-    single sentences alike. The paper also mixes the weights with their mean; at this cost that adds nothing.
+    An error costs 1 / mean |x|^2, the default of SVMlight (Joachims 1999), which suits long reviews
+    and single sentences alike. The paper also mixes the weights with their mean; at this cost that
+    adds nothing.
     """
     scale = log_count_ratio(matrix, positive)
     cost = 1 / matrix.times(scale**2).mean()
@@ -124,9 +131,9 @@ def train_svm(
 ) -> np.ndarray:
     """The w that minimises |w|^2 / 2 + cost * sum max(0, 1 - signs * (x @ w))^2, where x is matrix * scale.
 
-    Conjugate gradients (Polak & Ribiere 1969), each step to the lowest point along its line. |w|^2 / 2 alone
-    bends the objective so much that its minimum cannot lie more than |gradient|^2 / 2 lower: training stops
-    where that is the share `tolerance` of the objective.
+    Conjugate gradients (Polak & Ribiere 1969), each step to the lowest point along its line. |w|^2
+    / 2 alone bends the objective so much that its minimum cannot lie more than |gradient|^2 / 2
+    lower: training stops where that is the share `tolerance` of the objective.
     """
     weights, direction = np.zeros(matrix.shape[1]), np.zeros(matrix.shape[1])
     margins = np.zeros(len(signs))  # signs * (x @ weights)
@@ -141,7 +148,8 @@ def train_svm(
         direction = keep * direction - gradient
         previous, previous_square = gradient, square
 
-        # Along a line the objective is a chain of parabolas; Newton's method soon finds the lowest point.
+        # Along a line the objective is a chain of parabolas; Newton's method soon finds the lowest
+        # point.
         change = signs * matrix.times(scale * direction)
         slope, bend, length = weights @ direction, direction @ direction, 0.0
         for _ in range(10):
@@ -151,3 +159,19 @@ def train_svm(
         weights += length * direction
         margins += length * change
     return weights
+
+
+def simple_methods(reviews, chosen: np.ndarray | None, seed: int) -> list[dict]:
+    """Metrics of the most frequent label and of a bag of words, on the same rows as everything else."""
+    labels = reviews.labels["train"].numpy()
+    chosen = np.arange(len(labels)) if chosen is None else chosen
+    texts = [reviews.texts["train"][i] for i in chosen]
+    test = reviews.labels["test"].numpy()
+    common = {"train_examples": len(chosen), "seed": seed}
+    answer = majority(labels[chosen], len(reviews.names))
+    rows = [{"method": "majority", "accuracy": float((test == answer).mean()), **common}]
+    started = time.monotonic()
+    bag = NBSVM().fit(texts, labels[chosen], len(reviews.names))
+    seconds = round(time.monotonic() - started, 1)
+    accuracy = float((bag.predict(reviews.texts["test"]) == test).mean())
+    return [*rows, {"method": "nb-svm", "accuracy": accuracy, "train_seconds": seconds, **common}]

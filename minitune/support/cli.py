@@ -10,8 +10,8 @@ from collections.abc import Callable
 import torch
 
 from minitune.attention import BACKENDS
-from minitune.errors import UserError
-from minitune.machine import keep_freed_memory
+from minitune.support.errors import UserError
+from minitune.support.runtime import keep_freed_memory
 
 
 class Parser(argparse.ArgumentParser):
@@ -52,7 +52,10 @@ def real(above: float, high: float = math.inf, *, closed: bool = False) -> Calla
     """A converter for argparse: a finite number with above < number <= high; `closed`: above is good too."""
     kind = f"a number {'from' if closed else 'above'} {above:,}"
     return _number(
-        float, lambda x: (above <= x if closed else above < x) and x <= high and x < math.inf, kind, high
+        float,
+        lambda x: (above <= x if closed else above < x) and x <= high and x < math.inf,
+        kind,
+        high,
     )
 
 
@@ -70,13 +73,20 @@ def _number(kind: type, good: Callable, words: str, high: float) -> Callable:
 def add_machine_options(parser: argparse.ArgumentParser) -> None:
     """Options about how to compute, the same in every script."""
     group = parser.add_argument_group("how it is computed")
-    group.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto",
-                       help="of the matrix products; auto: bf16 where the hardware has it")  # fmt: skip
-    group.add_argument("--attention", choices=["auto", *BACKENDS], default="auto",
-                       help="which attention; auto picks by measurement")  # fmt: skip
+    group.add_argument(
+        "--precision",
+        choices=["auto", "fp32", "bf16", "fp16"],
+        default="auto",
+        help="of the matrix products; auto: bf16 where the hardware has it",
+    )
+    group.add_argument(
+        "--attention",
+        choices=["auto", *BACKENDS],
+        default="auto",
+        help="which attention; auto picks by measurement",
+    )
     group.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where")
-    group.add_argument("--seed", type=whole(0, 2**31), default=0,
-                       help="of everything random")  # fmt: skip
+    group.add_argument("--seed", type=whole(0, 2**31), default=0, help="of everything random")
 
 
 def choose_max_len(asked: int | None, positions: int, batch_tokens: int | None = None) -> int:
@@ -117,7 +127,10 @@ def run_script(main: Callable[[], None]) -> None:
             print("error:", "".join(c if c.isprintable() else "?" for c in line), file=sys.stderr)
         status = 2
     except torch.OutOfMemoryError:
-        print("error: out of GPU memory; try a smaller --batch-tokens, or --accumulate", file=sys.stderr)
+        print(
+            "error: out of GPU memory; try a smaller --batch-tokens, or --accumulate",
+            file=sys.stderr,
+        )
         status = 2
     except KeyboardInterrupt:
         status = 130

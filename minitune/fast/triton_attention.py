@@ -1,18 +1,19 @@
 """FlashAttention on a GPU: what `Tiled` in attention.py does, as Triton kernels over packed tokens.
 
-Triton (Tillet et al. 2019) compiles a Python function into a program that runs many times at once, each
-time on one tile of the work. Here a program owns a block of queries (or of keys) of one head of one
-sequence, which it looks up in the cumulative lengths: nothing is padded, and no sequence sees another. It
-walks over the blocks of the other side and keeps its sums in registers. A tile of scores lives and dies
-inside the chip; what attention waits for is traffic to memory, not arithmetic (FlashAttention, Dao et al.
-2022).
+Triton (Tillet et al. 2019) compiles a Python function into a program that runs many times at once,
+each time on one tile of the work. Here a program owns a block of queries (or of keys) of one head
+of one sequence, which it looks up in the cumulative lengths: nothing is padded, and no sequence
+sees another. It walks over the blocks of the other side and keeps its sums in registers. A tile of
+scores lives and dies inside the chip; what attention waits for is traffic to memory, not arithmetic
+(FlashAttention, Dao et al. 2022).
 
-dq is a sum over keys, dk and dv are sums over queries. Hence two backward kernels, each of which computes
-the scores anew (FlashAttention-2, Dao 2023, computes them once and adds up dq with atomics). So every
-element is summed by one program in one order, and equal inputs give equal bits.
+dq is a sum over keys, dk and dv are sums over queries. Hence two backward kernels, each of which
+computes the scores anew (FlashAttention-2, Dao 2023, computes them once and adds up dq with
+atomics). So every element is summed by one program in one order, and equal inputs give equal bits.
 
-Powers are of 2, which is what the hardware has: exp(x) = 2^(x·log₂e), and lse = log₂ Σ 2^score. Rows are
-counted in int64 where they are multiplied by a stride, since T·H·D may be more than int32 holds.
+Powers are of 2, which is what the hardware has: exp(x) = 2^(x·log₂e), and lse = log₂ Σ 2^score.
+Rows are counted in int64 where they are multiplied by a stride, since T·H·D may be more than int32
+holds.
 """
 
 import math
@@ -25,8 +26,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 LOG2_E = tl.constexpr(math.log2(math.e))
-# By bytes an element. No GPU was at hand to time them, so they are chosen to fit at D = 128: into registers,
-# and into the 99 kB of shared memory of a gaming GPU. float32 goes without tensor cores and needs more.
+# By bytes an element. No GPU was at hand to time them, so they are chosen to fit at D = 128: into
+# registers, and into the 99 kB of shared memory of a gaming GPU. float32 goes without tensor cores
+# and needs more.
 TILES = {
     2: {"BLOCK": 64, "num_warps": 4, "num_stages": 2},
     4: {"BLOCK": 32, "num_warps": 8, "num_stages": 2},
@@ -150,8 +152,8 @@ def dkdv_kernel(
     dk = tl.zeros((BLOCK, D), tl.float32)
     dv = tl.zeros((BLOCK, D), tl.float32)
     for start in range(0, q_count, BLOCK):
-        # Past the last query q, d_out and delta are 0 and add nothing, and past the last key the tile's
-        # rows are nonsense, which stays in those rows and is not stored.
+        # Past the last query q, d_out and delta are 0 and add nothing, and past the last key the
+        # tile's rows are nonsense, which stays in those rows and is not stored.
         queries = start + tl.arange(0, BLOCK)
         q = load(Q + q_start, queries, q_count, q_stride, D)
         d_out = load(dOut + out_start, queries, q_count, H * D, D)
@@ -173,9 +175,16 @@ class Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens: Tensor, max_seqlen: int
+        ctx,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens_q: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
     ) -> Tensor:
-        # Views of one fused tensor (T, 3, H, D), which is what the model has, are read where they are.
+        # Views of one fused tensor (T, 3, H, D), which is what the model has, are read where they
+        # are.
         if q.stride(-1) != 1:
             q = q.contiguous()
         if k.stride() != v.stride() or k.stride(-1) != 1:
@@ -209,7 +218,8 @@ def launch(
     q, k, *_ = tensors
     (M, H, D), T = q.shape, k.size(0)
     tile = TILES[q.element_size()]
-    # In this order because CUDA allows 2³¹ programs along the first axis and 65,535 along the second.
+    # In this order because CUDA allows 2³¹ programs along the first axis and 65,535 along the
+    # second.
     grid = (cu_seqlens.numel() - 1) * H, triton.cdiv(max_seqlen, tile["BLOCK"])
     sizes = M, T, H, *q.stride()[:2], *k.stride()[:2]
     with torch.cuda.device_of(q):  # triton launches on the current GPU

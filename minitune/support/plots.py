@@ -5,13 +5,15 @@ from pathlib import Path
 
 import matplotlib
 
-from minitune.comparison import in_bytes
-from minitune.files import write_atomically
+from minitune.support.results import in_bytes
+from minitune.support.runs import write_atomically
 
 matplotlib.use("Agg")  # a file, no window
 import matplotlib.pyplot as plt  # noqa: E402
 
-plt.rcParams.update({"axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False})
+plt.rcParams.update(
+    {"axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False}
+)
 
 
 def save(figure: plt.Figure, path: Path) -> None:
@@ -22,7 +24,9 @@ def save(figure: plt.Figure, path: Path) -> None:
     write_atomically(path, content.getvalue())
 
 
-def plot_pretraining(log: list[dict], uniform: float, unigram: float, final: dict, path: Path) -> None:
+def plot_pretraining(
+    log: list[dict], uniform: float, unigram: float, final: dict, path: Path
+) -> None:
     """Loss over time beside what it should be compared with, and the plateau marked.
 
     `log` holds the lines of log.jsonl, `uniform` is ln(vocabulary), `unigram` the entropy of the
@@ -48,12 +52,20 @@ def plot_pretraining(log: list[dict], uniform: float, unigram: float, final: dic
         axes.axvspan(start, stop, color="#fdd0a2", alpha=0.5, linewidth=0)
         note = "the plateau:\ncontext is not\nused yet"
         axes.text((start + stop) / 2, min(losses), note, ha="center", va="bottom", fontsize=9)
-    axes.annotate(f"{final['loss']:.2f}", points[-1], xytext=(-2, -14), textcoords="offset points",
-                  ha="right", color="#08519c")  # fmt: skip
+    axes.annotate(
+        f"{final['loss']:.2f}",
+        points[-1],
+        xytext=(-2, -14),
+        textcoords="offset points",
+        ha="right",
+        color="#08519c",
+    )
     axes.set(xlabel="minutes of training", ylabel="masked-LM loss (nats a token)")
     axes.set_title("Learning to fill blanks")
     between = (right, (uniform + unigram) / 2)
-    axes.legend(loc="center right", bbox_to_anchor=between, bbox_transform=axes.transData, frameon=False)
+    axes.legend(
+        loc="center right", bbox_to_anchor=between, bbox_transform=axes.transData, frameon=False
+    )
     save(figure, path)
 
 
@@ -101,7 +113,9 @@ def plot_prompts(rows: list[dict], bag: list[dict], title: str, path: Path) -> N
         x = [100 * row["accuracy"] for row in own]
         errors = [[100 * abs(row["accuracy"] - edge) for row, edge in zip(own, edges, strict=True)]
                   for edges in zip(*(row["interval"] for row in own), strict=True)]  # fmt: skip
-        axes.errorbar(x, y, xerr=errors, fmt="o", markersize=5, elinewidth=1, color=colour, label=name)
+        axes.errorbar(
+            x, y, xerr=errors, fmt="o", markersize=5, elinewidth=1, color=colour, label=name
+        )
     for row in bag:
         x, words = 100 * row["accuracy"], row["method"]
         axes.axvline(x, color="#636363", linestyle=":", linewidth=1)
@@ -118,9 +132,13 @@ def plot_when_labels_pay(curves: list[dict], prompted: dict, title: str, path: P
     """Accuracy against labels (rows of comparison.summarise), and that of a prompt, which needs none."""
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     _label_curves(axes, curves, sorted({row["train_examples"] for row in curves}))
-    axes.axhspan(*(100 * edge for edge in prompted["interval"]), color="#e6550d", alpha=0.15, linewidth=0)
+    axes.axhspan(
+        *(100 * edge for edge in prompted["interval"]), color="#e6550d", alpha=0.15, linewidth=0
+    )
     axes.axhline(100 * prompted["accuracy"], color="#e6550d", label="prompt, no labels")
-    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 0.08))  # below the prompt's interval
+    axes.legend(
+        frameon=False, loc="lower right", bbox_to_anchor=(1, 0.08)
+    )  # below the prompt's interval
     axes.set_title(title)
     save(figure, path)
 
@@ -133,13 +151,19 @@ def _bars(axes: plt.Axes, rows: list[dict]) -> None:
         axes.barh(y, accuracy, color=COLOURS[row["method"]], xerr=error, error_kw={"elinewidth": 1})
         cost = ""
         if "saved_bytes" in row:
-            share, saved = row["trainable_params"] / row["total_params"], in_bytes(row["saved_bytes"])
+            share, saved = (
+                row["trainable_params"] / row["total_params"],
+                in_bytes(row["saved_bytes"]),
+            )
             cost = f"   trains {share:.1%}, saves {saved}, {_time(row['train_seconds'])}"
         elif "train_seconds" in row:
             cost = f"   {_time(row['train_seconds'])}"
         axes.text(100 * high + 0.5, y, f"{accuracy:.1f}%{cost}", va="center", fontsize=9)
     axes.set_yticks(range(len(rows)), [row["method"] for row in rows])
-    axes.set(xlim=(min(45, 100 * min(row["accuracy"] for row in rows) - 5), 135), xticks=range(50, 101, 10))
+    axes.set(
+        xlim=(min(45, 100 * min(row["accuracy"] for row in rows) - 5), 135),
+        xticks=range(50, 101, 10),
+    )
     axes.set_xlabel("test accuracy (%), with its 95% interval")
 
 
@@ -150,8 +174,16 @@ def _label_curves(axes: plt.Axes, rows: list[dict], counts: list[int]) -> None:
         x = [row["train_examples"] for row in own]
         y = [100 * row["accuracy"] for row in own]
         spread = [100 * (row["spread"] or 0) for row in own]
-        axes.errorbar(x, y, yerr=spread, marker="o", markersize=4, capsize=2, color=COLOURS[method],
-                      label=method)  # fmt: skip
+        axes.errorbar(
+            x,
+            y,
+            yerr=spread,
+            marker="o",
+            markersize=4,
+            capsize=2,
+            color=COLOURS[method],
+            label=method,
+        )
     axes.set_xscale("log", base=4)
     axes.set_xticks(counts, [f"{count:,}" for count in counts])
     axes.set(xlabel="labelled reviews to train on", ylabel="test accuracy (%)")

@@ -1,0 +1,1 @@
+"""What every program of this kind needs: options, runs on disk, devices, tables, pictures."""
