@@ -21,7 +21,7 @@ from minitune.classification import Examples, Sequences
 from minitune.data import SPLITS, Dataset, Reviews
 from minitune.finetuning import METHODS, Common, Job, fine_tune
 from minitune.prediction import label_new_reviews
-from minitune.support.baselines import simple_methods
+from minitune.support.baselines import evaluate_baselines
 from minitune.support.cli import (
     Parser,
     add_machine_options,
@@ -236,7 +236,8 @@ def main() -> None:
         (job.train_examples, job.train_examples and job.seed) for job in jobs
     ):
         chosen = reviews.choose("train", size, seed) if size else None
-        results += simple_methods(reviews, chosen, seed)
+        baselines = evaluate_baselines(reviews.texts, reviews.labels, len(reviews.names), chosen)
+        results += [row | {"seed": seed} for row in baselines]
     rows = summarise(results, len(reviews.texts["test"]))
     print(f"\n{len(reviews.texts['test']):,} test rows of {args.data}:\n{table(rows)}")
     write_json(args.out / "compare.json", {"rows": rows, "runs": results})

@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 
 from minitune.attention import choose
-from minitune.calibration import CALIBRATIONS, Ensemble, compare_prompts
+from minitune.calibration import CALIBRATIONS, compare_prompts
 from minitune.checkpoint import default_model, find_model, load_masked_lm, load_tokenizer
 from minitune.data import Dataset, Reviews, label_index
-from minitune.prediction import print_answers, say
-from minitune.prompting import TEMPLATES, WORDS, Prompt, Reader, fill_blanks, generate, in_words
-from minitune.support.baselines import simple_methods
+from minitune.prediction import Ensemble, print_answers, say
+from minitune.prompting import TEMPLATES, WORDS, FillMask, Prompt, fill_blanks, generate, in_words
+from minitune.support.baselines import evaluate_baselines
 from minitune.support.cli import (
     Parser,
     add_machine_options,
@@ -181,24 +181,24 @@ def main() -> None:
     precision = Precision.choose(args.precision, device)
     attention = choose(args.attention, device, precision.dtype, model.config.head_size)
     tokenizer = load_tokenizer(source, model.config)
-    reader = Reader(model.to(device).eval(), tokenizer, device, precision, args.batch_tokens)
+    fill_mask = FillMask(model.to(device).eval(), tokenizer, device, precision, args.batch_tokens)
     say(
         f"model: {name} ({why}); {describe(device)}; precision: {precision.name}; attention: {attention}"
     )
 
     # 2. The sentences it is asked to complete.
     if args.fill is not None:
-        print_blanks(fill_blanks(reader, args.fill, args.top), args.json)
+        print_blanks(fill_blanks(fill_mask, args.fill, args.top), args.json)
         return
     if args.generate is not None:
         for text in args.texts:
-            written = generate(reader, text, args.generate, args.temperature, args.seed)
+            written = generate(fill_mask, text, args.generate, args.temperature, args.seed)
             if args.json:
                 written = json.dumps({"text": text, "generated": written}, ensure_ascii=False)
             print(written)
         return
     choose_max_len(args.max_len, model.config.max_position_embeddings)
-    prompts = [Prompt(sentence, args.words, reader, args.max_len) for sentence in args.template]
+    prompts = [Prompt(sentence, args.words, fill_mask, args.max_len) for sentence in args.template]
 
     # 3. Answers, or how good they are.
     if args.evaluate is not None:
@@ -230,7 +230,7 @@ def demonstrate(args: argparse.Namespace, prompts: list[Prompt], reviews: Review
     """Put --shots labelled training reviews in front of every question."""
     labels = matching_labels(prompts[0].words.names, reviews, args.evaluate or args.data)
     chosen = reviews.choose("train", args.shots, args.seed)
-    texts = prompts[0].reader.tokenizer.encode([reviews.texts["train"][i] for i in chosen])
+    texts = prompts[0].fill_mask.tokenizer.encode([reviews.texts["train"][i] for i in chosen])
     for prompt in prompts:
         prompt.demonstrate(texts, labels[reviews.labels["train"][chosen]].tolist())
 
@@ -254,7 +254,7 @@ def evaluate(args: argparse.Namespace, prompts: list[Prompt], name: str) -> None
         args.out, results | {f"{name}.partial" for name in results}, "result of prompt.py"
     )
     reviews = Reviews.load(Dataset(args.evaluate, option="--evaluate"))
-    tokenizer = prompts[0].reader.tokenizer
+    tokenizer = prompts[0].fill_mask.tokenizer
     labels = matching_labels(prompts[0].words.names, reviews, args.evaluate)[reviews.labels["test"]]
     texts = tokenizer.encode(reviews.texts["test"])
     unlabelled = some_reviews(args, reviews.texts["train"], tokenizer)
@@ -268,27 +268,27 @@ def evaluate(args: argparse.Namespace, prompts: list[Prompt], name: str) -> None
     for shots, own in asked:
         rows += [row | {"shots": shots} for row in compare_prompts(own, texts, labels, unlabelled)]
     seconds = time.monotonic() - started
-    bag = simple_methods(reviews, None, args.seed)
-    bag = [row | {"interval": interval(row["accuracy"], len(texts))} for row in bag]
+    baselines = evaluate_baselines(reviews.texts, reviews.labels, len(reviews.names))
+    baselines = [row | {"interval": interval(row["accuracy"], len(texts))} for row in baselines]
     if args.json:
-        print(*map(json.dumps, rows + bag), sep="\n")
+        print(*map(json.dumps, rows + baselines), sep="\n")
     else:
-        print(f"{len(texts):,} test rows of {args.evaluate}:\n{prompt_table(rows, bag)}")
+        print(f"{len(texts):,} test rows of {args.evaluate}:\n{prompt_table(rows, baselines)}")
         print("\n".join(prompt_summary(rows)))
     say(
         f"{len(prompts)} templates, {len(texts):,} texts and {len(unlabelled):,} unlabelled: {seconds:.0f} s"
     )
     settings = {"model": name, "data": args.evaluate, "words": args.words, "max_len": args.max_len}
-    device = describe(prompts[0].reader.device)
+    device = describe(prompts[0].fill_mask.device)
     settings |= {"seed": args.seed, "seconds": round(seconds, 1), "device": device}
-    write_json(args.out / "prompts.json", settings | {"rows": rows, "with_labels": bag})
+    write_json(args.out / "prompts.json", settings | {"rows": rows, "with_labels": baselines})
     from minitune.support.plots import (  # matplotlib takes a second to import
         plot_prompts,
         plot_when_labels_pay,
     )
 
     title = f"{name} on {args.evaluate}"
-    plot_prompts(rows, bag, title, args.out / "prompts.png")
+    plot_prompts(rows, baselines, title, args.out / "prompts.png")
     if curves:
         without_labels = [
             row for row in rows if not row["shots"] and row["calibration"] == args.calibrate

@@ -6,16 +6,13 @@ to add to the scores, which are log-probabilities. Accuracy moves by ten points 
 that is the lesson.
 """
 
-import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from minitune.prediction import BLOCK, Prediction
-from minitune.prompting import Prompt, in_words
+from minitune.prompting import Prompt
 from minitune.support.results import TOGETHER, expected_calibration_error, interval
 
 
@@ -29,7 +26,7 @@ def contextual(prompt: Prompt, unlabelled: Sequence[list[int]]) -> Tensor:
 
     Zhao et al. 2021, "Calibrate Before Use: Improving Few-Shot Performance of Language Models".
     """
-    tokenizer = prompt.reader.tokenizer
+    tokenizer = prompt.fill_mask.tokenizer
     content_free = [*tokenizer.encode(["N/A", ""]), [tokenizer.mask_id]]  # the three of the paper
     return -prompt.scores(content_free).softmax(-1).mean(0).log()
 
@@ -70,50 +67,7 @@ CALIBRATIONS: dict[str, Callable[[Prompt, Sequence[list[int]]], Tensor]] = {
 }  # fmt: skip
 
 
-class Ensemble:
-    """Several prompts, each calibrated, that answer together: the mean of their log-probabilities."""
-
-    def __init__(self, prompts: list[Prompt], calibration: str, unlabelled: Sequence[list[int]]):
-        """`calibration` is a key of CALIBRATIONS."""
-        self.prompts = prompts
-        self.names = prompts[0].words.names  # of the labels
-        self.biases = [CALIBRATIONS[calibration](prompt, unlabelled) for prompt in prompts]
-
-    def log_probabilities(self, texts: Sequence[list[int]]) -> Tensor:
-        """(N, L) of the labels of these texts."""
-        pairs = zip(self.prompts, self.biases, strict=True)
-        return agree([prompt.scores(texts) + bias for prompt, bias in pairs])
-
-    def predict(self, texts: Iterable[str], count: int) -> Iterator["PromptPrediction"]:
-        """One prediction a text, in the order of the texts, with `count` of the words wanted at the mask.
-
-        Read and answered a block at a time. The words are those in the blank of the first template.
-        """
-        first, texts = self.prompts[0], iter(texts)
-        room = min(prompt.room for prompt in self.prompts)
-        while block := list(itertools.islice(texts, BLOCK)):
-            ids = first.reader.tokenizer.encode(block)
-            probabilities = self.log_probabilities(ids).exp().tolist()
-            wanted = first.wanted(ids, count)
-            for text, own, p, words in zip(block, ids, probabilities, wanted, strict=True):
-                by_name = {name: p[i] for i, name in self.names.items()}
-                label = max(by_name, key=by_name.__getitem__)
-                yield PromptPrediction(text, label, by_name, len(own) > room, dict(words))
-
-
-@dataclass
-class PromptPrediction(Prediction):
-    """The answer for one text, and what the model would have liked to write."""
-
-    words: dict[str, float]  # with their probabilities, the most probable first
-
-    def cells(self) -> dict[str, str]:
-        """Also the words."""
-        *rest, text = super().cells().items()
-        return dict([*rest, ("words", in_words(self.words.items())), text])
-
-
-def agree(scores: list[Tensor]) -> Tensor:
+def mean_log_probabilities(scores: list[Tensor]) -> Tensor:
     """The common answer (N, L) of several prompts with these scores (N, L), in log-probabilities."""
     return torch.stack([own.log_softmax(-1) for own in scores]).mean(0).log_softmax(-1)
 
@@ -132,7 +86,9 @@ def compare_prompts(
             yield {"template": prompt.sentence, "calibration": name} | figures(own, labels, names)
     if len(prompts) > 1:
         for name, own in calibrated.items():
-            yield {"template": TOGETHER, "calibration": name} | figures(agree(own), labels, names)
+            yield {"template": TOGETHER, "calibration": name} | figures(
+                mean_log_probabilities(own), labels, names
+            )
 
 
 def figures(scores: Tensor, labels: Tensor, names: dict[int, str]) -> dict:

@@ -18,10 +18,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minitune.adapters import AdapterSwitch
 from minitune.batching import reading_tokens, sorted_batches
+from minitune.calibration import CALIBRATIONS, mean_log_probabilities
 from minitune.checkpoint import (
     Trained,
     check_max_len,
@@ -33,6 +34,7 @@ from minitune.checkpoint import (
 from minitune.classification import Sequences
 from minitune.data import SUFFIXES, Dataset, Row, label_index
 from minitune.features import FeatureClassifier
+from minitune.prompting import Prompt, in_words
 from minitune.support.cli import check_utf8
 from minitune.support.errors import UserError
 from minitune.support.runs import read_json
@@ -129,6 +131,49 @@ class Classifier:
                 label = max(range(len(p)), key=p.__getitem__)
                 by_name = {self.labels[i]: p[i] for i in range(len(p))}
                 yield Prediction(text, self.labels[label], by_name, truncated)
+
+
+class Ensemble:
+    """Several prompts, each calibrated, that answer together: the mean of their log-probabilities."""
+
+    def __init__(self, prompts: list[Prompt], calibration: str, unlabelled: list[list[int]]):
+        """`calibration` is a key of CALIBRATIONS."""
+        self.prompts = prompts
+        self.names = prompts[0].words.names  # of the labels
+        self.biases = [CALIBRATIONS[calibration](prompt, unlabelled) for prompt in prompts]
+
+    def log_probabilities(self, texts: list[list[int]]) -> Tensor:
+        """(N, L) of the labels of these texts."""
+        pairs = zip(self.prompts, self.biases, strict=True)
+        return mean_log_probabilities([prompt.scores(texts) + bias for prompt, bias in pairs])
+
+    def predict(self, texts: Iterable[str], count: int) -> Iterator["PromptPrediction"]:
+        """One prediction a text, in the order of the texts, with `count` of the words wanted at the mask.
+
+        Read and answered a block at a time. The words are those in the blank of the first template.
+        """
+        first, texts = self.prompts[0], iter(texts)
+        room = min(prompt.room for prompt in self.prompts)
+        while block := list(itertools.islice(texts, BLOCK)):
+            ids = first.fill_mask.tokenizer.encode(block)
+            probabilities = self.log_probabilities(ids).exp().tolist()
+            wanted = first.most_probable_words(ids, count)
+            for text, own, p, words in zip(block, ids, probabilities, wanted, strict=True):
+                by_name = {name: p[i] for i, name in self.names.items()}
+                label = max(by_name, key=by_name.__getitem__)
+                yield PromptPrediction(text, label, by_name, len(own) > room, dict(words))
+
+
+@dataclass
+class PromptPrediction(Prediction):
+    """The answer for one text, and what the model would have liked to write."""
+
+    words: dict[str, float]  # with their probabilities, the most probable first
+
+    def cells(self) -> dict[str, str]:
+        """Also the words."""
+        *rest, text = super().cells().items()
+        return dict([*rest, ("words", in_words(self.words.items())), text])
 
 
 def label_new_reviews(args: argparse.Namespace) -> None:

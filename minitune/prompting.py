@@ -42,7 +42,7 @@ WORDS = {
 
 
 @dataclass
-class Cloze:
+class ClozeQuery:
     """A sequence with blanks: token ids with [CLS] and [SEP], and which of them are asked for."""
 
     ids: list[int]
@@ -50,7 +50,7 @@ class Cloze:
 
 
 @dataclass
-class Reader:
+class FillMask:
     """A masked language model, and how it is run. All that happens to it here is being read."""
 
     model: BertForMaskedLM
@@ -60,23 +60,23 @@ class Reader:
     batch_tokens: int | None = None  # None: what suits the device
 
     @torch.no_grad()
-    def fill(self, clozes: Sequence[Cloze]) -> Iterator[tuple[int, Tensor]]:
-        """(index, float32 log-probabilities (blanks, V)) of each cloze, shortest clozes first.
+    def log_probabilities(self, queries: Sequence[ClozeQuery]) -> Iterator[tuple[int, Tensor]]:
+        """(index, float32 log-probabilities (blanks, V)) of each query, shortest queries first.
 
         The head runs at the blanks only. All of V, since the words compete with every other word:
         next to an encoder that read a review, one product with the vocabulary costs a few percent
         at most.
         """
-        lengths = np.array([len(cloze.ids) for cloze in clozes])
+        lengths = np.array([len(query.ids) for query in queries])
         batch_tokens = self.batch_tokens or reading_tokens(self.device)
         for indices in sorted_batches(lengths, batch_tokens):
-            chosen = [clozes[i] for i in indices]
-            batch = PackedBatch.from_sequences([torch.tensor(cloze.ids) for cloze in chosen])
+            chosen = [queries[i] for i in indices]
+            batch = PackedBatch.from_sequences([torch.tensor(query.ids) for query in chosen])
             starts = batch.cu_seqlens.tolist()
             blanks = [
                 start + i
-                for cloze, start in zip(chosen, starts, strict=False)
-                for i in cloze.blanks
+                for query, start in zip(chosen, starts, strict=False)
+                for i in query.blanks
             ]
             with self.precision.autocast(self.device):
                 hidden = self.model.bert(
@@ -84,7 +84,7 @@ class Reader:
                 )
             # The head in float32: in bfloat16 its log-probabilities come in steps of 1/16.
             logits = self.model.head(hidden.float(), self.model.bert.embeddings.word.weight)
-            counts = [len(cloze.blanks) for cloze in chosen]
+            counts = [len(query.blanks) for query in chosen]
             # Some models have more rows of embeddings than words: nobody can write those.
             logs = logits.log_softmax(-1)[:, : self.tokenizer.vocab_size]
             yield from zip(indices.tolist(), logs.cpu().split(counts), strict=True)
@@ -124,7 +124,7 @@ class Template:
         return ids, start
 
 
-class LabelWords:
+class Verbalizer:
     """The words that stand for each label, of one token or several."""
 
     def __init__(self, words: dict[str, list[str]], tokenizer: Tokenizer):
@@ -148,11 +148,11 @@ class LabelWords:
         self.longest = max(map(len, self.ids))
         # What has to be in the blank for a token of a word to be asked for: the word's tokens
         # before it, and masks for it and those after it. Words of one token all share one blank.
-        self.questions = defaultdict(list)  # blank -> [(word, its token, the word's length)]
+        self.queries = defaultdict(list)  # blank -> [(word, its token, the word's length)]
         for word, ids in enumerate(self.ids):
             for i, token in enumerate(ids):
                 blank = (*ids[:i], *[tokenizer.mask_id] * (len(ids) - i))
-                self.questions[blank].append((word, token, len(ids)))
+                self.queries[blank].append((word, token, len(ids)))
 
     def by_label(self, scores: Tensor) -> Tensor:
         """(N, words) log-probabilities to (N, L): the mean over the words of each label."""
@@ -163,11 +163,13 @@ class LabelWords:
 class Prompt:
     """A template with label words, put to a model."""
 
-    def __init__(self, sentence: str, words: dict[str, list[str]], reader: Reader, max_len: int):
+    def __init__(
+        self, sentence: str, words: dict[str, list[str]], fill_mask: FillMask, max_len: int
+    ):
         """`max_len` tokens in a sequence, demonstrations apart."""
-        self.sentence, self.reader, self.max_len = sentence, reader, max_len
-        self.template = Template(sentence, reader.tokenizer)
-        self.words = LabelWords(words, reader.tokenizer)
+        self.sentence, self.fill_mask, self.max_len = sentence, fill_mask, max_len
+        self.template = Template(sentence, fill_mask.tokenizer)
+        self.words = Verbalizer(words, fill_mask.tokenizer)
         self.room = self.template.room(max_len, self.words.longest)
         self.demonstrations: list[int] = []
 
@@ -177,7 +179,7 @@ class Prompt:
         They share the positions that `max_len` leaves free. Raises UserError where these are too
         few.
         """
-        free = self.reader.model.config.max_position_embeddings - self.max_len
+        free = self.fill_mask.model.config.max_position_embeddings - self.max_len
         answers = [self.words.ids[self.words.labels.tolist().index(label)] for label in labels]
         each = free // max(len(texts), 1) - self.template.length - max(map(len, answers), default=0)
         if texts and each < 8:
@@ -191,16 +193,18 @@ class Prompt:
             for token in self.template.body(text[-each:], answer)[0]
         ]
 
-    def cloze(self, text: list[int], blank: Sequence[int]) -> Cloze:
+    def query(self, text: list[int], blank: Sequence[int]) -> ClozeQuery:
         """The question about a text.
 
         A long text loses its beginning: template and mask survive, and most reviewers end with a
         verdict.
         """
-        tokenizer = self.reader.tokenizer
+        tokenizer = self.fill_mask.tokenizer
         body, start = self.template.body(text[-self.room :], list(blank))
         first = blank.index(tokenizer.mask_id) + start + 1 + len(self.demonstrations)
-        return Cloze([tokenizer.cls_id, *self.demonstrations, *body, tokenizer.sep_id], [first])
+        return ClozeQuery(
+            [tokenizer.cls_id, *self.demonstrations, *body, tokenizer.sep_id], [first]
+        )
 
     def scores(self, texts: Sequence[list[int]]) -> Tensor:
         """(N, L): how well each label's words fit each text, in log-probability a token.
@@ -212,18 +216,22 @@ class Prompt:
         its words for the label.
         """
         scores = torch.zeros(len(texts), len(self.words.ids))
-        for blank, questions in self.words.questions.items():
-            for i, logs in self.reader.fill([self.cloze(text, blank) for text in texts]):
-                for word, token, length in questions:
+        for blank, queries in self.words.queries.items():
+            for i, logs in self.fill_mask.log_probabilities(
+                [self.query(text, blank) for text in texts]
+            ):
+                for word, token, length in queries:
                     scores[i, word] += logs[0, token] / length
         return self.words.by_label(scores)
 
-    def wanted(self, texts: Sequence[list[int]], count: int = 5) -> list[list[tuple[str, float]]]:
+    def most_probable_words(
+        self, texts: Sequence[list[int]], count: int = 5
+    ) -> list[list[tuple[str, float]]]:
         """The most probable words, of all, in the blank of each text, with their probabilities."""
         answers: list = [None] * len(texts)
-        clozes = [self.cloze(text, (self.reader.tokenizer.mask_id,)) for text in texts]
-        for i, logs in self.reader.fill(clozes):
-            answers[i] = most_probable(logs[0], count, self.reader.tokenizer)
+        queries = [self.query(text, (self.fill_mask.tokenizer.mask_id,)) for text in texts]
+        for i, logs in self.fill_mask.log_probabilities(queries):
+            answers[i] = most_probable(logs[0], count, self.fill_mask.tokenizer)
         return answers
 
 
@@ -242,23 +250,23 @@ def in_words(pairs: list[tuple[str, float]]) -> str:
 ROUNDS = 10  # as in the paper; more words come one at a time, fewer badly together
 
 
-def fill_blanks(reader: Reader, sentence: str, count: int) -> list[list[tuple[str, float]]]:
+def fill_blanks(fill_mask: FillMask, sentence: str, count: int) -> list[list[tuple[str, float]]]:
     """For each [MASK] of the sentence the `count` most probable words, each blank by itself.
 
     Raises UserError where there is no [MASK], or the sentence is longer than the model's positions.
     """
     if MASK not in sentence:
         raise UserError(f"--fill: the sentence has no {MASK}")
-    tokenizer, ids = reader.tokenizer, []
+    tokenizer, ids = fill_mask.tokenizer, []
     for part in tokenizer.encode(sentence.split(MASK)):
         ids += [*part, tokenizer.mask_id]
-    ids = _framed(reader, ids[:-1], "--fill")
+    ids = _framed(fill_mask, ids[:-1], "--fill")
     blanks = [i for i, token in enumerate(ids) if token == tokenizer.mask_id]
-    ((_, logs),) = reader.fill([Cloze(ids, blanks)])
+    ((_, logs),) = fill_mask.log_probabilities([ClozeQuery(ids, blanks)])
     return [most_probable(blank, count, tokenizer) for blank in logs]
 
 
-def generate(reader: Reader, prompt: str, count: int, temperature: float, seed: int) -> str:
+def generate(fill_mask: FillMask, prompt: str, count: int, temperature: float, seed: int) -> str:
     """The prompt with `count` tokens after it, by iterative unmasking.
 
     Mask-predict (Ghazvininejad et al. 2019): all blanks are filled at once, each by itself, which
@@ -268,9 +276,9 @@ def generate(reader: Reader, prompt: str, count: int, temperature: float, seed: 
 
     Raises UserError where the tokens are more than the model's positions.
     """
-    tokenizer = reader.tokenizer
+    tokenizer = fill_mask.tokenizer
     start = tokenizer.encode([prompt])[0]
-    ids = torch.tensor(_framed(reader, [*start, *[tokenizer.mask_id] * count], "--generate"))
+    ids = torch.tensor(_framed(fill_mask, [*start, *[tokenizer.mask_id] * count], "--generate"))
     blanks = torch.arange(count) + len(start) + 1
     sureness = torch.zeros(count)  # log-probability of each word when it was written
     generator = torch.Generator().manual_seed(seed)
@@ -280,7 +288,9 @@ def generate(reader: Reader, prompt: str, count: int, temperature: float, seed: 
             : count - count * done // rounds
         ]  # all of them in the first round
         ids[blanks[hidden]] = tokenizer.mask_id
-        ((_, logs),) = reader.fill([Cloze(ids.tolist(), blanks[hidden].tolist())])
+        ((_, logs),) = fill_mask.log_probabilities(
+            [ClozeQuery(ids.tolist(), blanks[hidden].tolist())]
+        )
         logs[:, tokenizer.special_ids] = -torch.inf  # neither a new blank nor the end of the text
         if temperature:
             odds = (logs.double() - logs.amax(-1, keepdim=True)) / temperature
@@ -293,9 +303,9 @@ def generate(reader: Reader, prompt: str, count: int, temperature: float, seed: 
     return prompt + written[len(given) :]
 
 
-def _framed(reader: Reader, ids: list[int], option: str) -> list[int]:
+def _framed(fill_mask: FillMask, ids: list[int], option: str) -> list[int]:
     """With [CLS] and [SEP]."""
-    longest = reader.model.config.max_position_embeddings - 2
+    longest = fill_mask.model.config.max_position_embeddings - 2
     if len(ids) > longest:
         raise UserError(f"{option}: {len(ids)} tokens, the model has room for {longest}")
-    return [reader.tokenizer.cls_id, *ids, reader.tokenizer.sep_id]
+    return [fill_mask.tokenizer.cls_id, *ids, fill_mask.tokenizer.sep_id]

@@ -391,13 +391,13 @@ def test_what_is_evaluated_and_what_is_shown(succeed, folder, monkeypatch):
     compare, demonstrate = prompt.compare_prompts, prompt.Prompt.demonstrate
 
     def watched(prompts, texts, labels, unlabelled):
-        decode = prompts[0].reader.tokenizer.decode
+        decode = prompts[0].fill_mask.tokenizer.decode
         tested = dict(zip(map(decode, texts), labels.tolist(), strict=True))
         compared.append((tested, set(map(decode, unlabelled)), len(prompts[0].demonstrations)))
         return compare(prompts, texts, labels, unlabelled)
 
     def watched_too(self, texts, labels):
-        shown.append((list(map(self.reader.tokenizer.decode, texts)), labels))
+        shown.append((list(map(self.fill_mask.tokenizer.decode, texts)), labels))
         demonstrate(self, texts, labels)
 
     monkeypatch.setattr(prompt, "compare_prompts", watched)

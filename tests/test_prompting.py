@@ -1,4 +1,4 @@
-"""Prompting's parts: clozes that keep their blank, label words, calibration, demonstrations, writing."""
+"""Prompting's parts: queries that keep their blank, label words, calibration, demonstrations, writing."""
 
 import copy
 import math
@@ -7,27 +7,27 @@ import re
 import pytest
 import torch
 
-import minitune.calibration
+import minitune.prediction
 from minitune.batching import PackedBatch
 from minitune.calibration import (
     CALIBRATIONS,
     TOGETHER,
-    Ensemble,
-    agree,
     compare_prompts,
     figures,
     match_prior,
+    mean_log_probabilities,
 )
 from minitune.model import BertConfig, BertForMaskedLM, LayerNorm
+from minitune.prediction import Ensemble
 from minitune.prompting import (
     ROUNDS,
     TEMPLATES,
     WORDS,
-    Cloze,
-    LabelWords,
+    ClozeQuery,
+    FillMask,
     Prompt,
-    Reader,
     Template,
+    Verbalizer,
     fill_blanks,
     generate,
 )
@@ -49,22 +49,22 @@ CLOZE = "{text} it was [MASK] ."
 
 
 @pytest.fixture
-def reader(tokenizer):
+def fill_mask(tokenizer):
     """A model with random weights, large enough for its guesses to differ."""
     torch.manual_seed(0)
     model = BertForMaskedLM(CONFIG).eval()
     for parameter in model.parameters():
         parameter.data += 0.3 * torch.randn(parameter.shape)
-    return Reader(model, tokenizer)
+    return FillMask(model, tokenizer)
 
 
 @pytest.fixture
-def prompt(reader):
-    return Prompt(CLOZE, LABELS, reader, max_len=24)
+def prompt(fill_mask):
+    return Prompt(CLOZE, LABELS, fill_mask, max_len=24)
 
 
-def ids_of(reader, *texts):
-    return reader.tokenizer.encode(list(texts))
+def ids_of(fill_mask, *texts):
+    return fill_mask.tokenizer.encode(list(texts))
 
 
 # Clozes
@@ -74,54 +74,56 @@ def ids_of(reader, *texts):
     "sentence", [CLOZE, "it was [MASK] . {text}", "[MASK]{text}", "so {text} ? [MASK]"]
 )
 @pytest.mark.parametrize("words", [0, 1, 5, 500])
-def test_template_and_blank_survive_a_text_of_any_length(reader, sentence, words):
-    prompt = Prompt(sentence, LABELS, reader, max_len=20)
-    tokenizer = reader.tokenizer
-    text = ids_of(reader, "film " * words)[0]
+def test_template_and_blank_survive_a_text_of_any_length(fill_mask, sentence, words):
+    prompt = Prompt(sentence, LABELS, fill_mask, max_len=20)
+    tokenizer = fill_mask.tokenizer
+    text = ids_of(fill_mask, "film " * words)[0]
     blank = (tokenizer.mask_id, tokenizer.mask_id)
-    cloze = prompt.cloze(text, blank)
-    assert len(cloze.ids) <= 20
-    assert cloze.ids[0] == tokenizer.cls_id and cloze.ids[-1] == tokenizer.sep_id
+    query = prompt.query(text, blank)
+    assert len(query.ids) <= 20
+    assert query.ids[0] == tokenizer.cls_id and query.ids[-1] == tokenizer.sep_id
     assert (
-        cloze.ids.count(tokenizer.mask_id) == 2 and cloze.ids[cloze.blanks[0]] == tokenizer.mask_id
+        query.ids.count(tokenizer.mask_id) == 2 and query.ids[query.blanks[0]] == tokenizer.mask_id
     )
     rest = [
         token
-        for token in cloze.ids[1:-1]
+        for token in query.ids[1:-1]
         if token not in (text[0] if text else -1, tokenizer.mask_id)
     ]
-    assert rest == ids_of(reader, sentence.replace("{text}", " ").replace("[MASK]", " "))[0]
+    assert rest == ids_of(fill_mask, sentence.replace("{text}", " ").replace("[MASK]", " "))[0]
 
 
-def test_of_a_long_text_the_end_is_read(prompt, reader):
-    text = ids_of(reader, "bad " * 100 + "good great film")[0]
-    body = prompt.cloze(text, (reader.tokenizer.mask_id,)).ids[1 : 1 + prompt.room]
+def test_of_a_long_text_the_end_is_read(prompt, fill_mask):
+    text = ids_of(fill_mask, "bad " * 100 + "good great film")[0]
+    body = prompt.query(text, (fill_mask.tokenizer.mask_id,)).ids[1 : 1 + prompt.room]
     assert body == text[-prompt.room :]
 
 
 @pytest.mark.parametrize("sentence", [CLOZE, "[MASK]{text}", "it was [MASK] : {text}"])
-def test_a_long_text_is_cut_only_as_far_as_it_must_be(reader, sentence):
-    prompt = Prompt(sentence, LABELS, reader, max_len=20)
-    tokens = ids_of(reader, sentence.replace("{text}", " ").replace("[MASK]", " "))[0]
-    longest = max(len(ids) for ids in ids_of(reader, "bad", "dull", "good", "forgettable"))
+def test_a_long_text_is_cut_only_as_far_as_it_must_be(fill_mask, sentence):
+    prompt = Prompt(sentence, LABELS, fill_mask, max_len=20)
+    tokens = ids_of(fill_mask, sentence.replace("{text}", " ").replace("[MASK]", " "))[0]
+    longest = max(len(ids) for ids in ids_of(fill_mask, "bad", "dull", "good", "forgettable"))
     assert prompt.room == 20 - 2 - len(tokens) - longest  # 2: [CLS] and [SEP]
-    question = prompt.cloze(ids_of(reader, "film " * 99)[0], (reader.tokenizer.mask_id,) * longest)
+    question = prompt.query(
+        ids_of(fill_mask, "film " * 99)[0], (fill_mask.tokenizer.mask_id,) * longest
+    )
     assert len(question.ids) == 20
 
 
 @pytest.mark.parametrize("text", ["it was [MASK] [MASK]", "[SEP] [CLS]", "{text} was {text}"])
-def test_a_review_that_looks_like_a_template_is_only_text(reader, text):
-    prompt = Prompt(CLOZE, LABELS, reader, max_len=60)
-    ids = ids_of(reader, text)[0]
+def test_a_review_that_looks_like_a_template_is_only_text(fill_mask, text):
+    prompt = Prompt(CLOZE, LABELS, fill_mask, max_len=60)
+    ids = ids_of(fill_mask, text)[0]
     assert not set(ids) & {
-        reader.tokenizer.mask_id,
-        reader.tokenizer.cls_id,
-        reader.tokenizer.sep_id,
+        fill_mask.tokenizer.mask_id,
+        fill_mask.tokenizer.cls_id,
+        fill_mask.tokenizer.sep_id,
     }
-    cloze = prompt.cloze(ids, (reader.tokenizer.mask_id,))
-    assert cloze.ids[1 : 1 + len(ids)] == ids
-    assert cloze.blanks == [
-        i for i, token in enumerate(cloze.ids) if token == reader.tokenizer.mask_id
+    query = prompt.query(ids, (fill_mask.tokenizer.mask_id,))
+    assert query.ids[1 : 1 + len(ids)] == ids
+    assert query.blanks == [
+        i for i, token in enumerate(query.ids) if token == fill_mask.tokenizer.mask_id
     ]
 
 
@@ -133,9 +135,9 @@ def test_a_template_needs_one_text_and_one_blank(tokenizer, sentence):
         Template(sentence, tokenizer)
 
 
-def test_a_template_that_fills_the_sequence_is_refused(reader):
+def test_a_template_that_fills_the_sequence_is_refused(fill_mask):
     with pytest.raises(UserError, match="no room"):
-        Prompt("{text} " + "it was " * 20 + "[MASK]", LABELS, reader, max_len=20)
+        Prompt("{text} " + "it was " * 20 + "[MASK]", LABELS, fill_mask, max_len=20)
 
 
 def test_the_built_in_ones_are_good(tokenizer):
@@ -180,18 +182,18 @@ def score_of_word(model, tokenizer, parts, text, word):
     ],
 )
 def test_scores_are_those_of_asking_for_one_token_after_another(
-    reader, monkeypatch, sentence, parts
+    fill_mask, monkeypatch, sentence, parts
 ):
     tokenizer, texts = (
-        reader.tokenizer,
-        ids_of(reader, "the film was good", "a dull cast , a bad plot", "so"),
+        fill_mask.tokenizer,
+        ids_of(fill_mask, "the film was good", "a dull cast , a bad plot", "so"),
     )
-    prompt = Prompt(sentence, SEVERAL, reader, max_len=40)
+    prompt = Prompt(sentence, SEVERAL, fill_mask, max_len=40)
     scores = prompt.scores(texts)
     monkeypatch.setattr(
         LayerNorm, "forward", torch.nn.LayerNorm.forward
     )  # which is not of float32 alone
-    model = copy.deepcopy(reader.model).double()
+    model = copy.deepcopy(fill_mask.model).double()
     for text, row in zip(texts, scores.tolist(), strict=True):
         for label, words in enumerate(SEVERAL.values()):
             each = [
@@ -202,23 +204,23 @@ def test_scores_are_those_of_asking_for_one_token_after_another(
     assert {len(ids) for ids in prompt.words.ids} >= {1, 2, 4}
 
 
-def test_the_words_wanted_are_those_of_a_plain_forward_pass(prompt, reader):
-    tokenizer = reader.tokenizer
-    texts = ids_of(reader, "the plot was dull , all in all", "great")  # the longer one first
-    for text, words in zip(texts, prompt.wanted(texts, 4), strict=True):
-        before, after = ids_of(reader, "it was", ".")
+def test_the_words_wanted_are_those_of_a_plain_forward_pass(prompt, fill_mask):
+    tokenizer = fill_mask.tokenizer
+    texts = ids_of(fill_mask, "the plot was dull , all in all", "great")  # the longer one first
+    for text, words in zip(texts, prompt.most_probable_words(texts, 4), strict=True):
+        before, after = ids_of(fill_mask, "it was", ".")
         ids = [tokenizer.cls_id, *text, *before, tokenizer.mask_id, *after, tokenizer.sep_id]
         blank = torch.tensor([ids.index(tokenizer.mask_id)])
-        logits = reader.model(PackedBatch.from_sequences([torch.tensor(ids)]), blank)[0]
+        logits = fill_mask.model(PackedBatch.from_sequences([torch.tensor(ids)]), blank)[0]
         top = logits.softmax(-1)[: tokenizer.vocab_size].topk(4)
         assert [word for word, _ in words] == [tokenizer.token(i) for i in top.indices.tolist()]
         assert [p for _, p in words] == pytest.approx(top.values.tolist(), abs=1e-5)
 
 
-def test_an_answer_does_not_depend_on_its_company(prompt, reader):
-    texts = ids_of(reader, "the film was good", "dull " * 30, "a great cast", "bad")
+def test_an_answer_does_not_depend_on_its_company(prompt, fill_mask):
+    texts = ids_of(fill_mask, "the film was good", "dull " * 30, "a great cast", "bad")
     together = prompt.scores(texts)
-    reader.batch_tokens = 8
+    fill_mask.batch_tokens = 8
     torch.testing.assert_close(prompt.scores(texts), together, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(prompt.scores(texts[::-1]), together.flip(0), atol=1e-5, rtol=1e-5)
 
@@ -228,21 +230,21 @@ def test_an_answer_does_not_depend_on_its_company(prompt, reader):
 )  # the last one: invisible, no token
 def test_a_word_that_is_unknown_is_named(tokenizer, word):
     with pytest.raises(UserError, match=f"{re.escape(repr(word))}.*yes"):
-        LabelWords({"no": ["bad"], "yes": ["good", word]}, tokenizer)
+        Verbalizer({"no": ["bad"], "yes": ["good", word]}, tokenizer)
 
 
 @pytest.mark.parametrize("words", [{}, {"no": ["bad"]}, {"no": ["bad"], "yes": []}])
 def test_two_labels_with_a_word_each_are_needed(tokenizer, words):
     with pytest.raises(UserError, match="two labels"):
-        LabelWords(words, tokenizer)
+        Verbalizer(words, tokenizer)
 
 
 # Calibration
 
 
-def test_contextual_calibration_makes_texts_without_content_even(prompt, reader):
-    [not_available] = ids_of(reader, "N/A")
-    each = prompt.scores([not_available, [], [reader.tokenizer.mask_id]]).softmax(-1)
+def test_contextual_calibration_makes_texts_without_content_even(prompt, fill_mask):
+    [not_available] = ids_of(fill_mask, "N/A")
+    each = prompt.scores([not_available, [], [fill_mask.tokenizer.mask_id]]).softmax(-1)
     bias = CALIBRATIONS["contextual"](prompt, [])
     torch.testing.assert_close(bias, -each.mean(0).log())
 
@@ -252,9 +254,9 @@ def test_pmi_takes_off_what_the_template_alone_says(prompt):
     torch.testing.assert_close(prompt.scores([[]])[0] + bias, torch.zeros(2))
 
 
-def test_prior_matching_makes_the_mean_answer_even(prompt, reader):
+def test_prior_matching_makes_the_mean_answer_even(prompt, fill_mask):
     texts = ids_of(
-        reader, *(f"the film was {word}" for word in ("good", "bad", "great", "dull", "tedious"))
+        fill_mask, *(f"the film was {word}" for word in ("good", "bad", "great", "dull", "tedious"))
     )
     matched = prompt.scores(texts) + CALIBRATIONS["prior"](prompt, texts)
     torch.testing.assert_close(
@@ -323,7 +325,7 @@ def test_expected_calibration_error_at_the_edges(confident, right, expected):
 
 
 def test_agreement_is_the_normalised_geometric_mean():
-    together = agree(
+    together = mean_log_probabilities(
         [torch.tensor([[0.9, 0.1]]).log() + 7, torch.tensor([[0.4, 0.6]]).log() - 2]
     ).exp()
     no, yes = math.sqrt(0.9 * 0.4), math.sqrt(0.1 * 0.6)
@@ -338,20 +340,20 @@ def test_expected_calibration_error_by_hand():
     assert expected_calibration_error(probabilities, labels) == pytest.approx(expected, abs=1e-6)
 
 
-def test_an_ensemble_is_the_mean_of_calibrated_log_probabilities(reader):
-    prompts = [Prompt(sentence, LABELS, reader, 24) for sentence in (CLOZE, "[MASK] : {text}")]
-    texts = ids_of(reader, "the film was good", "the cast was dull")
-    unlabelled = ids_of(reader, "a bad plot", "a great film", "tedious")
+def test_an_ensemble_is_the_mean_of_calibrated_log_probabilities(fill_mask):
+    prompts = [Prompt(sentence, LABELS, fill_mask, 24) for sentence in (CLOZE, "[MASK] : {text}")]
+    texts = ids_of(fill_mask, "the film was good", "the cast was dull")
+    unlabelled = ids_of(fill_mask, "a bad plot", "a great film", "tedious")
     answers = Ensemble(prompts, "prior", unlabelled).log_probabilities(texts)
     each = [(p.scores(texts) + match_prior(p.scores(unlabelled))).log_softmax(-1) for p in prompts]
     torch.testing.assert_close(answers, (sum(each) / 2).log_softmax(-1))
-    torch.testing.assert_close(agree(each).exp().sum(1), torch.ones(2))
+    torch.testing.assert_close(mean_log_probabilities(each).exp().sum(1), torch.ones(2))
 
 
-def test_predictions_come_in_the_order_of_the_texts_and_say_what_was_cut(reader, monkeypatch):
-    monkeypatch.setattr(minitune.calibration, "BLOCK", 3)
+def test_predictions_come_in_the_order_of_the_texts_and_say_what_was_cut(fill_mask, monkeypatch):
+    monkeypatch.setattr(minitune.prediction, "BLOCK", 3)
     sentences = "{text}[MASK]", "{text} it was [MASK]"
-    short, long = (Prompt(sentence, LABELS, reader, 20) for sentence in sentences)
+    short, long = (Prompt(sentence, LABELS, fill_mask, 20) for sentence in sentences)
     assert short.room > long.room + 1
     texts = ["film " * n for n in (1, long.room + 1, 3, long.room, short.room, 2, 30)]
     for prompts in ([short, long], [long, short]):
@@ -359,8 +361,8 @@ def test_predictions_come_in_the_order_of_the_texts_and_say_what_was_cut(reader,
         predictions = list(ensemble.predict(iter(texts), count=2))
         assert [p.text for p in predictions] == texts
         assert [p.truncated for p in predictions] == [False, True, False, False, True, False, True]
-        expected = ensemble.log_probabilities(ids_of(reader, *texts)).exp()
-        wanted = prompts[0].wanted(ids_of(reader, *texts), 2)
+        expected = ensemble.log_probabilities(ids_of(fill_mask, *texts)).exp()
+        wanted = prompts[0].most_probable_words(ids_of(fill_mask, *texts), 2)
         for prediction, p, words in zip(predictions, expected.tolist(), wanted, strict=True):
             assert list(prediction.probabilities.values()) == pytest.approx(p, abs=1e-5)
             assert prediction.label == ("no" if p[0] > p[1] else "yes")
@@ -370,9 +372,9 @@ def test_predictions_come_in_the_order_of_the_texts_and_say_what_was_cut(reader,
 # How much depends on how one asks
 
 
-def test_every_row_is_what_its_scores_are_worth(reader):
-    prompts = [Prompt(sentence, LABELS, reader, 24) for sentence in (CLOZE, "[MASK] : {text}")]
-    texts, unlabelled = ids_of(reader, *TEXTS[:18]), ids_of(reader, *TEXTS[5:9])
+def test_every_row_is_what_its_scores_are_worth(fill_mask):
+    prompts = [Prompt(sentence, LABELS, fill_mask, 24) for sentence in (CLOZE, "[MASK] : {text}")]
+    texts, unlabelled = ids_of(fill_mask, *TEXTS[:18]), ids_of(fill_mask, *TEXTS[5:9])
     labels = torch.tensor([0, 0, 1] * 6)
     rows = iter(compare_prompts(prompts, texts, labels, unlabelled))
     calibrated = {
@@ -432,186 +434,199 @@ def test_the_summary_names_the_range_and_the_spread():
 # Demonstrations
 
 
-def test_demonstrations_stand_in_front_and_the_question_is_asked(prompt, reader):
-    tokenizer = reader.tokenizer
-    shown = ids_of(reader, "the film was bad", "the film was good " * 20)
-    question = prompt.cloze(ids_of(reader, "a cast")[0], (tokenizer.mask_id,))
+def test_demonstrations_stand_in_front_and_the_question_is_asked(prompt, fill_mask):
+    tokenizer = fill_mask.tokenizer
+    shown = ids_of(fill_mask, "the film was bad", "the film was good " * 20)
+    question = prompt.query(ids_of(fill_mask, "a cast")[0], (tokenizer.mask_id,))
     prompt.demonstrate(shown, [0, 1])
-    cloze = prompt.cloze(ids_of(reader, "a cast")[0], (tokenizer.mask_id,))
-    assert len(cloze.ids) <= CONFIG.max_position_embeddings
-    assert cloze.ids[-len(question.ids) + 1 :] == question.ids[1:]
+    query = prompt.query(ids_of(fill_mask, "a cast")[0], (tokenizer.mask_id,))
+    assert len(query.ids) <= CONFIG.max_position_embeddings
+    assert query.ids[-len(question.ids) + 1 :] == question.ids[1:]
     assert (
-        cloze.ids[cloze.blanks[0]] == tokenizer.mask_id and cloze.ids.count(tokenizer.mask_id) == 1
+        query.ids[query.blanks[0]] == tokenizer.mask_id and query.ids.count(tokenizer.mask_id) == 1
     )
-    front = tokenizer.decode(cloze.ids[1 : -len(question.ids) + 1])
+    front = tokenizer.decode(query.ids[1 : -len(question.ids) + 1])
     assert front.startswith("the film was bad it was bad.") and front.endswith("it was good.")
 
 
 @pytest.mark.parametrize("labels", [[0], [1, 0], [0, 1, 1]])
-def test_long_demonstrations_keep_their_end_and_leave_room_for_the_question(reader, labels):
-    tokenizer, words = reader.tokenizer, {"no": ["bad film"], "yes": ["good"]}
-    prompt = Prompt(CLOZE, words, reader, max_len=16)
-    shown = ids_of(reader, *("plot " * (40 + i) + "was the end" for i in range(len(labels))))
+def test_long_demonstrations_keep_their_end_and_leave_room_for_the_question(fill_mask, labels):
+    tokenizer, words = fill_mask.tokenizer, {"no": ["bad film"], "yes": ["good"]}
+    prompt = Prompt(CLOZE, words, fill_mask, max_len=16)
+    shown = ids_of(fill_mask, *("plot " * (40 + i) + "was the end" for i in range(len(labels))))
     prompt.demonstrate(shown, labels)
-    question = prompt.cloze(ids_of(reader, "film " * 40)[0], (tokenizer.mask_id,))
+    question = prompt.query(ids_of(fill_mask, "film " * 40)[0], (tokenizer.mask_id,))
     assert (
         CONFIG.max_position_embeddings - 16 <= len(question.ids) <= CONFIG.max_position_embeddings
     )
     rest = question.ids[1:]
     for text, label in zip(shown, labels, strict=True):
-        answer = ids_of(reader, f"it was {('bad film', 'good')[label]} .")[0]
+        answer = ids_of(fill_mask, f"it was {('bad film', 'good')[label]} .")[0]
         length = next(n for n in range(len(rest)) if rest[n : n + len(answer)] == answer)
         assert length >= 8 and rest[:length] == text[-length:]
         rest = rest[length + len(answer) :]
-    assert rest[: prompt.room] == ids_of(reader, "film " * prompt.room)[0]
+    assert rest[: prompt.room] == ids_of(fill_mask, "film " * prompt.room)[0]
     assert rest.index(tokenizer.mask_id) == question.blanks[0] - (len(question.ids) - len(rest))
 
 
 @pytest.mark.parametrize("shots", [3, 9, 64])
-def test_too_many_demonstrations_are_refused(prompt, reader, shots):
+def test_too_many_demonstrations_are_refused(prompt, fill_mask, shots):
     with pytest.raises(UserError, match=f"--shots {shots}.*24.*64"):
-        prompt.demonstrate(ids_of(reader, *["film"] * shots), [0] * shots)
+        prompt.demonstrate(ids_of(fill_mask, *["film"] * shots), [0] * shots)
 
 
-def test_without_demonstrations_the_question_stands_alone_again(prompt, reader):
-    text, blank = ids_of(reader, "film")[0], (reader.tokenizer.mask_id,)
-    before = prompt.cloze(text, blank)
-    prompt.demonstrate(ids_of(reader, "dull"), [0])
-    assert prompt.cloze(text, blank) != before
+def test_without_demonstrations_the_question_stands_alone_again(prompt, fill_mask):
+    text, blank = ids_of(fill_mask, "film")[0], (fill_mask.tokenizer.mask_id,)
+    before = prompt.query(text, blank)
+    prompt.demonstrate(ids_of(fill_mask, "dull"), [0])
+    assert prompt.query(text, blank) != before
     prompt.demonstrate([], [])
-    assert prompt.cloze(text, blank) == before
+    assert prompt.query(text, blank) == before
 
 
 # Writing
 
 
-def test_each_blank_gets_the_words_that_a_plain_forward_pass_gives(reader):
-    ids = ids_of(reader, "the plot was", "and the cast")
-    mask = reader.tokenizer.mask_id
+def test_each_blank_gets_the_words_that_a_plain_forward_pass_gives(fill_mask):
+    ids = ids_of(fill_mask, "the plot was", "and the cast")
+    mask = fill_mask.tokenizer.mask_id
     sequence = torch.tensor(
-        [reader.tokenizer.cls_id, *ids[0], mask, *ids[1], mask, reader.tokenizer.sep_id]
+        [fill_mask.tokenizer.cls_id, *ids[0], mask, *ids[1], mask, fill_mask.tokenizer.sep_id]
     )
     blanks = (sequence == mask).nonzero().squeeze(1)
-    expected = reader.model(PackedBatch.from_sequences([sequence]), blanks).softmax(-1)
-    found = fill_blanks(reader, "The plot was [MASK] and the cast [MASK]", 3)
+    expected = fill_mask.model(PackedBatch.from_sequences([sequence]), blanks).softmax(-1)
+    found = fill_blanks(fill_mask, "The plot was [MASK] and the cast [MASK]", 3)
     assert len(found) == 2
     for words, probabilities in zip(found, expected, strict=True):
         top = probabilities.topk(3)
         assert [word for word, _ in words] == [
-            reader.tokenizer.token(i) for i in top.indices.tolist()
+            fill_mask.tokenizer.token(i) for i in top.indices.tolist()
         ]
         assert [p for _, p in words] == pytest.approx(top.values.tolist(), abs=1e-5)
 
 
-def test_other_special_tokens_in_a_sentence_to_fill_are_only_text(reader, monkeypatch):
-    asked, fill = [], Reader.fill
+def test_other_special_tokens_in_a_sentence_to_fill_are_only_text(fill_mask, monkeypatch):
+    asked, fill = [], FillMask.log_probabilities
     monkeypatch.setattr(
-        Reader, "fill", lambda self, clozes: asked.extend(clozes) or fill(self, clozes)
+        FillMask,
+        "log_probabilities",
+        lambda self, queries: asked.extend(queries) or fill(self, queries),
     )
-    assert len(fill_blanks(reader, "[SEP] [CLS] [PAD] [MASK]{text}", 3)) == 1
-    [cloze], tokenizer = asked, reader.tokenizer
-    special = [token for token in cloze.ids if token in (0, tokenizer.cls_id, tokenizer.sep_id)]
-    assert special == [tokenizer.cls_id, tokenizer.sep_id] and len(cloze.blanks) == 1
+    assert len(fill_blanks(fill_mask, "[SEP] [CLS] [PAD] [MASK]{text}", 3)) == 1
+    [query], tokenizer = asked, fill_mask.tokenizer
+    special = [token for token in query.ids if token in (0, tokenizer.cls_id, tokenizer.sep_id)]
+    assert special == [tokenizer.cls_id, tokenizer.sep_id] and len(query.blanks) == 1
 
 
 @pytest.mark.parametrize("sentence", ["no blank", "", "[mask]", "[MASK] " + "film " * 100])
-def test_a_sentence_without_a_blank_or_too_long_is_refused(reader, sentence):
+def test_a_sentence_without_a_blank_or_too_long_is_refused(fill_mask, sentence):
     with pytest.raises(UserError, match="--fill"):
-        fill_blanks(reader, sentence, 3)
+        fill_blanks(fill_mask, sentence, 3)
 
 
 @pytest.mark.parametrize("count", [1, 7, 25])
 @pytest.mark.parametrize("temperature", [0, 0.7])
 def test_generation_writes_so_many_ordinary_tokens_after_the_prompt(
-    reader, count, temperature, monkeypatch
+    fill_mask, count, temperature, monkeypatch
 ):
-    rounds, fill = [], Reader.fill
+    rounds, fill = [], FillMask.log_probabilities
 
-    def watched(self, clozes):
-        rounds.append(clozes[0])
-        return fill(self, clozes)
+    def watched(self, queries):
+        rounds.append(queries[0])
+        return fill(self, queries)
 
-    monkeypatch.setattr(Reader, "fill", watched)
-    text = generate(reader, "the film", count, temperature, seed=1)
+    monkeypatch.setattr(FillMask, "log_probabilities", watched)
+    text = generate(fill_mask, "the film", count, temperature, seed=1)
     assert text.startswith("the film") and "[" not in text
-    hidden = [len(cloze.blanks) for cloze in rounds]
+    hidden = [len(query.blanks) for query in rounds]
     assert hidden[0] == count and all(a > b for a, b in zip(hidden, hidden[1:], strict=False))
     assert len(hidden) == min(ROUNDS, count) and hidden[-1] <= math.ceil(count / ROUNDS)
-    assert all(len(cloze.ids) == 2 + 2 + count for cloze in rounds)
+    assert all(len(query.ids) == 2 + 2 + count for query in rounds)
     monkeypatch.undo()
-    assert generate(reader, "the film", count, temperature, seed=1) == text
-    others = {generate(reader, "the film", count, temperature, seed=seed) for seed in range(2, 8)}
+    assert generate(fill_mask, "the film", count, temperature, seed=1) == text
+    others = {
+        generate(fill_mask, "the film", count, temperature, seed=seed) for seed in range(2, 8)
+    }
     assert (others == {text}) == (temperature == 0)
 
 
-def written(reader, monkeypatch, *arguments):
+def written(fill_mask, monkeypatch, *arguments):
     """The ids of what `generate` writes, its prompt too."""
     kept = []
-    monkeypatch.setattr(reader.tokenizer, "decode", lambda ids: kept.append(list(ids)) or "")
-    generate(reader, *arguments)
+    monkeypatch.setattr(fill_mask.tokenizer, "decode", lambda ids: kept.append(list(ids)) or "")
+    generate(fill_mask, *arguments)
     monkeypatch.undo()
     return max(kept, key=len)
 
 
 @pytest.mark.parametrize("temperature", [0, 2.0])
-def test_special_tokens_are_never_written_however_probable(reader, monkeypatch, temperature):
-    reader.model.head.bias.data[reader.tokenizer.special_ids] += 50
-    [start] = ids_of(reader, "the film")
-    ids = written(reader, monkeypatch, "the film", 12, temperature, 0)
+def test_special_tokens_are_never_written_however_probable(fill_mask, monkeypatch, temperature):
+    fill_mask.model.head.bias.data[fill_mask.tokenizer.special_ids] += 50
+    [start] = ids_of(fill_mask, "the film")
+    ids = written(fill_mask, monkeypatch, "the film", 12, temperature, 0)
     assert ids[: len(start)] == start and len(ids) == len(start) + 12
-    assert not set(ids[len(start) :]) & set(reader.tokenizer.special_ids.tolist())
+    assert not set(ids[len(start) :]) & set(fill_mask.tokenizer.special_ids.tolist())
 
 
-def test_cold_is_the_most_probable_and_heat_is_chance(reader, monkeypatch):
-    reader.model.head.bias.data *= 3
-    coldest = written(reader, monkeypatch, "the film", 20, 0, 0)
-    assert written(reader, monkeypatch, "the film", 20, 1e-4, 0) == coldest
-    cold, hot = (written(reader, monkeypatch, "the film", 20, t, 0) for t in (0.2, 50.0))
+def test_cold_is_the_most_probable_and_heat_is_chance(fill_mask, monkeypatch):
+    fill_mask.model.head.bias.data *= 3
+    coldest = written(fill_mask, monkeypatch, "the film", 20, 0, 0)
+    assert written(fill_mask, monkeypatch, "the film", 20, 1e-4, 0) == coldest
+    cold, hot = (written(fill_mask, monkeypatch, "the film", 20, t, 0) for t in (0.2, 50.0))
     assert len(set(hot)) > len(set(cold))
     assert (
-        len({tuple(written(reader, monkeypatch, "the film", 20, 50.0, seed)) for seed in range(4)})
+        len(
+            {
+                tuple(written(fill_mask, monkeypatch, "the film", 20, 50.0, seed))
+                for seed in range(4)
+            }
+        )
         == 4
     )
 
 
-def test_the_longest_text_that_fits_is_written(reader):
-    generate(reader, "the film", 60, 0, seed=0)
+def test_the_longest_text_that_fits_is_written(fill_mask):
+    generate(fill_mask, "the film", 60, 0, seed=0)
     with pytest.raises(UserError, match="--generate: 63 tokens.*62"):
-        generate(reader, "the film", 61, 0, seed=0)
+        generate(fill_mask, "the film", 61, 0, seed=0)
 
 
-def test_the_least_certain_words_are_guessed_anew(reader, monkeypatch):
-    """With a reader whose certainty is known: the first of four blanks is the least sure, then the next."""
+def test_the_least_certain_words_are_guessed_anew(fill_mask, monkeypatch):
+    """With a model whose certainty is known: the first of four blanks is the least sure, then the next."""
     rounds = []
 
-    def fill(self, clozes):
-        rounds.append(clozes[0].blanks)
-        logs = torch.full((len(clozes[0].blanks), reader.tokenizer.vocab_size), -20.0)
-        for row, blank in enumerate(clozes[0].blanks):
+    def log_probabilities(self, queries):
+        rounds.append(queries[0].blanks)
+        logs = torch.full((len(queries[0].blanks), fill_mask.tokenizer.vocab_size), -20.0)
+        for row, blank in enumerate(queries[0].blanks):
             logs[row, 10] = -10.0 + blank  # later blanks are surer
         yield 0, logs
 
-    monkeypatch.setattr(Reader, "fill", fill)
-    generate(reader, "", 4, 0, seed=0)
+    monkeypatch.setattr(FillMask, "log_probabilities", log_probabilities)
+    generate(fill_mask, "", 4, 0, seed=0)
     assert [set(blanks) for blanks in rounds] == [{1, 2, 3, 4}, {1, 2, 3}, {1, 2}, {1}]
 
 
-def test_more_words_than_positions_are_refused(reader):
+def test_more_words_than_positions_are_refused(fill_mask):
     with pytest.raises(UserError, match="--generate"):
-        generate(reader, "the film", 100, 0, seed=0)
+        generate(fill_mask, "the film", 100, 0, seed=0)
 
 
-def test_reading_gives_log_probabilities_and_leaves_the_weights_alone(reader):
-    before = {name: tensor.clone() for name, tensor in reader.model.state_dict().items()}
-    cloze = Cloze([reader.tokenizer.cls_id, reader.tokenizer.mask_id, reader.tokenizer.sep_id], [1])
-    [(index, logs)] = reader.fill([cloze])
-    logits = reader.model(PackedBatch.from_sequences([torch.tensor(cloze.ids)]), torch.tensor([1]))
+def test_reading_gives_log_probabilities_and_leaves_the_weights_alone(fill_mask):
+    before = {name: tensor.clone() for name, tensor in fill_mask.model.state_dict().items()}
+    query = ClozeQuery(
+        [fill_mask.tokenizer.cls_id, fill_mask.tokenizer.mask_id, fill_mask.tokenizer.sep_id], [1]
+    )
+    [(index, logs)] = fill_mask.log_probabilities([query])
+    logits = fill_mask.model(
+        PackedBatch.from_sequences([torch.tensor(query.ids)]), torch.tensor([1])
+    )
     assert (
-        reader.tokenizer.vocab_size < CONFIG.vocab_size
+        fill_mask.tokenizer.vocab_size < CONFIG.vocab_size
     )  # more rows than words: those compete, unnamed
-    torch.testing.assert_close(logs, logits.log_softmax(-1)[:, : reader.tokenizer.vocab_size])
+    torch.testing.assert_close(logs, logits.log_softmax(-1)[:, : fill_mask.tokenizer.vocab_size])
     assert index == 0
     assert math.isfinite(logs.min()) and not logs.requires_grad
     assert all(
-        torch.equal(before[name], tensor) for name, tensor in reader.model.state_dict().items()
+        torch.equal(before[name], tensor) for name, tensor in fill_mask.model.state_dict().items()
     )

@@ -1,4 +1,4 @@
-"""The simple methods that stand beside fine-tuning in a table of results: majority class and NB-SVM.
+"""Baselines, which stand beside fine-tuning in a table of results: majority class and NB-SVM.
 
 NB-SVM (Wang & Manning 2012, "Baselines and Bigrams") is a linear classifier on single words and
 pairs of neighbours. Each is weighted beforehand by how much more often it stands in texts of one
@@ -161,17 +161,18 @@ def train_svm(
     return weights
 
 
-def simple_methods(reviews, chosen: np.ndarray | None, seed: int) -> list[dict]:
-    """Metrics of the most frequent label and of a bag of words, on the same rows as everything else."""
-    labels = reviews.labels["train"].numpy()
-    chosen = np.arange(len(labels)) if chosen is None else chosen
-    texts = [reviews.texts["train"][i] for i in chosen]
-    test = reviews.labels["test"].numpy()
-    common = {"train_examples": len(chosen), "seed": seed}
-    answer = majority(labels[chosen], len(reviews.names))
-    rows = [{"method": "majority", "accuracy": float((test == answer).mean()), **common}]
+def evaluate_baselines(
+    texts: dict[str, list[str]], labels: dict, num_labels: int, chosen: np.ndarray | None = None
+) -> list[dict]:
+    """Test accuracy of each baseline. `texts` and `labels` (0..num_labels-1) have "train" and "test";
+    `chosen`: the indices of the train rows to learn from, None for all."""
+    train, test = np.asarray(labels["train"]), np.asarray(labels["test"])
+    chosen = np.arange(len(train)) if chosen is None else chosen
+    answer = majority(train[chosen], num_labels)
+    rows = [{"method": "majority", "accuracy": float((test == answer).mean())}]
     started = time.monotonic()
-    bag = NBSVM().fit(texts, labels[chosen], len(reviews.names))
+    model = NBSVM().fit([texts["train"][i] for i in chosen], train[chosen], num_labels)
     seconds = round(time.monotonic() - started, 1)
-    accuracy = float((bag.predict(reviews.texts["test"]) == test).mean())
-    return [*rows, {"method": "nb-svm", "accuracy": accuracy, "train_seconds": seconds, **common}]
+    accuracy = float((model.predict(texts["test"]) == test).mean())
+    rows.append({"method": "nb-svm", "accuracy": accuracy, "train_seconds": seconds})
+    return [row | {"train_examples": len(chosen)} for row in rows]

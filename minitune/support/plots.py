@@ -98,10 +98,10 @@ def plot_comparison(rows: list[dict], title: str, path: Path) -> None:
 CALIBRATED = {"none": "#bdbdbd", "contextual": "#9ecae1", "pmi": "#fdae6b", "prior": "#08306b"}
 
 
-def plot_prompts(rows: list[dict], bag: list[dict], title: str, path: Path) -> None:
+def plot_prompts(rows: list[dict], baselines: list[dict], title: str, path: Path) -> None:
     """The rows of prompt_comparison.compare_prompts: a line for each template, a dot for each calibration.
 
-    `bag`: rows of comparison.simple_methods, drawn as lines across.
+    `baselines`: rows of baselines.evaluate_baselines, drawn as lines across.
     """
     shots = max(row["shots"] for row in rows)
     rows = [row for row in rows if row["shots"] == shots]
@@ -116,7 +116,7 @@ def plot_prompts(rows: list[dict], bag: list[dict], title: str, path: Path) -> N
         axes.errorbar(
             x, y, xerr=errors, fmt="o", markersize=5, elinewidth=1, color=colour, label=name
         )
-    for row in bag:
+    for row in baselines:
         x, words = 100 * row["accuracy"], row["method"]
         axes.axvline(x, color="#636363", linestyle=":", linewidth=1)
         axes.text(x, -0.9, words, ha="center", va="bottom", fontsize=9, color="#636363")

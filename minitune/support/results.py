@@ -119,10 +119,10 @@ PROMPT_HEADER = (
 )
 
 
-def prompt_table(rows: list[dict], bag: list[dict]) -> str:
-    """The rows as text; `bag`: rows of baselines.simple_methods, which learned from labels."""
+def prompt_table(rows: list[dict], baselines: list[dict]) -> str:
+    """The rows as text; `baselines`: rows of baselines.evaluate_baselines, which learned from labels."""
     lines = [PROMPT_HEADER]
-    for row in rows + bag:
+    for row in rows + baselines:
         low, high = row["interval"]
         figures = (f"{row['accuracy']:.1%}", f"{100 * low:.1f} to {100 * high:.1f}")
         if "method" in row:

@@ -16,7 +16,7 @@ import transformers
 
 from minitune.batching import PackedBatch
 from minitune.checkpoint import load_classifier, load_masked_lm
-from minitune.prompting import Reader, fill_blanks
+from minitune.prompting import FillMask, fill_blanks
 from minitune.support.runs import read_json
 from minitune.tokenizer import Tokenizer
 
@@ -104,13 +104,13 @@ def check_blanks(directory: Path, theirs: transformers.BertPreTrainedModel) -> N
     pipeline = transformers.pipeline(
         "fill-mask", model=theirs, tokenizer=transformers.AutoTokenizer.from_pretrained(directory)
     )
-    reader, difference = Reader(load(directory), Tokenizer.load(directory)), 0.0
+    fill_mask, difference = FillMask(load(directory), Tokenizer.load(directory)), 0.0
     for sentence in SENTENCES:
         answers = pipeline(sentence, top_k=5)
         answers = (
             answers if isinstance(answers[0], list) else [answers]
         )  # one blank, no list around it
-        for ours, expected in zip(fill_blanks(reader, sentence, 5), answers, strict=True):
+        for ours, expected in zip(fill_blanks(fill_mask, sentence, 5), answers, strict=True):
             assert [word for word, _ in ours] == [answer["token_str"] for answer in expected], (
                 sentence
             )
