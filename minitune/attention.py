@@ -11,8 +11,8 @@ without a causal mask, as in BERT).
     returns     (T, H, D)
 
 Read `reference` for what is computed, `Tiled` for how FlashAttention computes the same without ever
-holding all scores, fast/triton_attention.py for that on a GPU, and padded_attention.py for what suits a CPU. No
-backend drops attention weights at random: minitune trains without dropout there.
+holding all scores, fast/triton_attention.py for that on a GPU, and padded_attention.py for what
+suits a CPU. No backend drops attention weights at random: minitune trains without dropout there.
 """
 
 import functools
