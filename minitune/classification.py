@@ -48,7 +48,7 @@ class Sequences:
             self.truncated.append(len(ids) > room)
             if len(ids) > room:
                 ids = ids[:head] + ids[len(ids) - (room - head) :]
-            self.ids.append(np.array([tokenizer.cls_id, *ids, tokenizer.sep_id], dtype=np.int32))
+            self.ids.append(np.array(tokenizer.frame(ids), dtype=np.int32))
         self.lengths = np.array([len(ids) for ids in self.ids], dtype=np.int64)
 
     def select(self, indices: np.ndarray) -> "Sequences":

@@ -73,9 +73,9 @@ class Corpus:
         facts = [FORMAT, dataset.fingerprint(), with_tokenizer]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
-    def pieces(self, split: str, max_len: int, overlap: bool = True) -> "Pieces":
+    def chunks(self, split: str, max_len: int, overlap: bool = True) -> "Chunks":
         """The texts of a split, cut to sequences of at most `max_len` tokens."""
-        return Pieces(self, split, max_len, overlap)
+        return Chunks(self, split, max_len, overlap)
 
     def unigram_entropy(self) -> float:
         """Nats a token that the best guess without any context costs: the level of the plateau."""
@@ -83,10 +83,10 @@ class Corpus:
         return float(-(p * np.log(p)).sum())
 
 
-class Pieces:
+class Chunks:
     """Sequences [CLS] tokens [SEP], cut from texts.
 
-    A text of more than max_len - 2 tokens becomes several pieces of that many, and a shorter last
+    A text of more than max_len - 2 tokens becomes several chunks of that many, and a shorter last
     one. With `overlap` the last one begins earlier instead and is as long as the others: steps over
     batches of one shape are about 10% faster, since oneDNN compiles a kernel for each new shape.
     """
@@ -107,32 +107,27 @@ class Pieces:
             corpus.dtype,
             max_len,
         )
-        self.frame = corpus.tokenizer.cls_id, corpus.tokenizer.sep_id
+        self.tokenizer = corpus.tokenizer
 
     def __len__(self) -> int:
         return len(self.starts)
 
     def read(self, indices: Iterable[int]) -> list[Tensor]:
-        """The token ids of these pieces, each (n,) int64."""
+        """The token ids of these chunks, each (n,) int64."""
         # Mapped anew each time: pages of a map that stays open count as this process's memory.
         tokens = np.memmap(self.path, dtype=self.dtype, mode="r")
-        cls, sep = self.frame
-        sequences = []
-        for i in indices:
-            sequence = np.empty(self.lengths[i], dtype=np.int64)
-            sequence[0], sequence[-1] = cls, sep
-            sequence[1:-1] = tokens[self.starts[i] : self.starts[i] + self.lengths[i] - 2]
-            sequences.append(torch.from_numpy(sequence))
-        return sequences
+        cls, sep = np.split(np.array(self.tokenizer.frame([])), 2)
+        bodies = (tokens[self.starts[i] :][: self.lengths[i] - 2] for i in indices)
+        return [torch.from_numpy(np.concatenate([cls, body, sep])) for body in bodies]
 
 
 def _cut(ends: np.ndarray, start: int, body: int, overlap: bool) -> tuple[np.ndarray, np.ndarray]:
-    """(where each piece starts, its length with the frame), for texts that end at `ends`."""
+    """(where each chunk starts, its length with the frame), for texts that end at `ends`."""
     text_starts = np.concatenate([[start], ends[:-1]])
     text_lengths = ends - text_starts
     counts = np.maximum(-(-text_lengths // body), 1)
-    first_piece = counts.cumsum() - counts
-    offsets = (np.arange(counts.sum()) - np.repeat(first_piece, counts)) * body
+    first_chunk = counts.cumsum() - counts
+    offsets = (np.arange(counts.sum()) - np.repeat(first_chunk, counts)) * body
     lengths = np.repeat(text_lengths, counts)
     if overlap:
         offsets = np.minimum(offsets, np.maximum(lengths - body, 0))

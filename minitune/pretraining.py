@@ -76,7 +76,7 @@ class MaskedLanguageModelling:
         summary_weight: float = 1.0,
     ):
         self.tokenizer = corpus.tokenizer
-        self.train = corpus.pieces("train", max_len, overlap=True)
+        self.train = corpus.chunks("train", max_len, overlap=True)
         self.batch_tokens, self.rate, self.seed = batch_tokens, rate, seed
         self.summary_weight = summary_weight
         self.continuation = self.tokenizer.continuation() if whole_word else None
@@ -84,7 +84,7 @@ class MaskedLanguageModelling:
         self.yardstick = f"ln V {self.uniform:.2f}, words alone {self.unigram:.2f}"
 
         # Without overlap, so that every token counts once.
-        self.held_out = corpus.pieces("validation", max_len, overlap=False)
+        self.held_out = corpus.chunks("validation", max_len, overlap=False)
         lengths = self.held_out.lengths
         order = np.arange(0, len(lengths), -(-int(lengths.sum()) // VALIDATION_TOKENS))
         order = order[np.argsort(lengths[order], kind="stable")]
@@ -202,7 +202,7 @@ def fill_examples(
         ids, words = candidates[i]
         blank = int(rng.choice(words))
         hidden, ids[blank] = ids[blank], tokenizer.mask_id
-        sequence = torch.tensor([tokenizer.cls_id, *ids, tokenizer.sep_id])
+        sequence = torch.tensor(tokenizer.frame(ids))
         batch = PackedBatch.from_sequences([sequence]).to(device)
         with precision.autocast(device):
             logits = model(batch, torch.tensor([blank + 1], device=device))
@@ -218,14 +218,14 @@ def fill_examples(
 
 def _sentences_with_words(task: MaskedLanguageModelling) -> Iterator[tuple[list[int], list[int]]]:
     """Short held-out sentences, and where in them a whole word stands that is worth guessing."""
-    token, pieces = task.tokenizer.token, task.held_out
+    token, chunks = task.tokenizer.token, task.held_out
     stop = task.tokenizer.backend.token_to_id(".")
-    for piece in pieces.read(range(0, len(pieces), -(-len(pieces) // 1000))):
-        ids = piece[1:-1].tolist()
+    for chunk in chunks.read(range(0, len(chunks), -(-len(chunks) // 1000))):
+        ids = chunk[1:-1].tolist()
         stops = [i for i, index in enumerate(ids) if index == stop]
         if len(stops) > 1:
             ids = ids[stops[0] + 1 : stops[1] + 1]
-        if len(ids) in SENTENCE_TOKENS and len(ids) + 2 <= pieces.max_len:
+        if len(ids) in SENTENCE_TOKENS and len(ids) + 2 <= chunks.max_len:
             # Longer than "the", or the guess impresses nobody.
             long = [
                 i for i, index in enumerate(ids) if len(token(index)) > 4 and token(index).isalpha()

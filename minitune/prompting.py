@@ -202,9 +202,7 @@ class Prompt:
         tokenizer = self.fill_mask.tokenizer
         body, start = self.template.body(text[-self.room :], list(blank))
         first = blank.index(tokenizer.mask_id) + start + 1 + len(self.demonstrations)
-        return ClozeQuery(
-            [tokenizer.cls_id, *self.demonstrations, *body, tokenizer.sep_id], [first]
-        )
+        return ClozeQuery(tokenizer.frame([*self.demonstrations, *body]), [first])
 
     def scores(self, texts: Sequence[list[int]]) -> Tensor:
         """(N, L): how well each label's words fit each text, in log-probability a token.
@@ -308,4 +306,4 @@ def _framed(fill_mask: FillMask, ids: list[int], option: str) -> list[int]:
     longest = fill_mask.model.config.max_position_embeddings - 2
     if len(ids) > longest:
         raise UserError(f"{option}: {len(ids)} tokens, the model has room for {longest}")
-    return [fill_mask.tokenizer.cls_id, *ids, fill_mask.tokenizer.sep_id]
+    return fill_mask.tokenizer.frame(ids)

@@ -23,7 +23,7 @@ LINE_BREAK = re.compile(r"<br\s*/?>", re.IGNORECASE)  # markup of web reviews, n
 
 
 class Tokenizer:
-    """Text to ids and back. Ids come without [CLS] and [SEP]; whoever cuts the text adds them."""
+    """Text to ids and back. Ids come without [CLS] and [SEP]; `frame` adds them."""
 
     def __init__(self, backend: tokenizers.Tokenizer):
         self.backend = backend
@@ -105,6 +105,10 @@ class Tokenizer:
             [clean(text) for text in texts], add_special_tokens=False
         )
         return [text.ids for text in encoded]
+
+    def frame(self, ids: Iterable[int]) -> list[int]:
+        """[CLS] ids [SEP]: the sequence that the model reads."""
+        return [self.cls_id, *ids, self.sep_id]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Readable text, special tokens included."""

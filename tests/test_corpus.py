@@ -1,4 +1,4 @@
-"""From texts to batches: the tokenizer, tokens kept on disk, their pieces, and the order of batches."""
+"""From texts to batches: the tokenizer, tokens kept on disk, chunks, and the order of batches."""
 
 import math
 
@@ -138,12 +138,12 @@ def test_test_rows_are_not_in_the_corpus(tmp_path, cache):
     path = tmp_path / "a.csv"
     path.write_text("text,label\n" + "".join(f"{word},0\n" for word in words))
     corpus = Corpus.open(Dataset(str(path)), None, 4000)
-    assert len(corpus.pieces("train", 16)) == 85 and len(corpus.pieces("validation", 16)) == 5
+    assert len(corpus.chunks("train", 16)) == 85 and len(corpus.chunks("validation", 16)) == 5
     assert corpus.unigrams.sum() == 85
 
 
 @pytest.fixture
-def pieces_of(tmp_path, cache):
+def corpus_of(tmp_path, cache):
     """Texts of so many words -> (their token ids in order, the corpus)."""
 
     def build(counts):
@@ -159,7 +159,7 @@ def pieces_of(tmp_path, cache):
 
 
 @pytest.mark.parametrize("max_len", [8, 16, 50])
-def test_pieces_cover_every_token_and_cross_no_text(pieces_of, max_len):
+def test_chunks_cover_every_token_and_cross_no_text(corpus_of, max_len):
     counts = [
         1,
         max_len - 3,
@@ -170,10 +170,10 @@ def test_pieces_cover_every_token_and_cross_no_text(pieces_of, max_len):
         5,
         7 * max_len,
     ]
-    texts, corpus = pieces_of(counts)
-    pieces = corpus.pieces("train", max_len)
-    sequences = [sequence.tolist() for sequence in pieces.read(range(len(pieces)))]
-    assert pieces.lengths.tolist() == [len(sequence) for sequence in sequences]
+    texts, corpus = corpus_of(counts)
+    chunks = corpus.chunks("train", max_len)
+    sequences = [sequence.tolist() for sequence in chunks.read(range(len(chunks)))]
+    assert chunks.lengths.tolist() == [len(sequence) for sequence in sequences]
     assert {token for sequence in sequences for token in sequence[1:-1]} == set(sum(texts, []))
     frame = (corpus.tokenizer.cls_id, corpus.tokenizer.sep_id)
     text_of = {token: number for number, text in enumerate(texts) for token in text}
@@ -187,15 +187,15 @@ def test_pieces_cover_every_token_and_cross_no_text(pieces_of, max_len):
         assert len(body) in (
             len(text),
             max_len - 2,
-        )  # a whole text, or a full piece of a longer one
+        )  # a whole text, or a full chunk of a longer one
     assert [sequence[1:-1] for sequence in sequences[:3]] == texts[:3]
 
 
-def test_reading_some_pieces_gives_those(pieces_of):
-    _, corpus = pieces_of([3, 40, 9])
-    pieces = corpus.pieces("train", 16)
-    every = pieces.read(range(len(pieces)))
-    for i, sequence in zip([2, 0, 3], pieces.read(np.array([2, 0, 3])), strict=True):
+def test_reading_some_chunks_gives_those(corpus_of):
+    _, corpus = corpus_of([3, 40, 9])
+    chunks = corpus.chunks("train", 16)
+    every = chunks.read(range(len(chunks)))
+    for i, sequence in zip([2, 0, 3], chunks.read(np.array([2, 0, 3])), strict=True):
         assert torch.equal(sequence, every[i])
         assert sequence.dtype == torch.int64
 
@@ -204,8 +204,8 @@ def test_texts_without_a_token_are_left_out(tmp_path, cache):
     corpus = Corpus.open(
         dataset(tmp_path, ["one", "<br />", "two", "three", "\u200b", "four"]), None, 300
     )
-    assert (corpus.pieces("train", 16).lengths > 2).all()
-    assert len(corpus.pieces("train", 16)) == 3
+    assert (corpus.chunks("train", 16).lengths > 2).all()
+    assert len(corpus.chunks("train", 16)) == 3
 
 
 def test_ids_beyond_16_bits_survive(tmp_path, cache, tokenizer):
@@ -217,7 +217,7 @@ def test_ids_beyond_16_bits_survive(tmp_path, cache, tokenizer):
     (tmp_path / "vocab.txt").write_text("".join(f"{token}\n" for token in vocabulary))
     large = Tokenizer.load(tmp_path)
     corpus = Corpus.open(dataset(tmp_path, [words[-2], words[-1], words[0]]), large, 0)
-    [sequence] = corpus.pieces("train", 16).read([1])
+    [sequence] = corpus.chunks("train", 16).read([1])
     assert sequence[1] == 70_005 + 9_999
 
 
@@ -265,7 +265,7 @@ def test_ctrl_c_while_tokenising_leaves_nothing_behind(tmp_path, cache, monkeypa
         patch.setattr(Tokenizer, "encode", interrupt)
         Corpus.open(data, None, 100)
     assert list(cache.iterdir()) == []
-    assert len(Corpus.open(data, None, 100).pieces("train", 16)) == 2
+    assert len(Corpus.open(data, None, 100).chunks("train", 16)) == 2
 
 
 def test_unigram_entropy_of_a_hand_example(tmp_path, cache):
@@ -451,7 +451,7 @@ def test_whole_words_are_hidden_whole_in_training(task):
         chosen = torch.zeros(len(restored), dtype=torch.bool)
         chosen[step.positions] = True
         first = torch.zeros(len(restored), dtype=torch.bool)
-        first[step.batch.cu_seqlens[:-1].long() + 1] = True  # a piece may begin amid a word
+        first[step.batch.cu_seqlens[:-1].long() + 1] = True  # a chunk may begin amid a word
         goes_on = continuation[restored] & ~first
         assert torch.equal(chosen[goes_on], chosen[goes_on.roll(-1)])
         followed += goes_on.sum().item()

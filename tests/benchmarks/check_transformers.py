@@ -60,7 +60,7 @@ def check_tokens(directory: Path, tokenizer: Tokenizer) -> list[list[int]]:
     assert special == tuple(
         getattr(theirs, f"{name}_token_id") for name in ("pad", "unk", "cls", "sep", "mask")
     ), f"special ids: {special}"
-    encoded = [[tokenizer.cls_id, *ids, tokenizer.sep_id] for ids in tokenizer.encode(TEXTS)]
+    encoded = [tokenizer.frame(ids) for ids in tokenizer.encode(TEXTS)]
     for text, ids in zip(TEXTS, encoded, strict=True):
         assert ids == theirs(text)["input_ids"], f"other token ids for {text!r}"
     print(f"tokens: the same ids for {len(TEXTS)} texts, {sum(map(len, encoded))} tokens")

@@ -159,9 +159,9 @@ class Climber:
 def problem(job: str, rows: int) -> tuple[list[Tensor], Tensor]:
     """Sequences as they come, and their labels."""
     if job == "mlm":
-        pieces = Corpus.open(Dataset("imdb"), None, 8192).pieces("train", 256, overlap=False)
-        chosen = np.random.default_rng(0).permutation(len(pieces))[:rows]
-        return pieces.read(chosen), torch.zeros(rows)
+        chunks = Corpus.open(Dataset("imdb"), None, 8192).chunks("train", 256, overlap=False)
+        chosen = np.random.default_rng(0).permutation(len(chunks))[:rows]
+        return chunks.read(chosen), torch.zeros(rows)
     source = find_model("minilm")
     reviews = Reviews.load(Dataset("rotten_tomatoes"))
     chosen = np.random.default_rng(0).permutation(len(reviews.texts["train"]))[:rows]

@@ -68,10 +68,10 @@ def make(
         corpus = Corpus.open(Dataset(data), None, 8192)
         save_model(BertForMaskedLM(PRESETS["tiny"]), corpus.tokenizer, directory)
         # Whole sequences only, as run_mlm's concatenation gives them: nothing to gain by packing.
-        pieces = corpus.pieces("train", max_len, overlap=True)
-        chosen = rng.permutation(np.flatnonzero(pieces.lengths == max_len))[:rows]
+        chunks = corpus.chunks("train", max_len, overlap=True)
+        chosen = rng.permutation(np.flatnonzero(chunks.lengths == max_len))[:rows]
         ids, texts, labels = (
-            [piece.tolist() for piece in pieces.read(chosen)],
+            [chunk.tolist() for chunk in chunks.read(chosen)],
             [""] * rows,
             [0] * rows,
         )
