@@ -1,7 +1,30 @@
-"""minitune: train a small BERT from scratch, fine-tune it, prompt it. Start at README.md."""
+"""minitune: pretrain a small BERT, fine-tune it, prompt it. The lessons, in reading order:
+
+    tokenizer       how text becomes numbers: WordPiece
+    data            reviews, their labels, and the split into train, validation and test rows
+    batching        packed batches: sequences end to end, without padding
+    model           BERT: embeddings, layers, heads
+    attention       self-attention, and how FlashAttention computes the same
+    masking         which words are hidden, and how
+    pretraining     masked-language modelling as a task: batches, loss, evaluation
+    initialization  where pretraining starts from
+    optimizer       Muon, AdamW and the learning-rate schedule
+    training        the one training loop
+    corpus          a tokenised corpus on disk
+    classification  classifying texts as a task: batches, loss, evaluation
+    features        feature extraction: a frozen encoder and a linear classifier
+    adapters        small trained layers inside a frozen network
+    finetuning      every method as a row of one table, from weights to test accuracy
+    checkpoint      what is saved: BERT directories, and only what was trained
+    prediction      new texts in, labels out
+    prompting       asking a masked language model with a template
+    calibration     what a prompt's answers would be for no reason at all
+
+`fast` makes things fast and computes nothing new; `support` is what every program of this kind needs.
+"""
 
 import os
 
-# On a CPU, oneDNN compiles a kernel for every size of product it meets and keeps the last 1,024, up
-# to a megabyte each. A training step needs a few dozen, and all steps together few others.
+# oneDNN compiles a kernel for every shape of matrix multiplication that it meets on a CPU. It keeps 1,024 of
+# them, up to a megabyte each; a training step needs a few dozen, and all steps together few others.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")

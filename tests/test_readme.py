@@ -1,7 +1,9 @@
-"""The README stays true: every command in it runs, on less data or for fewer steps."""
+"""What the README and RESULTS.md promise: their commands run, their links lead somewhere, their order is the house's."""
 
+import io
 import json
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -10,6 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 
+import minitune
+import minitune.corpus
 from minitune.checkpoint import save_model
 from minitune.data import Dataset
 from minitune.model import BertConfig, BertForMaskedLM, BertForSequenceClassification
@@ -17,32 +21,45 @@ from minitune.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
 SAMPLES = ROOT / "data" / "samples"
-FENCED = re.findall(
-    r"^```(\w*)\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL
-)
-BLOCKS = [block for language, block in FENCED if not language]
+README, RESULTS = ROOT / "README.md", ROOT / "tests" / "benchmarks" / "RESULTS.md"
+LOG = ROOT / "tests" / "benchmarks" / "LOG.md"
+BLOCKS = [
+    (page, language, block)
+    for page in (README, RESULTS)
+    for language, block in re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.M | re.S)
+]
 COMMANDS = sorted(
     {
         part.strip()
-        for block in BLOCKS
+        for _, language, block in BLOCKS
+        if not language
         for line in block.splitlines()
         for part in re.split(r"&&|\||>", line)  # of `cat FILE | python … > ANOTHER` the middle
         if part.strip().startswith(("python ", "torchrun ")) and "pytest" not in part
     }
 )
+# Small sizes for the measurements, which take minutes otherwise; the rest only show their options.
+MEASUREMENTS = {
+    "tests.benchmarks.attention": "--tokens 64 --lengths 32 --rounds 1",
+    "tests.benchmarks.cost": "--lengths 16 --batches 32",
+}
 
 
 def test_the_readme_has_the_two_commands_of_a_fresh_machine():
-    lines = [line for block in BLOCKS for line in block.splitlines()]
+    lines = [line for page, _, block in BLOCKS if page == README for line in block.splitlines()]
     assert "pip install -r requirements.txt && python train.py" in lines
     assert any(
         line.startswith("pip install") and line.endswith("python -m pytest") for line in lines
     )
 
 
+def test_the_readme_is_short():
+    assert len(README.read_bytes()) <= 11 * 1024
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """In place of what takes minutes to make: a BERT that is pretrained, one that is fine-tuned, reviews."""
+    """Instead of what takes minutes to make: a pretrained BERT, a fine-tuned one, reviews."""
     folder = tmp_path_factory.mktemp("tiny")
     rows = list(Dataset(str(SAMPLES / "reviews.csv")).read())
     tokenizer = Tokenizer.train([row.text for row in rows], 300)
@@ -71,21 +88,19 @@ def tiny(tmp_path_factory):
     )
 
 
-def quicker(words, out, tiny):
+def quicker(words: list[str], out: Path, tiny) -> list:
     """The same command on less data and for fewer steps. Of an option given twice, the last counts."""
     if "train.py" in words:
-        if (
-            "--data" not in words and len(words) > 2
-        ):  # only the plain `python train.py` reads all of IMDb
+        if "--data" not in words and len(words) > 2:  # only the plain `python train.py` reads IMDb
             words = [*words, "--data", SAMPLES / "reviews.txt"]
         return [*words, "--steps", "2", "--batch-tokens", "512", "--out", out]
     if "prompt.py" in words:  # the small vocabulary of the tiny model has few words
-        instead = {
+        replaced = {
             "imdb": tiny.data,
             "rotten_tomatoes": tiny.data,
             "runs/few/compare.json": tiny.curves,
         }
-        words = [instead.get(word, word) for word in words]
+        words = [replaced.get(word, word) for word in words]
         words += ["--model", tiny.pretrained, "--data", tiny.data]
         if "--evaluate" in words:
             words += ["--out", out]
@@ -95,39 +110,70 @@ def quicker(words, out, tiny):
     if "finetune.py" in words and "--predict" in words:
         return [*words, "--model", tiny.fine_tuned]
     if "finetune.py" in words:
-        words = [
-            *words,
-            "--model",
-            tiny.pretrained,
-            "--out",
-            out,
-            "--epochs",
-            "1",
-            "--max-len",
-            "32",
-        ]
-        if "--data" not in words or "imdb" in words:
-            words += ["--data", tiny.data]
+        limits = ["--epochs", "1", "--max-len", "32", "--data", tiny.data]
         sizes = ["8", "16"] if "--train-examples" in words else ["16"]
-        return [*words, "--train-examples", *sizes]
-    return [*words, "--help"]  # a benchmark takes minutes
+        return [*words, "--model", tiny.pretrained, "--out", out, *limits, "--train-examples", *sizes]
+    if words[2] in MEASUREMENTS:
+        plot = ["--plot", out.with_suffix(".png")] if "--plot" in words else []
+        return [*words[:3], *MEASUREMENTS[words[2]].split(), *plot]
+    return [*words, "--help"]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_command_runs(command, tmp_path, tiny):
-    words = shlex.split(command)
-    if words[0] == "python":
-        words[0] = sys.executable
-    else:
-        words[:1] = [sys.executable, "-m", "torch.distributed.run"]
-    words = [str(word) for word in quicker(words, tmp_path / "run", tiny)]
-    some_lines = (SAMPLES / "reviews.txt").read_text()  # for a command that reads a pipe
-    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, input=some_lines)
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python ")])
+def test_command_runs(command, tmp_path, tiny, monkeypatch, capfd):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(minitune.corpus, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(sys, "stdin", io.StringIO((SAMPLES / "reviews.txt").read_text()))
+    words = [str(word) for word in quicker(shlex.split(command), tmp_path / "run", tiny)]
+    as_module = words[1] == "-m"
+    monkeypatch.setattr(sys, "argv", words[2 if as_module else 1 :])
+    try:
+        if as_module:
+            runpy.run_module(words[2], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(words[1], run_name="__main__")
+    except SystemExit as ended:
+        assert not ended.code, capfd.readouterr().err
+    out, _ = capfd.readouterr()
+    assert out.strip()
+    if "--out" in words:
+        assert any((tmp_path / "run").rglob("*.json"))
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("torchrun ")])
+def test_command_with_several_processes_runs(command, tmp_path, tiny):
+    words = [str(word) for word in quicker(shlex.split(command), tmp_path / "run", tiny)]
+    words[:1] = [sys.executable, "-m", "torch.distributed.run"]
+    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert result.stdout
+    assert (tmp_path / "run" / "metrics.json").is_file()
 
 
-def test_the_files_that_the_readme_names_exist():
-    text = (ROOT / "README.md").read_text()
-    for target in re.findall(r"\]\(([^)#]+)\)", text):
-        assert target.startswith("http") or (ROOT / target).exists(), target
+def test_the_python_example_of_the_readme_runs(tiny, monkeypatch, capfd):
+    (example,) = [block for page, language, block in BLOCKS if language == "python"]
+    exec(example.replace("runs/finetune/adapter", str(tiny.fine_tuned)), {})
+    assert re.match(r"(negative|positive) \{'negative': 0\.\d+", capfd.readouterr().out)
+
+
+def anchors(page: Path) -> set[str]:
+    """The names that headings of a page get: lower case, spaces as dashes, no punctuation."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [README, RESULTS, LOG], ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings_that_exist(page):
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        if target.startswith("http"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), target
+
+
+def test_readme_and_package_give_the_same_reading_order():
+    listed = re.findall(r"^\| \[(\w+)\.py\]\(minitune/\w+\.py\)", README.read_text(), re.M)
+    assert listed == re.findall(r"^    (\w+) {2,}\S", minitune.__doc__, re.M)
+    lessons = {path.stem for path in (ROOT / "minitune").glob("*.py")} - {"__init__"}
+    assert set(listed) == lessons
