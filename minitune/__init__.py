@@ -25,6 +25,6 @@
 
 import os
 
-# oneDNN compiles a kernel for every shape of matrix multiplication that it meets on a CPU. It keeps 1,024 of
-# them, up to a megabyte each; a training step needs a few dozen, and all steps together few others.
+# On a CPU oneDNN compiles a kernel for every shape of matrix multiplication and keeps 1,024 of them,
+# up to a megabyte each. Training needs far fewer.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
