@@ -41,7 +41,6 @@ COMMANDS = sorted(
 # Small sizes for the measurements, which take minutes otherwise; the rest only show their options.
 MEASUREMENTS = {
     "tests.benchmarks.attention": "--tokens 64 --lengths 32 --rounds 1",
-    "tests.benchmarks.cost": "--lengths 16 --batches 32",
 }
 
 
@@ -91,7 +90,7 @@ def tiny(tmp_path_factory):
 def quicker(words: list[str], out: Path, tiny) -> list:
     """The same command on less data and for fewer steps. Of an option given twice, the last counts."""
     if "train.py" in words:
-        if "--data" not in words and len(words) > 2:  # only the plain `python train.py` reads IMDb
+        if "--data" not in words:
             words = [*words, "--data", SAMPLES / "reviews.txt"]
         return [*words, "--steps", "2", "--batch-tokens", "512", "--out", out]
     if "prompt.py" in words:  # the small vocabulary of the tiny model has few words
