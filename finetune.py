@@ -11,7 +11,6 @@ the best by validation, and score the test rows once, at the end.
 """
 
 import argparse
-import functools
 import itertools
 from pathlib import Path
 
@@ -35,11 +34,8 @@ from minitune.support.errors import UserError
 from minitune.support.results import summarise, table
 from minitune.support.runs import Run, check_strangers, write_json
 from minitune.support.runtime import (
-    Precision,
-    Processes,
-    check_device,
-    describe,
-    give_back_freed_memory,
+    Runtime,
+    return_freed_memory,
 )
 
 
@@ -135,7 +131,6 @@ def read_arguments() -> tuple[argparse.Namespace, list[Job]]:
     if args.resume and (found := list(args.out.rglob("settings.json"))):
         latest = max(found, key=lambda path: path.stat().st_mtime)
         args = options.resumed(Run(latest.parent).settings, MAY_CHANGE, args.out)
-    check_device(args.device)
     methods = [name for name in METHODS if name in args.method]
     if len(methods) > 1 and "scratch" not in methods:
         methods.append("scratch")  # methods are compared with what they start from, nothing
@@ -168,26 +163,24 @@ def main() -> None:
     if args.predict:
         label_new_reviews(args)
         return
-    processes = Processes(args.device)
-    say = functools.partial(print, flush=True) if processes.is_main else lambda *_: None
-    precision = Precision.choose(args.precision, processes.device)
-    if processes.is_main:
+    runtime = Runtime.start(args.device, args.precision)
+    if runtime.is_main:
         jobs[0].run.check_writable()
 
     # 1. A pretrained model.
     name, why = (args.model, "as asked") if args.model else default_model()
     source = find_model(name)
     config, base = read_config(source), weights_hash(source)
-    say(f"model: {name} ({why}), {config.num_hidden_layers} layers of {config.hidden_size}")
+    runtime.log(f"model: {name} ({why}), {config.num_hidden_layers} layers of {config.hidden_size}")
     tokenizer = load_tokenizer(source, config)
-    attention = choose(args.attention, processes.device, precision.dtype, config.head_size)
+    attention = choose(args.attention, runtime.device, runtime.dtype, config.head_size)
     args.max_len = choose_max_len(args.max_len, config.max_position_embeddings, args.batch_tokens)
 
     # 2. Labelled reviews, as token ids.
     dataset = Dataset(args.data, args.test)
     reviews = Reviews.load(dataset)
     rows = ", ".join(f"{len(reviews.texts[split]):,} {split}" for split in SPLITS)
-    say(f"data: {args.data}: {rows} rows; labels: {', '.join(reviews.names.values())}")
+    runtime.log(f"data: {args.data}: {rows} rows; labels: {', '.join(reviews.names.values())}")
     for job in jobs:  # too many asked for is an error now, not after the first run
         reviews.choose("train", job.train_examples or 0, job.seed)
     examples = {
@@ -197,11 +190,11 @@ def main() -> None:
         for split in SPLITS
     }
     cut = sum(examples["train"].inputs.truncated) / len(examples["train"])
-    say(
+    runtime.log(
         f"texts of more than {args.max_len} tokens keep their two ends: {cut:.0%} of the training rows"
     )
-    say(f"device: {describe(processes.device)}")
-    say(f"precision: {precision.name} ({precision.why}); attention: {attention}")
+    runtime.log(f"device: {runtime.describe()}")
+    runtime.log(f"precision: {runtime.describe_precision()}; attention: {attention}")
 
     # 3. Train each method from the same weights, on the same rows.
     settings = {
@@ -216,19 +209,17 @@ def main() -> None:
         tokenizer,
         reviews,
         examples,
-        processes,
-        precision,
+        runtime,
         attention,
-        say,
     )
     results = []
     for job in jobs:
-        give_back_freed_memory()  # each one's peak memory is its own
+        return_freed_memory()  # each one's peak memory is its own
         results.append(fine_tune(job, common))
 
     # 4. Compare, also with methods that need no network.
-    processes.close()
-    if not processes.is_main:
+    runtime.close()
+    if not runtime.is_main:
         return
     # All rows are the same rows whatever the seed, and these methods have nothing else random in
     # them.

@@ -25,7 +25,13 @@ from torch import Tensor
 
 from minitune.attention import choose
 from minitune.calibration import CALIBRATIONS, compare_prompts
-from minitune.checkpoint import default_model, find_model, load_masked_lm, load_tokenizer
+from minitune.checkpoint import (
+    default_model,
+    find_model,
+    load_masked_lm,
+    load_tokenizer,
+    read_config,
+)
 from minitune.data import Dataset, Reviews, label_index
 from minitune.prediction import Ensemble, print_answers, say
 from minitune.prompting import TEMPLATES, WORDS, FillMask, Prompt, fill_blanks, generate, in_words
@@ -42,7 +48,7 @@ from minitune.support.cli import (
 from minitune.support.errors import UserError
 from minitune.support.results import ORDER, interval, prompt_summary, prompt_table
 from minitune.support.runs import check_strangers, read_json, write_json
-from minitune.support.runtime import Precision, Processes, check_device, describe
+from minitune.support.runtime import Runtime
 from minitune.tokenizer import Tokenizer
 
 BEST = "prior"  # of CALIBRATIONS, on validation rows of both datasets: tests/benchmarks/LOG.md
@@ -147,7 +153,6 @@ def read_arguments() -> argparse.Namespace:
         raise UserError("--generate needs a text to go on after")
     if args.shots and (args.fill is not None or args.generate):
         raise UserError("--shots is for reviews")
-    check_device(args.device)
     args.words = read_words(args.words) if args.words else WORDS
     return args
 
@@ -168,22 +173,22 @@ def main() -> None:
     """The job, top to bottom."""
     sys.stdout.reconfigure(encoding="utf-8")  # as every file, whatever the locale says
     args = read_arguments()
+    runtime = Runtime.start(args.device, args.precision)
 
     # 1. A pretrained model, as it is.
     name, why = (args.model, "as asked") if args.model else default_model()
     source = find_model(name)
-    model, has_head = load_masked_lm(source, args.attention)
+    attention = choose(args.attention, runtime.device, runtime.dtype, read_config(source).head_size)
+    model, has_head = load_masked_lm(source, attention)
     if not has_head:
         raise UserError(
             f"{name} has no masked-LM head to ask; python train.py --init {name} gives it one"
         )
-    device = Processes(args.device).device
-    precision = Precision.choose(args.precision, device)
-    attention = choose(args.attention, device, precision.dtype, model.config.head_size)
     tokenizer = load_tokenizer(source, model.config)
-    fill_mask = FillMask(model.to(device).eval(), tokenizer, device, precision, args.batch_tokens)
+    fill_mask = FillMask(model.to(runtime.device).eval(), tokenizer, runtime, args.batch_tokens)
     say(
-        f"model: {name} ({why}); {describe(device)}; precision: {precision.name}; attention: {attention}"
+        f"model: {name} ({why}); {runtime.describe()}; "
+        f"precision: {runtime.precision}; attention: {attention}"
     )
 
     # 2. The sentences it is asked to complete.
@@ -279,7 +284,7 @@ def evaluate(args: argparse.Namespace, prompts: list[Prompt], name: str) -> None
         f"{len(prompts)} templates, {len(texts):,} texts and {len(unlabelled):,} unlabelled: {seconds:.0f} s"
     )
     settings = {"model": name, "data": args.evaluate, "words": args.words, "max_len": args.max_len}
-    device = describe(prompts[0].fill_mask.device)
+    device = prompts[0].fill_mask.runtime.describe()
     settings |= {"seed": args.seed, "seconds": round(seconds, 1), "device": device}
     write_json(args.out / "prompts.json", settings | {"rows": rows, "with_labels": baselines})
     from minitune.support.plots import (  # matplotlib takes a second to import

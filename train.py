@@ -10,7 +10,6 @@ look at the result. What is written to --out loads here and in `transformers` as
 """
 
 import argparse
-import functools
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 import torch
 
 from minitune.attention import choose
-from minitune.checkpoint import find_model, load_masked_lm, load_tokenizer, save_model
+from minitune.checkpoint import find_model, load_masked_lm, load_tokenizer, read_config, save_model
 from minitune.corpus import Corpus
 from minitune.data import Dataset
 from minitune.initialization import start_with_frequencies, start_with_neighbours
@@ -35,7 +34,7 @@ from minitune.support.cli import (
 )
 from minitune.support.errors import UserError
 from minitune.support.runs import Run
-from minitune.support.runtime import Precision, Processes, check_device, describe, peak_memory
+from minitune.support.runtime import Runtime
 from minitune.training import Trainer, train_or_say_how_to_go_on
 
 STARTED = time.monotonic()
@@ -111,24 +110,20 @@ def read_arguments() -> tuple[argparse.Namespace, Run]:
     args = options.parse_args()
     run = Run.open(args.out, args.resume, mark="corpus")
     args = options.resumed(run.settings, MAY_CHANGE, args.out)
-    check_device(args.device)
     return args, run
 
 
 def main() -> None:
     """The job, top to bottom."""
     args, run = read_arguments()
-    processes = Processes(args.device)
-    say = functools.partial(print, flush=True) if processes.is_main else lambda *_: None
+    runtime = Runtime.start(args.device, args.precision)
     if run.is_finished:
         run.clean_up()  # killed between its last two lines
-        say(f"{args.out} is finished; its figures are in {args.out}/metrics.json")
+        runtime.log(f"{args.out} is finished; its figures are in {args.out}/metrics.json")
         return
     if args.resume and not run.settings:
-        say(f"nothing to resume in {args.out}: starting anew")
-    precision = Precision.choose(args.precision, processes.device)
-
-    if processes.is_main:
+        runtime.log(f"nothing to resume in {args.out}: starting anew")
+    if runtime.is_main:
         run.check_writable()
 
     # 1. The model: random, or real weights. Its tokenizer comes with it, or is learned.
@@ -136,14 +131,16 @@ def main() -> None:
     tokenizer = None
     if args.init:
         source = find_model(args.init)
-        model, has_head = load_masked_lm(source, args.attention)
-        config = model.config
+        config = read_config(source)
         tokenizer = load_tokenizer(source, config)
-        say(f"model: {args.init} ({source}), its masked-LM head {'too' if has_head else 'new'}")
     else:
         config = PRESETS[args.preset]
-        say(f"model: {args.preset}, from random weights")
-    attention = choose(args.attention, processes.device, precision.dtype, config.head_size)
+        runtime.log(f"model: {args.preset}, from random weights")
+    attention = choose(args.attention, runtime.device, runtime.dtype, config.head_size)
+    if args.init:
+        model, has_head = load_masked_lm(source, attention)
+        head = "too" if has_head else "new"
+        runtime.log(f"model: {args.init} ({source}), its masked-LM head {head}")
     args.max_len = choose_max_len(args.max_len, config.max_position_embeddings, args.batch_tokens)
 
     # 2. The text, as token ids. The main process tokenises, the others wait for it.
@@ -151,15 +148,15 @@ def main() -> None:
     key = Corpus.key(dataset, tokenizer, args.vocab_size)
     if run.state_path.is_file() and run.settings.get("corpus") != key:
         raise UserError(f"--data {args.data} has changed since the run in {args.out} began")
-    corpus = Corpus.open(dataset, tokenizer, args.vocab_size) if processes.is_main else None
-    processes.barrier()
+    corpus = Corpus.open(dataset, tokenizer, args.vocab_size) if runtime.is_main else None
+    runtime.barrier()
     corpus = corpus or Corpus.open(dataset, tokenizer, args.vocab_size)
     if not args.init:
         config = replace(config, vocab_size=corpus.tokenizer.vocab_size)
-        model = BertForMaskedLM(config, args.attention)
+        model = BertForMaskedLM(config, attention)
         start_with_neighbours(model.bert)
         start_with_frequencies(model.head, torch.from_numpy(corpus.unigrams))
-    model.to(processes.device)
+    model.to(runtime.device)
 
     # 3. The task: which words are hidden, and what a guess costs.
     task = MaskedLanguageModelling(
@@ -172,12 +169,12 @@ def main() -> None:
         seed=args.seed,
     )
     total_params = sum(p.numel() for p in model.parameters())
-    say(
+    runtime.log(
         f"data: {args.data}, {corpus.unigrams.sum():,} training tokens in {len(task.train):,} sequences"
     )
-    say(f"{total_params:,} parameters on {describe(processes.device)}")
-    say(f"precision: {precision.name} ({precision.why}); attention: {attention}")
-    say(
+    runtime.log(f"{total_params:,} parameters on {runtime.describe()}")
+    runtime.log(f"precision: {runtime.describe_precision()}; attention: {attention}")
+    runtime.log(
         f"to beat: every word equally likely, ln V = {task.uniform:.2f} nats; "
         f"words by their frequency alone, unigram entropy = {task.unigram:.2f}"
     )
@@ -190,34 +187,35 @@ def main() -> None:
         optimizer,
         task,
         run,
-        processes,
-        precision,
+        runtime,
         seed=args.seed,
         accumulate=args.accumulate,
         save_minutes=args.save_minutes,
     )
     checkpoint = run.load()
-    if processes.is_main:
+    if runtime.is_main:
         settings = {
             k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "resume"
         }
         run.start(settings | {"corpus": key})
     if checkpoint:
         trainer.restore(*checkpoint)
-        say(f"resumed at step {trainer.step:,} of {trainer.steps:,}")
+        runtime.log(f"resumed at step {trainer.step:,} of {trainer.steps:,}")
     elif args.steps:
         trainer.steps = args.steps
     else:
         trainer.steps = trainer.plan(STARTED + 60 * args.minutes)
-        say(f"{trainer.steps:,} steps fit into {args.minutes:g} minutes")
-    final = train_or_say_how_to_go_on(trainer, args.out, say)
+        runtime.log(f"{trainer.steps:,} steps fit into {args.minutes:g} minutes")
+    final = train_or_say_how_to_go_on(trainer, args.out)
 
     # 5. Look at the result, and keep it.
-    say(f"validation: loss {final['loss']:.3f}, {final['masked_accuracy']:.1%} of the blanks right")
-    processes.close()
-    if not processes.is_main:
+    runtime.log(
+        f"validation: loss {final['loss']:.3f}, {final['masked_accuracy']:.1%} of the blanks right"
+    )
+    runtime.close()
+    if not runtime.is_main:
         return
-    for line in fill_examples(model, task, precision, processes.device):
+    for line in fill_examples(model, task, runtime):
         print(line)
     save_model(model, corpus.tokenizer, args.out)
     from minitune.support.plots import plot_pretraining  # matplotlib takes a second to import
@@ -236,12 +234,12 @@ def main() -> None:
             "train_seconds": round(trainer.seconds, 1),
             "total_seconds": round(time.monotonic() - STARTED, 1),
             "tokens_per_second": round(trainer.tokens / trainer.seconds),
-            "peak_memory_bytes": peak_memory(processes.device),
+            "peak_memory_bytes": runtime.peak_memory(),
             "saved_bytes": (args.out / "model.safetensors").stat().st_size,
             "train_examples": len(task.train),
             "seed": args.seed,
-            "device": describe(processes.device),
-            "precision": precision.name,
+            "device": runtime.describe(),
+            "precision": runtime.precision,
             "attention": attention,
         }
     )

@@ -15,7 +15,6 @@ holding all scores, fast/triton_attention.py for that on a GPU, and padded_atten
 suits a CPU. No backend drops attention weights at random: minitune trains without dropout there.
 """
 
-import functools
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -211,7 +210,6 @@ def padded(
 BACKENDS = {"reference": reference, "padded": padded, "tiled": tiled, "sdpa": sdpa, "triton": fused}
 
 
-@functools.cache  # asked in every layer of every step
 def choose(backend: str, device: torch.device, dtype: torch.dtype, head_size: int) -> str:
     """The backend that "auto" stands for; any other name is returned as it is.
 
@@ -252,13 +250,12 @@ def attention(
     v: Tensor,
     cu_seqlens: Tensor,
     max_seqlen: int,
-    backend: str = "auto",
+    backend: str = "sdpa",
     cu_seqlens_q: Tensor | None = None,
 ) -> Tensor:
     """Attend within each sequence of a packed batch. Shapes as at the top of this file.
 
-    Raises KeyError for a backend that does not exist, UserError for "triton" where it cannot run.
+    Raises KeyError for a backend that does not exist; for "auto", see `choose`.
     """
-    backend = choose(backend, q.device, q.dtype, q.size(-1))
     cu_seqlens_q = cu_seqlens if cu_seqlens_q is None else cu_seqlens_q
     return BACKENDS[backend](q, k, v, cu_seqlens_q, cu_seqlens, max_seqlen)

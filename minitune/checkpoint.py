@@ -194,7 +194,7 @@ def save_model(
     write_tensors(directory / "model.safetensors", to_bert(model.state_dict()), {"format": "pt"})
 
 
-def load_masked_lm(directory: Path, attention: str = "auto") -> tuple[BertForMaskedLM, bool]:
+def load_masked_lm(directory: Path, attention: str = "sdpa") -> tuple[BertForMaskedLM, bool]:
     """The model in a BERT directory, and whether it brought a masked-LM head of its own.
 
     Where it did not, the head is new: its dense layer has BERT's initial weights, its biases are 0.
@@ -209,7 +209,7 @@ def load_masked_lm(directory: Path, attention: str = "auto") -> tuple[BertForMas
 
 
 def load_for_classification(
-    directory: Path, labels: dict[int, str], attention: str = "auto"
+    directory: Path, labels: dict[int, str], attention: str = "sdpa"
 ) -> BertForSequenceClassification:
     """The encoder in a BERT directory under a new classifier, and its pooler where it has one."""
     config = replace(read_config(directory), id2label=labels)
@@ -219,7 +219,7 @@ def load_for_classification(
     return model
 
 
-def load_classifier(directory: Path, attention: str = "auto") -> BertForSequenceClassification:
+def load_classifier(directory: Path, attention: str = "sdpa") -> BertForSequenceClassification:
     """A fine-tuned classifier with its label names, written here or by `transformers`."""
     config = read_config(directory)
     if not config.id2label:  # transformers leaves names out where they are LABEL_0, LABEL_1
@@ -393,7 +393,7 @@ class Trained:
         return modules
 
 
-def load_adapters(runs: dict[str, str], attention: str = "auto") -> AdapterSwitch:
+def load_adapters(runs: dict[str, str], attention: str = "sdpa") -> AdapterSwitch:
     """One base model with the adapters of several runs, given as {name: directory}.
 
     Raises UserError where a run holds no adapters, or they were trained on different bases.

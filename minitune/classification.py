@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minitune.batching import PackedBatch, shuffled_batches, sorted_batches
-from minitune.support.runtime import Processes
+from minitune.support.runtime import Runtime
 from minitune.tokenizer import Tokenizer
 
 HEAD_SHARE = 0.25  # of a text that is cut, this much from its beginning and the rest from its end
@@ -171,20 +171,20 @@ class Classification:
         inputs, labels = batch
         return F.cross_entropy(model(inputs).float(), labels, reduction="sum")
 
-    def evaluate(self, model: nn.Module, processes: Processes, quick: bool = False) -> dict:
+    def evaluate(self, model: nn.Module, runtime: Runtime, quick: bool = False) -> dict:
         """Mean loss and accuracy on the validation rows, over all processes; never on a part of them."""
-        return evaluate(model, self.validation, self.batch_tokens, processes)
+        return evaluate(model, self.validation, self.batch_tokens, runtime)
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, examples: Examples, batch_tokens: int, processes: Processes) -> dict:
+def evaluate(model: nn.Module, examples: Examples, batch_tokens: int, runtime: Runtime) -> dict:
     """`accuracy` and mean `loss` of a classifier; batches are shared out over the processes."""
     totals = torch.zeros(3, dtype=torch.float64)  # loss, right answers, answers
-    for batch in examples.batches(batch_tokens)[processes.rank :: processes.count]:
-        inputs, labels = batch.to(processes.device)
+    for batch in examples.batches(batch_tokens)[runtime.rank :: runtime.world_size]:
+        inputs, labels = batch.to(runtime.device)
         logits = model(inputs).float()
         loss = F.cross_entropy(logits, labels, reduction="sum")
         right = (logits.argmax(-1) == labels).sum()
         totals += torch.tensor([loss.item(), right.item(), len(batch)], dtype=torch.float64)
-    loss, right, answers = processes.sum(totals).tolist()
+    loss, right, answers = runtime.sum(totals).tolist()
     return {"accuracy": right / answers, "loss": loss / answers}

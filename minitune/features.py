@@ -19,7 +19,7 @@ from minitune.classification import Examples, Sequences
 from minitune.model import Bert, mean_of_tokens
 from minitune.support.errors import UserError
 from minitune.support.runs import write_tensors
-from minitune.support.runtime import Precision, Processes
+from minitune.support.runtime import Runtime
 
 BLOCK = 1024  # texts in a file of features; a kill loses the work on one
 
@@ -96,8 +96,7 @@ def extract(
     bert: Bert,
     examples: dict[str, Examples],
     directory: Path,
-    processes: Processes,
-    precision: Precision,
+    runtime: Runtime,
 ) -> tuple[dict[str, Examples], float]:
     """The examples of each split with features as inputs, and the seconds that the training rows took.
 
@@ -107,32 +106,32 @@ def extract(
     extracted, seconds = {}, {}
     for split, own in examples.items():
         prefix = directory / f"{split}-features"
-        matrix, seconds[split] = _extract(bert, own.inputs, prefix, processes, precision)
+        matrix, seconds[split] = _extract(bert, own.inputs, prefix, runtime)
         extracted[split] = Examples(Features(matrix), own.labels)
     return extracted, seconds["train"]
 
 
 @torch.no_grad()
 def _extract(
-    bert: Bert, sequences: Sequences, prefix: Path, processes: Processes, precision: Precision
+    bert: Bert, sequences: Sequences, prefix: Path, runtime: Runtime
 ) -> tuple[Tensor, float]:
     """(N, F) features, and the seconds. Processes take turns in doing a block; each reads all of them."""
     order = np.argsort(sequences.lengths, kind="stable")
     blocks = [order[i : i + BLOCK] for i in range(0, len(order), BLOCK)]
     paths = [prefix.with_name(f"{prefix.name}-{i:05d}.safetensors") for i in range(len(blocks))]
-    mine = range(processes.rank, len(blocks), processes.count)
-    bar = tqdm(mine, desc=prefix.name, disable=None if processes.rank == 0 else True)
+    mine = range(runtime.rank, len(blocks), runtime.world_size)
+    bar = tqdm(mine, desc=prefix.name, disable=None if runtime.is_main else True)
     for i in bar:
         if paths[i].is_file():
             continue
         started, parts = time.monotonic(), []
-        for indices in filled(blocks[i], sequences.lengths, reading_tokens(processes.device)):
-            batch = sequences.pack(indices).to(processes.device)
-            with precision.autocast(processes.device):
+        for indices in filled(blocks[i], sequences.lengths, reading_tokens(runtime.device)):
+            batch = sequences.pack(indices).to(runtime.device)
+            with runtime.autocast():
                 parts.append(pooled_layers(bert, batch).float().cpu())
         seconds = str(time.monotonic() - started)
         write_tensors(paths[i], {"features": torch.cat(parts)}, {"seconds": seconds})
-    processes.barrier()  # now all blocks are there
+    runtime.barrier()  # now all blocks are there
     matrix, seconds = torch.empty(len(order), feature_size(bert)), 0.0
     for path, block in zip(paths, blocks, strict=True):
         try:
@@ -141,4 +140,4 @@ def _extract(
                 seconds += float(file.metadata()["seconds"])
         except (SafetensorError, OSError, RuntimeError) as error:
             raise UserError(f"{path} is damaged: delete it, and --resume makes it anew") from error
-    return matrix, seconds / processes.count
+    return matrix, seconds / runtime.world_size

@@ -26,7 +26,7 @@ from minitune.optimizer import Optimizer, Rates
 from minitune.soup import Soup
 from minitune.support.errors import UserError
 from minitune.support.runs import Run
-from minitune.support.runtime import Precision, Processes, describe, forget_peak_memory, peak_memory
+from minitune.support.runtime import Runtime
 from minitune.tokenizer import Tokenizer
 from minitune.training import Trainer, train_or_say_how_to_go_on
 
@@ -52,16 +52,14 @@ class Common:
     tokenizer: Tokenizer
     reviews: Reviews
     examples: dict[str, Examples]
-    processes: Processes
-    precision: Precision
+    runtime: Runtime
     attention: str  # the backend that --attention stands for
-    say: Callable[[str], None]
 
 
 def fine_tune(job: Job, common: Common) -> dict:
     """One method, from the pretrained weights to its accuracy on the test rows; returns the metrics."""
-    args, run, processes, precision = common.args, job.run, common.processes, common.precision
-    say, recipe, device = common.say, METHODS[job.method], processes.device
+    args, run, runtime = common.args, job.run, common.runtime
+    say, recipe = runtime.log, METHODS[job.method]
     say(f"\n{job.method}: {recipe.summary}")
     for key in ("base", "dataset"):
         if run.settings and run.settings[key] != common.settings[key]:
@@ -71,21 +69,21 @@ def fine_tune(job: Job, common: Common) -> dict:
         say(f"{run.directory} is finished")
         return run.metrics
     started = time.monotonic()
-    forget_peak_memory(device)
+    runtime.reset_peak_memory()
     checkpoint = run.load()
     # The model comes first: where its file is damaged, no directory is left behind.
     torch.manual_seed(job.seed)
     model = build(
-        job.method, common.source, common.reviews.names, args.adapter_size, args.attention
+        job.method, common.source, common.reviews.names, args.adapter_size, common.attention
     )
-    model.to(device)
-    precision.cast_frozen(model.bert)
+    model.to(runtime.device)
+    runtime.cast_frozen(model.bert)
     # A run that goes on keeps its own.
     own_rates = Rates(**run.settings["rates"]) if run.settings else rates(job.method, common.source)
-    if processes.is_main:
+    if runtime.is_main:
         described = {k: v for k, v in vars(job).items() if k != "run"}
         run.start(common.settings | {"job": described, "rates": asdict(own_rates)})
-    processes.barrier()  # the directory is there, and this job's
+    runtime.barrier()  # the directory is there, and this job's
 
     # The rows it learns from. With few labels, as few choose the best epoch: no more would be at
     # hand.
@@ -100,10 +98,8 @@ def fine_tune(job: Job, common: Common) -> dict:
     learner, extraction_seconds = model, 0.0
     if job.method == "feature":
         directory = run.state_path.parent
-        examples, extraction_seconds = extract(
-            model.bert, examples, directory, processes, precision
-        )
-        learner, precision = model.head, Precision("fp32")
+        examples, extraction_seconds = extract(model.bert, examples, directory, runtime)
+        learner, runtime = model.head, replace(runtime, precision="fp32")
         learner.standardise(examples["train"].inputs.matrix)
     # The head of "feature" reads vectors, one a text, so that its budget counts texts.
     asked = args.batch_tokens if learner is model else None
@@ -125,8 +121,7 @@ def fine_tune(job: Job, common: Common) -> dict:
         optimizer,
         task,
         run,
-        processes,
-        precision,
+        runtime,
         seed=job.seed,
         warmup=0.1,
         accumulate=args.accumulate,
@@ -147,12 +142,12 @@ def fine_tune(job: Job, common: Common) -> dict:
     if checkpoint:
         trainer.restore(*checkpoint)
         say(f"resumed at step {trainer.step:,} of {trainer.steps:,}")
-    validation = train_or_say_how_to_go_on(trainer, args.out, say)
+    validation = train_or_say_how_to_go_on(trainer, args.out)
 
     # Score the test rows, this once, and keep what was trained.
     learner.eval()
-    with precision.autocast(device):
-        test = evaluate(learner, examples["test"], batch_tokens, processes)
+    with runtime.autocast():
+        test = evaluate(learner, examples["test"], batch_tokens, runtime)
     training, epoch = divmod(task.epoch_ends.index(trainer.best["step"]), epochs)
     average_of = trainer.best["average_of"]
     best = f"epoch {epoch + 1} of {epochs}" + (
@@ -181,16 +176,16 @@ def fine_tune(job: Job, common: Common) -> dict:
         "total_seconds": round(time.monotonic() - started, 1),
         # A frozen encoder reads each text once, however many epochs its head trains.
         "tokens_per_second": round((tokens if learner is not model else trainer.tokens) / seconds),
-        "peak_memory_bytes": peak_memory(device),
+        "peak_memory_bytes": runtime.peak_memory(),
         "train_examples": len(examples["train"]),
         "seed": job.seed,
         "model": common.name,
         "data": args.data,
-        "device": describe(device),
-        "precision": common.precision.name,
+        "device": runtime.describe(),
+        "precision": common.runtime.precision,
         "attention": common.attention,
     }
-    if processes.is_main:
+    if runtime.is_main:
         weights = save(model, job, common)
         metrics |= {"saved_bytes": weights.stat().st_size, "trained": trained}
         run.finish(metrics)

@@ -179,7 +179,7 @@ class Layer(nn.Module):
 class Bert(nn.Module):
     """Embeddings and a stack of layers: a packed batch in, one vector a token out."""
 
-    def __init__(self, config: BertConfig, attention_backend: str = "auto"):
+    def __init__(self, config: BertConfig, attention_backend: str = "sdpa"):
         super().__init__()
         self.config = config
         self.embeddings = Embeddings(config)
@@ -248,7 +248,7 @@ class MaskedLMHead(nn.Module):
 class BertForMaskedLM(nn.Module):
     """BERT with the head that pretraining uses."""
 
-    def __init__(self, config: BertConfig, attention_backend: str = "auto"):
+    def __init__(self, config: BertConfig, attention_backend: str = "sdpa"):
         super().__init__()
         self.config = config
         self.bert = Bert(config, attention_backend)
@@ -268,7 +268,7 @@ class BertForMaskedLM(nn.Module):
 class BertForSequenceClassification(nn.Module):
     """BERT with the head that fine-tuning uses: one score a label for each sequence."""
 
-    def __init__(self, config: BertConfig, attention_backend: str = "auto"):
+    def __init__(self, config: BertConfig, attention_backend: str = "sdpa"):
         super().__init__()
         self.config = config
         self.bert = Bert(config, attention_backend)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from minitune.adapters import AdapterSwitch
+from minitune.attention import choose
 from minitune.batching import reading_tokens, sorted_batches
 from minitune.calibration import CALIBRATIONS, mean_log_probabilities
 from minitune.checkpoint import (
@@ -30,6 +31,7 @@ from minitune.checkpoint import (
     find_model,
     load_classifier,
     load_for_classification,
+    read_config,
 )
 from minitune.classification import Sequences
 from minitune.data import SUFFIXES, Dataset, Row, label_index
@@ -38,7 +40,7 @@ from minitune.prompting import Prompt, in_words
 from minitune.support.cli import check_utf8
 from minitune.support.errors import UserError
 from minitune.support.runs import read_json
-from minitune.support.runtime import Precision, Processes, check_device
+from minitune.support.runtime import Runtime
 from minitune.tokenizer import Tokenizer
 
 BLOCK = 2048  # texts that are in memory at a time
@@ -81,18 +83,22 @@ class Classifier:
         )
 
     @classmethod
-    def load(cls, name: str, attention: str = "auto") -> "Classifier":
+    def load(cls, name: str, runtime: Runtime, attention: str = "auto") -> "Classifier":
         """From the directory of any fine-tuning run, or a BertForSequenceClassification directory or id."""
         directory = find_model(name)
-        if not (directory / "trained.json").is_file():
+        trained = None
+        if (directory / "trained.json").is_file():
+            trained = Trained.read(directory)
+        base = trained.find_base(directory) if trained else directory
+        head_size = read_config(base).head_size
+        attention = choose(attention, runtime.device, runtime.dtype, head_size)
+        if not trained:
             model = load_classifier(directory, attention)
             settings, max_len = directory / "settings.json", model.config.max_position_embeddings
             if settings.is_file():
                 max_len = read_json(settings).get("max_len", max_len)
             check_max_len(max_len, model.config, settings)
             return cls(model, Tokenizer.load(directory), model.config.id2label, max_len)
-        trained = Trained.read(directory)
-        base = trained.find_base(directory)
         model = load_for_classification(base, trained.labels, attention)
         check_max_len(trained.max_len, model.config, directory / "trained.json")
         if trained.method == "adapter":
@@ -110,10 +116,10 @@ class Classifier:
         return cls(model, Tokenizer.load(base), trained.labels, trained.max_len)
 
     def predict(
-        self, texts: Iterable[str], device: torch.device, precision: Precision, batch_tokens: int
+        self, texts: Iterable[str], runtime: Runtime, batch_tokens: int
     ) -> Iterator[Prediction]:
         """One prediction a text, in the order of the texts; read and answered a block at a time."""
-        self.model.to(device)
+        self.model.to(runtime.device)
         texts = iter(texts)
         while block := list(itertools.islice(texts, BLOCK)):
             sequences = Sequences(block, self.tokenizer, self.max_len)
@@ -121,9 +127,9 @@ class Classifier:
             # One context for all batches: while it lasts, autocast keeps what it has made of
             # weights that require gradients (of others, and under inference_mode, it keeps
             # nothing).
-            with torch.no_grad(), precision.autocast(device):
+            with torch.no_grad(), runtime.autocast():
                 for indices in sorted_batches(sequences.lengths, batch_tokens):
-                    logits = self.model(sequences.pack(indices).to(device))
+                    logits = self.model(sequences.pack(indices).to(runtime.device))
                     probabilities[torch.from_numpy(indices)] = logits.float().softmax(-1).cpu()
             for text, p, truncated in zip(
                 block, probabilities.tolist(), sequences.truncated, strict=True
@@ -178,19 +184,17 @@ class PromptPrediction(Prediction):
 
 def label_new_reviews(args: argparse.Namespace) -> None:
     """`finetune.py --predict`, from its options to the last answer."""
-    check_device(args.device)
+    runtime = Runtime.start(args.device, args.precision)
     sys.stdout.reconfigure(encoding="utf-8")  # as every file, whatever the locale says
     name = args.model or _latest_run(args.out)
-    classifier = Classifier.load(name, args.attention)
-    device = Processes(args.device).device
-    precision = Precision.choose(args.precision, device)
+    classifier = Classifier.load(name, runtime, args.attention)
     say(
-        f"model: {name}; labels: {', '.join(classifier.labels.values())}; precision: {precision.name}"
+        f"model: {name}; labels: {', '.join(classifier.labels.values())}; precision: {runtime.precision}"
     )
 
     def predict(texts: Iterator[str]) -> Iterator[Prediction]:
-        batch_tokens = args.batch_tokens or reading_tokens(device)
-        return classifier.predict(texts, device, precision, batch_tokens)
+        batch_tokens = args.batch_tokens or reading_tokens(runtime.device)
+        return classifier.predict(texts, runtime, batch_tokens)
 
     cut = f"had more than {classifier.max_len} tokens: their two ends were read"
     print_answers(args.predict, "--predict", classifier.labels, predict, args.json, cut)

@@ -13,7 +13,7 @@ from minitune.batching import PackedBatch, filled, shuffled_batches
 from minitune.corpus import Corpus
 from minitune.masking import mask_tokens
 from minitune.model import BertForMaskedLM
-from minitune.support.runtime import Precision, Processes
+from minitune.support.runtime import Runtime
 
 VALIDATION_RATE = 0.15  # whatever the training rate is, so that runs can be compared
 VALIDATION_TOKENS = 1 << 19  # of a large corpus, an evenly spread part is enough
@@ -148,17 +148,17 @@ class MaskedLanguageModelling:
         return None
 
     @torch.no_grad()
-    def evaluate(self, model: BertForMaskedLM, processes: Processes, quick: bool = False) -> dict:
+    def evaluate(self, model: BertForMaskedLM, runtime: Runtime, quick: bool = False) -> dict:
         """Mean loss and accuracy at the blanks of the validation rows, over all processes."""
         totals = torch.zeros(3, dtype=torch.float64)  # loss, right guesses, guesses
         batches = self.validation[:: QUICK if quick else 1]
-        for cloze in batches[processes.rank :: processes.count]:
-            cloze = cloze.to(processes.device)
+        for cloze in batches[runtime.rank :: runtime.world_size]:
+            cloze = cloze.to(runtime.device)
             logits = model(cloze.batch, cloze.positions).float()
             loss = F.cross_entropy(logits, cloze.labels, reduction="sum")
             right = (logits.argmax(-1) == cloze.labels).sum()
             totals += torch.tensor([loss.item(), right.item(), len(cloze)], dtype=torch.float64)
-        loss, right, guesses = processes.sum(totals).tolist()
+        loss, right, guesses = runtime.sum(totals).tolist()
         return {"loss": loss / max(guesses, 1), "masked_accuracy": right / max(guesses, 1)}
 
 
@@ -188,8 +188,7 @@ SENTENCE_TOKENS = range(8, 28)  # fits a line
 def fill_examples(
     model: BertForMaskedLM,
     task: MaskedLanguageModelling,
-    precision: Precision,
-    device: torch.device,
+    runtime: Runtime,
 ) -> list[str]:
     """Lines that show the model at work: a word hidden in held-out sentences, and its guesses."""
     tokenizer, lines = task.tokenizer, []
@@ -203,9 +202,9 @@ def fill_examples(
         blank = int(rng.choice(words))
         hidden, ids[blank] = ids[blank], tokenizer.mask_id
         sequence = torch.tensor(tokenizer.frame(ids))
-        batch = PackedBatch.from_sequences([sequence]).to(device)
-        with precision.autocast(device):
-            logits = model(batch, torch.tensor([blank + 1], device=device))
+        batch = PackedBatch.from_sequences([sequence]).to(runtime.device)
+        with runtime.autocast():
+            logits = model(batch, torch.tensor([blank + 1], device=runtime.device))
         top = logits[0].float().softmax(-1).topk(4)
         guesses = ", ".join(
             f"{tokenizer.token(word)} {p:.0%}"

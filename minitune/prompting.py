@@ -11,7 +11,7 @@ Shapes: N texts, L labels, V = vocab_size.
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from minitune.batching import PackedBatch, reading_tokens, sorted_batches
 from minitune.model import BertForMaskedLM
 from minitune.support.errors import UserError
-from minitune.support.runtime import Precision
+from minitune.support.runtime import Runtime
 from minitune.tokenizer import Tokenizer
 
 TEXT, MASK = "{text}", "[MASK]"
@@ -55,8 +55,7 @@ class FillMask:
 
     model: BertForMaskedLM
     tokenizer: Tokenizer
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    precision: Precision = field(default_factory=lambda: Precision("fp32"))
+    runtime: Runtime
     batch_tokens: int | None = None  # None: what suits the device
 
     @torch.no_grad()
@@ -68,7 +67,7 @@ class FillMask:
         at most.
         """
         lengths = np.array([len(query.ids) for query in queries])
-        batch_tokens = self.batch_tokens or reading_tokens(self.device)
+        batch_tokens = self.batch_tokens or reading_tokens(self.runtime.device)
         for indices in sorted_batches(lengths, batch_tokens):
             chosen = [queries[i] for i in indices]
             batch = PackedBatch.from_sequences([torch.tensor(query.ids) for query in chosen])
@@ -78,9 +77,9 @@ class FillMask:
                 for query, start in zip(chosen, starts, strict=False)
                 for i in query.blanks
             ]
-            with self.precision.autocast(self.device):
+            with self.runtime.autocast():
                 hidden = self.model.bert(
-                    batch.to(self.device), torch.tensor(blanks, device=self.device)
+                    batch.to(self.runtime.device), torch.tensor(blanks, device=self.runtime.device)
                 )
             # The head in float32: in bfloat16 its log-probabilities come in steps of 1/16.
             logits = self.model.head(hidden.float(), self.model.bert.embeddings.word.weight)

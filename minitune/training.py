@@ -12,7 +12,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,7 +24,7 @@ from minitune.optimizer import Optimizer, one_cycle
 from minitune.soup import Soup
 from minitune.support.errors import UserError
 from minitune.support.runs import Run
-from minitune.support.runtime import Precision, Processes
+from minitune.support.runtime import Runtime
 
 MAX_GRADIENT_NORM = 1.0
 LOG_EVERY = 10  # steps
@@ -48,7 +48,7 @@ class Task(Protocol):
     def evaluation_due(self, step: int, steps: int) -> bool:
         """Whether to evaluate, quickly, after this many of so many steps."""
 
-    def evaluate(self, model: nn.Module, processes: Processes, quick: bool = False) -> dict:
+    def evaluate(self, model: nn.Module, runtime: Runtime, quick: bool = False) -> dict:
         """Metrics on validation rows; `quick` on a part of them."""
 
     def score(self, metrics: dict) -> Any:
@@ -68,8 +68,7 @@ class Trainer:
         optimizer: Optimizer,
         task: Task,
         run: Run,
-        processes: Processes,
-        precision: Precision,
+        runtime: Runtime,
         *,
         seed: int,
         warmup: float = 0.05,
@@ -77,18 +76,18 @@ class Trainer:
         save_minutes: float = 2.0,
     ):
         self.model, self.optimizer, self.task, self.run = model, optimizer, task, run
-        self.processes, self.precision = processes, precision
+        self.runtime = runtime
         self.seed, self.warmup, self.accumulate = seed, warmup, accumulate
         self.save_seconds = 60 * save_minutes
         # float16 gradients underflow to zero unless the loss is scaled up (Micikevicius et al.
         # 2018).
-        self.scaler = torch.amp.GradScaler(enabled=precision.name == "fp16")
+        self.scaler = torch.amp.GradScaler(enabled=runtime.precision == "fp16")
         self.step, self.steps, self.seconds, self.tokens = 0, 0, 0.0, 0
         self.last_save = (
             -math.inf
         )  # so a checkpoint is written at the first step, to go back to after a NaN
         self.interrupts = Interrupts()
-        self.reporter = Reporter(task.unit, task.yardstick, speaks=processes.is_main)
+        self.reporter = Reporter(task.unit, task.yardstick, speaks=runtime.is_main)
         self.soup: Soup | None = (
             None  # where several trainings, one after the other, are to be averaged
         )
@@ -130,13 +129,13 @@ class Trainer:
         # The first steps allocate memory, and compile kernels for batches of many shapes.
         seconds, _ = take_steps(REHEARSAL_STEPS)
         count = max(REHEARSAL_STEPS, int(REHEARSAL_SHARE * (deadline - time.monotonic()) / seconds))
-        count = self.processes.broadcast(count)
+        count = self.runtime.broadcast(count)
         take_steps(count)
         seconds, tokens = take_steps(count)
         # Evaluation is a forward pass, a third of the work of a step.
         evaluations = self.task.validation_tokens * seconds / tokens / 3
         steps = (deadline - time.monotonic() - evaluations) / seconds
-        return self.processes.broadcast(max(int(steps), 1))
+        return self.runtime.broadcast(max(int(steps), 1))
 
     def restore(self, tensors: dict[str, Tensor], progress: dict) -> None:
         """Go on from a checkpoint of `save`."""
@@ -148,7 +147,7 @@ class Trainer:
         self.best, self.best_weights = progress["best"], parts["best"]
         if self.soup:
             self.soup.average = {
-                name: t.to(self.processes.device) for name, t in parts["average"].items()
+                name: t.to(self.runtime.device) for name, t in parts["average"].items()
             }
         self.optimizer.load_state(parts["optimizer"])
         if progress["scaler"]:
@@ -159,7 +158,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint from which `restore` goes on to the same bits."""
-        if self.processes.is_main:
+        if self.runtime.is_main:
             tensors = {f"model/{name}": tensor for name, tensor in self.trained().items()}
             state = self.optimizer.state().items()
             tensors |= {f"optimizer/{name}": tensor for name, tensor in state}
@@ -198,7 +197,7 @@ class Trainer:
         final = self.best.get("metrics") or self.evaluate()
         self._check(final["loss"])
         self.save()
-        if self.processes.sum(torch.tensor([float(self.interrupts.asked)])) > 0:
+        if self.runtime.sum(torch.tensor([float(self.interrupts.asked)])) > 0:
             raise Interrupted  # asked for during the last step; nothing is left but to write the results
         return final
 
@@ -224,7 +223,7 @@ class Trainer:
         if self.task.evaluation_due(self.step, self.steps):
             self._validate(entry)
         due = self.step % LOG_EVERY == 0 or "validation" in entry or self.step == self.steps
-        if due and self.processes.is_main:
+        if due and self.runtime.is_main:
             self.run.log(entry)
         if self.soup and self.step in self.soup.ends:
             self._end_of_training()
@@ -237,7 +236,7 @@ class Trainer:
             self._load(self.soup.average)
             entry = {"step": self.step, "average_of": average_of}
             self._validate(entry)
-            if self.processes.is_main:
+            if self.runtime.is_main:
                 self.run.log(entry)
         if self.step < self.steps:
             self._load(self.soup.start)
@@ -246,23 +245,23 @@ class Trainer:
     def _gradients(self, batch: Any) -> tuple[float, float, bool]:
         """Fill p.grad: (mean loss, gradient norm before clipping, whether to stop here)."""
         # Dropout must not depend on where the run was resumed.
-        torch.manual_seed((self.seed * 1_000_003 + self.step) * 1009 + self.processes.rank)
+        torch.manual_seed((self.seed * 1_000_003 + self.step) * 1009 + self.runtime.rank)
         total = torch.zeros(2)  # loss, and how many processes were asked to stop
         self.scaler.scale(
-            torch.zeros((), device=self.processes.device)
+            torch.zeros((), device=self.runtime.device)
         )  # wakes a scaler without parts
-        parts = batch.split(self.processes.count * self.accumulate)
-        for part in parts[self.processes.rank :: self.processes.count]:
-            part = part.to(self.processes.device)
-            with self.precision.autocast(self.processes.device):
+        parts = batch.split(self.runtime.world_size * self.accumulate)
+        for part in parts[self.runtime.rank :: self.runtime.world_size]:
+            part = part.to(self.runtime.device)
+            with self.runtime.autocast():
                 # Over the predictions of the whole batch: parts differ in how many they have, and
                 # a mean of their means would weigh them wrongly.
                 loss = self.task.loss(self.model, part) / max(len(batch), 1)
             self.scaler.scale(loss).backward()
             total[0] += loss.detach().cpu()
         total[1] = self.interrupts.asked
-        self.processes.sum_gradients(self.parameters)
-        loss, stop = self.processes.sum(total).tolist()
+        self.runtime.sum_gradients(self.parameters)
+        loss, stop = self.runtime.sum(total).tolist()
         for optimizer in self.optimizer.parts:
             self.scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(self.parameters, MAX_GRADIENT_NORM).item()
@@ -296,8 +295,8 @@ class Trainer:
     def evaluate(self, quick: bool = False) -> dict:
         """The task's metrics on validation rows."""
         self.model.eval()
-        with self.precision.autocast(self.processes.device):
-            metrics = self.task.evaluate(self.model, self.processes, quick)
+        with self.runtime.autocast():
+            metrics = self.task.evaluate(self.model, self.runtime, quick)
         self.model.train()
         return metrics
 
@@ -323,14 +322,15 @@ class Trainer:
         self.seconds += time.monotonic() - started
 
 
-def train_or_say_how_to_go_on(trainer: Trainer, out: Path, say: Callable[[str], None]) -> dict:
+def train_or_say_how_to_go_on(trainer: Trainer, out: Path) -> dict:
     """`trainer.train()`, with the log as it was at the trainer's step; `out` is the script's --out."""
-    if trainer.processes.is_main:
+    if trainer.runtime.is_main:
         trainer.run.rewind_log(trainer.step)
     try:
         return trainer.train()
     except Interrupted:
-        say(f"\ninterrupted: saved at step {trainer.step:,}; go on with --resume --out {out}")
+        done = f"saved at step {trainer.step:,}"
+        trainer.runtime.log(f"\ninterrupted: {done}; go on with --resume --out {out}")
         raise
 
 

@@ -6,12 +6,12 @@ TRITON_INTERPRET=1 python -m pytest tests/kernels_in_their_own_process.py
 import pytest
 import torch
 
-from minitune.attention import attention
+from minitune.attention import choose
 from minitune.batching import PackedBatch
 from minitune.fast.triton_attention import TILES
 from minitune.model import BertConfig, Layer
 from minitune.support.errors import UserError
-from tests.attention_oracle import assert_is_the_definition, compute, cumulative, random_inputs
+from tests.attention_oracle import assert_is_the_definition, compute, random_inputs
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 each_dtype = pytest.mark.parametrize(
@@ -113,6 +113,5 @@ def test_a_layer_under_autocast_is_close_to_the_same_without():
 
 
 def test_a_size_of_heads_that_has_no_kernel():
-    *qkv, _ = inputs([2], 48)
     with pytest.raises(UserError, match="heads of 32, 64 or 128, and the model's have 48"):
-        attention(*qkv, cumulative([2]).to(DEVICE), 2, "triton")
+        choose("triton", DEVICE, torch.float32, 48)

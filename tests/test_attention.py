@@ -266,55 +266,37 @@ def test_padded_computes_a_piece_at_a_time(set_sizes):
 # The choice
 
 
-@pytest.fixture
-def choose_anew():
-    """`choose` without what it remembers, now and for the tests after this one."""
-    choose.cache_clear()
-    yield choose
-    choose.cache_clear()
-
-
 @pytest.mark.parametrize("name", [*HERE, "a name of the future"])
 def test_choose_passes_names_through(name):
     assert choose(name, CPU, torch.bfloat16, 64) == name
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_auto_on_a_gpu_is_triton_where_it_runs(monkeypatch, choose_anew, dtype):
+def test_auto_on_a_gpu_is_triton_where_it_runs(monkeypatch, dtype):
     cuda = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
-    assert [choose_anew("auto", cuda, dtype, size) for size in (32, 64, 128)] == ["triton"] * 3
-    assert choose_anew("auto", cuda, dtype, 48) == "sdpa"
+    assert [choose("auto", cuda, dtype, size) for size in (32, 64, 128)] == ["triton"] * 3
+    assert choose("auto", cuda, dtype, 48) == "sdpa"
     with pytest.raises(UserError, match="heads of 32, 64 or 128, and the model's have 48"):
-        choose_anew("triton", cuda, dtype, 48)
+        choose("triton", cuda, dtype, 48)
 
 
-def test_auto_on_an_old_gpu_is_sdpa(monkeypatch, choose_anew):
+def test_auto_on_an_old_gpu_is_sdpa(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert choose_anew("auto", torch.device("cuda"), torch.float16, 64) == "sdpa"
+    assert choose("auto", torch.device("cuda"), torch.float16, 64) == "sdpa"
 
 
-def test_auto_on_a_gpu_without_triton_is_sdpa(monkeypatch, choose_anew):
+def test_auto_on_a_gpu_without_triton_is_sdpa(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert choose_anew("auto", torch.device("cuda"), torch.float16, 64) == "sdpa"
+    assert choose("auto", torch.device("cuda"), torch.float16, 64) == "sdpa"
     with pytest.raises(UserError, match="triton is not installed"):
-        choose_anew("triton", torch.device("cuda"), torch.float16, 64)
-
-
-def test_auto_computes_what_the_backend_it_stands_for_computes():
-    lengths = [3, 9]
-    for dtype in (torch.float32, torch.bfloat16):
-        *qkv, _ = random_inputs(lengths, 32, dtype)
-        chosen = choose("auto", CPU, dtype, 32)
-        expected = attention(*qkv, cumulative(lengths), 9, chosen)
-        assert torch.equal(attention(*qkv, cumulative(lengths), 9), expected)
+        choose("triton", torch.device("cuda"), torch.float16, 64)
 
 
 def test_triton_on_a_cpu_is_a_user_error():
-    *qkv, _ = random_inputs([2], 32)
     with pytest.raises(UserError, match="needs a CUDA device"):
-        attention(*qkv, cumulative([2]), 2, "triton")
+        choose("triton", CPU, torch.float32, 32)
 
 
 def test_nothing_needs_triton_until_it_is_asked_for():

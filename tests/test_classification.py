@@ -21,13 +21,13 @@ from minitune.soup import Soup
 from minitune.support.errors import UserError
 from minitune.support.results import interval
 from minitune.support.runs import Run
-from minitune.support.runtime import Precision, Processes
+from minitune.support.runtime import Runtime
 from minitune.tokenizer import Tokenizer
 from minitune.training import Trainer
 
 FIRST_WORD = 5  # w0, after the special tokens; w1 is 6, and so on
 CLS, SEP = 2, 3
-CPU = Processes("cpu")
+CPU = Runtime.start("cpu", "fp32")
 
 
 @pytest.fixture
@@ -212,7 +212,7 @@ def test_processes_share_the_rows_out_and_add_up_what_they_found():
     examples, found = Examples(Features(logits), labels), []
     for rank in (0, 1):
         share = SimpleNamespace(
-            rank=rank, count=2, device=CPU.device, sum=lambda t: found.append(t) or t
+            rank=rank, world_size=2, device=CPU.device, sum=lambda t: found.append(t) or t
         )
         evaluate(Table(), examples, 3, share)
     loss, right, answers = sum(found).tolist()
@@ -235,9 +235,9 @@ class Threshold(nn.Module):
 class Watched(Classification):
     """Remembers the weight at each validation."""
 
-    def evaluate(self, model, processes, quick=False):
+    def evaluate(self, model, runtime, quick=False):
         self.seen = [*getattr(self, "seen", []), model.w.item()]
-        return super().evaluate(model, processes, quick)
+        return super().evaluate(model, runtime, quick)
 
 
 def numbers(*rows):
@@ -254,7 +254,7 @@ def train_threshold(tmp_path, validation):
     model, run = Threshold(), Run(tmp_path)
     run.start({})
     optimizer = Optimizer(model, "adamw", 1.0, 1.0, 0.0)
-    trainer = Trainer(model, optimizer, task, run, CPU, Precision("fp32"), seed=0)
+    trainer = Trainer(model, optimizer, task, run, CPU, seed=0)
     trainer.steps = task.steps
     metrics = trainer.train()
     assert len(task.seen) == 5 and task.seen == sorted(set(task.seen))
@@ -299,7 +299,7 @@ def test_trainings_of_a_soup_begin_alike_and_end_in_their_average(tmp_path):
     model, run = Threshold(), Run(tmp_path)
     run.start({})
     optimizer = Optimizer(model, "adamw", 1.0, 1.0, 0.0)
-    trainer = Trainer(model, optimizer, task, run, CPU, Precision("fp32"), seed=0)
+    trainer = Trainer(model, optimizer, task, run, CPU, seed=0)
     trainer.steps, trainer.soup = task.steps, Soup(trainer.trained(), ends=task.epoch_ends)
     trainer.train()
     one, other, average = task.seen

@@ -894,12 +894,12 @@ def tuned(model, folder):
     for method in ("feature", "adapter"):
         directory = folder / "runs" / "finetune" / method
         directory.mkdir(parents=True)
-        network = build(method, model, labels, 4, "auto")
+        network = build(method, model, labels, 4, "sdpa")
         save_trained(directory, method, network, labels, "model", weights_hash(model), 16)
         (directory / "metrics.json").write_text('{"method": "feature"}')
     directory = folder / "runs" / "finetune" / "full"
     directory.mkdir()
-    classifier = build("full", model, labels, 4, "auto")
+    classifier = build("full", model, labels, 4, "sdpa")
     classifier = BertForSequenceClassification(replace(classifier.config, id2label=labels))
     save_model(classifier, Tokenizer.load(model), directory)
     return folder / "runs" / "finetune"

@@ -1,7 +1,5 @@
 """Feature extraction: what a text's vector is, that the encoder stays as it was, blocks on disk, the head."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -16,7 +14,7 @@ from minitune.model import Bert, BertConfig
 from minitune.optimizer import Optimizer
 from minitune.prediction import Classifier
 from minitune.support.runs import Run
-from minitune.support.runtime import Precision, Processes
+from minitune.support.runtime import Runtime
 from minitune.training import Trainer
 
 CONFIG = BertConfig(
@@ -34,7 +32,7 @@ TEXTS = [
     "Was that a joke, or two hours of film, or a café?", "pure joy, so pure", "awful", "good good film",
 ]  # fmt: skip
 LABELS = torch.tensor([0, 1, 0, 1, 0, 1, 0, 1, 0, 1])
-FP32 = Precision("fp32")
+FP32 = Runtime.start("cpu", "fp32")
 pytestmark = pytest.mark.usefixtures("fixed_seed")
 
 
@@ -127,7 +125,7 @@ def test_features_of_a_text_do_not_depend_on_the_batch():
 
 def test_extracted_rows_stand_in_the_order_of_the_texts(examples, directory):
     bert = Bert(CONFIG)
-    extracted, seconds = extract(bert, examples, directory, Processes("cpu"), FP32)
+    extracted, seconds = extract(bert, examples, directory, FP32)
     assert seconds > 0
     for split, own in examples.items():
         matrix = extracted[split].inputs.matrix
@@ -139,10 +137,10 @@ def test_extracted_rows_stand_in_the_order_of_the_texts(examples, directory):
 def test_blocks_that_are_there_are_not_done_again(examples, directory):
     bert = Bert(CONFIG)
     read = count_texts(bert)
-    first, first_seconds = extract(bert, examples, directory, Processes("cpu"), FP32)
+    first, first_seconds = extract(bert, examples, directory, FP32)
     assert sum(read) == len(TEXTS) + 3 and len(list(directory.iterdir())) == 4
     read.clear()
-    again, seconds = extract(bert, examples, directory, Processes("cpu"), FP32)
+    again, seconds = extract(bert, examples, directory, FP32)
     assert read == [] and seconds == first_seconds  # of the work, not of reading it back
     for split in examples:
         assert torch.equal(again[split].inputs.matrix, first[split].inputs.matrix)
@@ -150,11 +148,11 @@ def test_blocks_that_are_there_are_not_done_again(examples, directory):
 
 def test_a_killed_extraction_goes_on_with_what_is_missing(examples, directory):
     bert = Bert(CONFIG)
-    first, _ = extract(bert, examples, directory, Processes("cpu"), FP32)
+    first, _ = extract(bert, examples, directory, FP32)
     (directory / "train-features-00001.safetensors").unlink()
     (directory / "train-features-00001.safetensors.partial").write_bytes(b"half a block")
     read = count_texts(bert)
-    again, _ = extract(bert, examples, directory, Processes("cpu"), FP32)
+    again, _ = extract(bert, examples, directory, FP32)
     assert sum(read) == 4
     for split in examples:
         assert torch.equal(again[split].inputs.matrix, first[split].inputs.matrix)
@@ -162,18 +160,25 @@ def test_a_killed_extraction_goes_on_with_what_is_missing(examples, directory):
 
 def test_two_processes_share_the_blocks_and_both_have_all(examples, directory, tmp_path):
     bert, train = Bert(CONFIG), {"train": examples["train"]}
-    whole, _ = extract(bert, train, directory, Processes("cpu"), FP32)
+    whole, _ = extract(bert, train, directory, FP32)
     shared = tmp_path / "shared"
     shared.mkdir()
-    read, cpu = count_texts(bert), torch.device("cpu")
-    matrices = {}
+    read = count_texts(bert)
+    matrices, sizes = {}, {"device": FP32.device, "precision": "fp32", "world_size": 2}
+
+    class Second(Runtime):
+        def barrier(self):
+            pass
 
     def second():  # the first process waits for the others: here, by being them
-        own = SimpleNamespace(rank=1, count=2, device=cpu, barrier=lambda: None)
-        matrices[1] = extract(bert, train, shared, own, FP32)[0]["train"].inputs.matrix
+        matrices[1] = extract(bert, train, shared, Second(**sizes, rank=1))[0][
+            "train"
+        ].inputs.matrix
 
-    first = SimpleNamespace(rank=0, count=2, device=cpu, barrier=second)
-    matrices[0] = extract(bert, train, shared, first, FP32)[0]["train"].inputs.matrix
+    class First(Runtime):
+        barrier = staticmethod(second)
+
+    matrices[0] = extract(bert, train, shared, First(**sizes, rank=0))[0]["train"].inputs.matrix
     assert sum(read) == len(TEXTS)
     for matrix in matrices.values():
         assert torch.equal(matrix, whole["train"].inputs.matrix)
@@ -219,15 +224,15 @@ def test_features_are_packed_by_row():
 
 def fine_tuned(base, examples, run):
     """A feature classifier after extraction and training, as finetune.py does it."""
-    model = build("feature", base, NAMES, 64, "auto")
+    model = build("feature", base, NAMES, 64, "sdpa")
     run.start({})
-    extracted, _ = extract(model.bert, examples, run.state_path.parent, Processes("cpu"), FP32)
+    extracted, _ = extract(model.bert, examples, run.state_path.parent, FP32)
     model.head.standardise(extracted["train"].inputs.matrix)
     task = Classification(
         extracted["train"], extracted["validation"], batch_tokens=4, epochs=30, seed=0
     )
     optimizer = Optimizer(model.head, "adamw", 0.05, 0.05, 0.0)
-    trainer = Trainer(model.head, optimizer, task, run, Processes("cpu"), FP32, seed=0)
+    trainer = Trainer(model.head, optimizer, task, run, FP32, seed=0)
     trainer.steps = task.steps
     trainer.train()
     return model, extracted
@@ -256,9 +261,9 @@ def test_saved_and_reloaded_it_gives_the_same_bits(base, examples, tmp_path):
     save_trained(
         tmp_path / "run", "feature", model, NAMES, str(base), weights_hash(base), max_len=32
     )
-    loaded = Classifier.load(str(tmp_path / "run"))
+    loaded = Classifier.load(str(tmp_path / "run"), FP32)
     batch = examples["train"].inputs.pack(np.arange(len(TEXTS)))
     with torch.no_grad():
         assert torch.equal(loaded.model(batch), model.eval()(batch))
-    predictions = list(loaded.predict(TEXTS, torch.device("cpu"), FP32, 100))
+    predictions = list(loaded.predict(TEXTS, FP32, 100))
     assert [p.label for p in predictions] == [NAMES[label] for label in LABELS.tolist()]

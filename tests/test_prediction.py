@@ -18,9 +18,9 @@ from minitune.finetuning import build
 from minitune.model import BertConfig, BertForSequenceClassification
 from minitune.prediction import Classifier
 from minitune.support.errors import UserError
-from minitune.support.runtime import Precision
+from minitune.support.runtime import Runtime
 
-CPU = torch.device("cpu")
+FP32 = Runtime.start("cpu", "fp32")
 CONFIG = BertConfig(
     vocab_size=80,
     hidden_size=16,
@@ -57,7 +57,7 @@ def give_opinions(model, tokenizer):
 
 def save_run(method, base, directory, tokenizer, max_len=16):
     """What a run of this method leaves; returns the model."""
-    model = give_opinions(build(method, base, NAMES, 4, "auto"), tokenizer)
+    model = give_opinions(build(method, base, NAMES, 4, "sdpa"), tokenizer)
     directory.mkdir()
     (directory / "settings.json").write_text(
         json.dumps({"max_len": max_len, "job": {"method": method}})
@@ -76,7 +76,7 @@ def classifier(tokenizer):
 
 
 def predict(classifier, texts, batch_tokens=100):
-    return list(classifier.predict(texts, CPU, Precision("fp32"), batch_tokens))
+    return list(classifier.predict(texts, FP32, batch_tokens))
 
 
 def assert_alike(found, expected):
@@ -110,7 +110,7 @@ def test_order_holds_over_blocks(classifier, monkeypatch, block):
 def test_texts_are_read_as_answers_are_asked_for(classifier, monkeypatch):
     monkeypatch.setattr(prediction, "BLOCK", 3)
     texts = iter(TEXTS)
-    answers = classifier.predict(texts, CPU, Precision("fp32"), 64)
+    answers = classifier.predict(texts, FP32, 64)
     assert next(answers).text == TEXTS[0]
     assert next(texts) == TEXTS[3]
 
@@ -162,7 +162,7 @@ def test_dropout_is_off(tokenizer):
 @each_method
 def test_label_names_travel_in_their_order(base, tmp_path, tokenizer, method):
     model = save_run(method, base, tmp_path / "run", tokenizer)
-    loaded = Classifier.load(str(tmp_path / "run"))
+    loaded = Classifier.load(str(tmp_path / "run"), FP32)
     assert list(loaded.labels.items()) == list(NAMES.items())
     assert_alike(predict(loaded, TEXTS), predict(Classifier(model, tokenizer, NAMES, 16), TEXTS))
     head = head_of(loaded.model)
@@ -179,7 +179,7 @@ def test_label_names_travel_in_their_order(base, tmp_path, tokenizer, method):
 @each_method
 def test_a_text_is_cut_where_it_was_in_training(base, tmp_path, tokenizer, method):
     save_run(method, base, tmp_path / "run", tokenizer, max_len=9)
-    loaded = Classifier.load(str(tmp_path / "run"))
+    loaded = Classifier.load(str(tmp_path / "run"), FP32)
     assert loaded.max_len == 9
     seven, eight = " ".join(["on"] * 7), " ".join(["on"] * 8)
     assert [p.truncated for p in predict(loaded, [seven, eight])] == [False, True]
@@ -194,7 +194,7 @@ def test_a_base_named_from_one_directory_is_found_from_another(
     save_run(method, Path("base"), tmp_path / "run", tokenizer)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert Classifier.load(str(tmp_path / "run")).labels == NAMES
+    assert Classifier.load(str(tmp_path / "run"), FP32).labels == NAMES
 
 
 def change_json(path, change):
@@ -210,7 +210,7 @@ def test_a_classifier_without_label_names_has_those_of_transformers(base, tmp_pa
     model = save_run("full", base, tmp_path / "run", tokenizer)
     (tmp_path / "run" / "settings.json").unlink()
     change_json(tmp_path / "run" / "config.json", without("id2label", "label2id"))
-    loaded = Classifier.load(str(tmp_path / "run"))
+    loaded = Classifier.load(str(tmp_path / "run"), FP32)
     assert loaded.labels == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
     assert loaded.max_len == CONFIG.max_position_embeddings
     expected = predict(Classifier(model, tokenizer, loaded.labels, 32), TEXTS)
@@ -219,7 +219,7 @@ def test_a_classifier_without_label_names_has_those_of_transformers(base, tmp_pa
 
 def test_a_model_that_was_only_pretrained_is_refused(base):
     with pytest.raises(UserError, match="is no classifier: fine-tune it first") as error:
-        Classifier.load(str(base))
+        Classifier.load(str(base), FP32)
     assert "\n" not in str(error.value) and str(base) in str(error.value)
 
 
@@ -282,7 +282,7 @@ def test_a_damaged_run_is_refused_with_one_line(base, tmp_path, tokenizer, damag
     save_run("adapter", base, tmp_path / "run", tokenizer)
     damage(tmp_path / "run")
     with pytest.raises(UserError, match=message) as error:
-        Classifier.load(str(tmp_path / "run"))
+        Classifier.load(str(tmp_path / "run"), FP32)
     assert "\n" not in str(error.value) and str(tmp_path / "run") in str(error.value)
 
 
@@ -291,7 +291,7 @@ def test_a_limit_that_a_whole_model_cannot_have_is_refused(base, tmp_path, token
     save_run("full", base, tmp_path / "run", tokenizer)
     change_json(tmp_path / "run" / "settings.json", lambda raw: raw | {"max_len": max_len})
     with pytest.raises(UserError, match=r"settings\.json is damaged"):
-        Classifier.load(str(tmp_path / "run"))
+        Classifier.load(str(tmp_path / "run"), FP32)
 
 
 def test_what_was_saved_says_on_which_base(base, tmp_path, tokenizer):

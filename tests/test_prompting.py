@@ -33,6 +33,7 @@ from minitune.prompting import (
 )
 from minitune.support.errors import UserError
 from minitune.support.results import expected_calibration_error, prompt_summary
+from minitune.support.runtime import Runtime
 
 TEXTS = [f"the {noun} was {word} , all in all ." for noun in ("film", "cast", "plot")
          for word in ("good", "great", "bad", "dull", "unforgettable", "tedious")] * 3  # fmt: skip
@@ -55,7 +56,7 @@ def fill_mask(tokenizer):
     model = BertForMaskedLM(CONFIG).eval()
     for parameter in model.parameters():
         parameter.data += 0.3 * torch.randn(parameter.shape)
-    return FillMask(model, tokenizer)
+    return FillMask(model, tokenizer, Runtime.start("cpu", "fp32"))
 
 
 @pytest.fixture

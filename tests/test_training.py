@@ -19,10 +19,10 @@ from minitune.pretraining import Cloze, MaskedLanguageModelling, summary_loss
 from minitune.support.errors import UserError
 from minitune.support.plots import plateau
 from minitune.support.runs import Run
-from minitune.support.runtime import Precision, Processes
+from minitune.support.runtime import Runtime, multiplies_bf16
 from minitune.training import Trainer
 
-CPU = torch.device("cpu")
+FP32 = Runtime.start("cpu", "fp32")
 SPECIAL = torch.tensor([0, 1, 2, 3, 4])
 CONFIG = BertConfig(
     vocab_size=90, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128
@@ -51,11 +51,8 @@ def trainer_for(model, tmp_path, accumulate=1) -> Trainer:
     loss = functools.partial(MaskedLanguageModelling.loss, options)
     task = SimpleNamespace(loss=loss, yardstick="", unit="")
     optimizer = Optimizer(model, "muon", 0.01, 0.001, 0.01)
-    precision = Precision("fp32")
     run = Run(tmp_path)
-    return Trainer(
-        model, optimizer, task, run, Processes("cpu"), precision, seed=0, accumulate=accumulate
-    )
+    return Trainer(model, optimizer, task, run, FP32, seed=0, accumulate=accumulate)
 
 
 def gradients(accumulate: int, tmp_path) -> tuple[float, dict]:
@@ -251,7 +248,7 @@ def test_evaluation_counts_every_blank_once():
     clozes = [some_cloze(), some_cloze((40, 40))]
     task.validation = clozes
     model = small_model().eval()
-    metrics = task.evaluate(model, Processes("cpu"))
+    metrics = task.evaluate(model, FP32)
     with torch.no_grad():
         logits = torch.cat([model(c.batch, c.positions) for c in clozes]).double()
     labels = torch.cat([c.labels for c in clozes])
@@ -261,25 +258,26 @@ def test_evaluation_counts_every_blank_once():
 
 
 def test_auto_precision_says_why_and_a_cpu_refuses_fp16():
-    chosen = Precision.choose("auto", CPU)
-    assert chosen.name in ("bf16", "fp32") and "bf16" in chosen.why
-    assert Precision.choose("fp32", CPU).name == "fp32"
+    chosen = Runtime.start("cpu", "auto")
+    assert chosen.precision == ("bf16" if multiplies_bf16(chosen.device) else "fp32")
+    assert "bf16" in chosen.describe_precision()
+    assert FP32.describe_precision() == "fp32 (as given)"
     with pytest.raises(UserError, match="fp16"):
-        Precision.choose("fp16", CPU)
+        Runtime.start("cpu", "fp16")
 
 
 @pytest.mark.parametrize("name", ["fp32", "bf16"])
 def test_frozen_maps_give_the_numbers_that_autocast_gives(name):
-    model, cloze, precision = small_model(), some_cloze(), Precision(name)
+    model, cloze, runtime = small_model(), some_cloze(), Runtime.start("cpu", name)
     for parameter in model.bert.layers[0].parameters():
         parameter.requires_grad_(False)
 
     def logits():
-        with torch.no_grad(), precision.autocast(CPU):
+        with torch.no_grad(), runtime.autocast():
             return model(cloze.batch, cloze.positions)
 
     before = logits()
-    precision.cast_frozen(model)
+    runtime.cast_frozen(model)
     assert torch.equal(logits(), before)
     changed = {name for name, p in model.named_parameters() if p.dtype != torch.float32}
     maps = ["attention.qkv", "attention.out", "feed_forward.up", "feed_forward.down"]

@@ -1,8 +1,8 @@
-"""One process or several: the little that data-parallel training asks of `torch.distributed`.
+"""What a program runs on: its device, its number format, its processes, and the memory they use.
 
 `torchrun --nproc-per-node N train.py` starts N processes with the environment set; without it there
 is one. Every process computes a share of each batch, gradients are summed, and only the main
-process writes.
+process writes and prints.
 """
 
 import contextlib
@@ -23,32 +23,92 @@ from torch import Tensor, nn
 
 from minitune.support.errors import UserError
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-class Processes:
-    """Who am I, how many are we, and which device is mine."""
 
-    def __init__(self, device: str = "auto"):
-        self.count = int(os.environ.get("WORLD_SIZE", 1))
-        self.rank = int(os.environ.get("RANK", 0))
+@dataclass(frozen=True)
+class Runtime:
+    """Where and how a program computes. Made once, by `Runtime.start`, and handed on."""
+
+    device: torch.device
+    precision: str  # of matrix multiplications: "fp32", "bf16" or "fp16"
+    precision_reason: str = "as given"
+    rank: int = 0  # of this process
+    world_size: int = 1  # how many processes there are
+
+    @classmethod
+    def start(cls, device: str = "auto", precision: str = "auto") -> "Runtime":
+        """Choose the device ("auto", "cpu" or "cuda") and the precision, and join the other processes.
+
+        "auto" is a GPU if there is one, and bf16 where the hardware multiplies it, else fp32.
+        Raises UserError for what this machine cannot do.
+        """
+        has_gpu = torch.cuda.is_available()
+        if device == "cuda" and not has_gpu:
+            raise UserError("--device cuda: torch finds no CUDA device here")
         if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device == "cuda" and self.count > 1:
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(device)
-        self.device = torch.device(device)
-        if self.count > 1:
+            device = "cuda" if has_gpu else "cpu"
+        if precision == "fp16" and device == "cpu":
+            raise UserError("--precision fp16 needs a CUDA device; on a CPU use bf16 or fp32")
+        rank, world_size = (int(os.environ.get(*x)) for x in (("RANK", 0), ("WORLD_SIZE", 1)))
+        if world_size > 1:
             backend = "gloo" if device == "cpu" else "nccl"
+            if device == "cuda":
+                device = f"cuda:{os.environ['LOCAL_RANK']}"
+                torch.cuda.set_device(device)
             # The others wait while the main process tokenises, and a large corpus takes hours.
             dist.init_process_group(backend, timeout=timedelta(days=1))
+        device, reason = torch.device(device), "as given"
+        if precision == "auto":
+            precision = "bf16" if multiplies_bf16(device) else "fp32"
+            where = "this GPU" if device.type == "cuda" else "this processor"
+            reason = f"{where} has {'' if precision == 'bf16' else 'no '}bf16 multiplication"
+        return cls(device, precision, reason, rank, world_size)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of matrix multiplications."""
+        return DTYPES[self.precision]
+
+    def autocast(self) -> torch.autocast:
+        """The context for forward passes. Weights that train, LayerNorm and loss stay float32."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.precision != "fp32")
+
+    def cast_frozen(self, module: nn.Module) -> None:
+        """Convert the frozen linear maps of a module to `dtype`, once.
+
+        The numbers are those of autocast, which would convert them again for every batch.
+        """
+        for linear in module.modules():
+            if isinstance(linear, nn.Linear):
+                for p in linear.parameters():
+                    if not p.requires_grad:
+                        p.data = p.data.to(self.dtype)
 
     @property
     def is_main(self) -> bool:
-        """Whether this process is the one that writes and prints."""
+        """Whether this is the process that writes and prints."""
         return self.rank == 0
 
+    def log(self, line: str) -> None:
+        """Print a line at once, on the main process only."""
+        if self.is_main:
+            print(line, flush=True)
+
+    def describe(self) -> str:
+        """The device in words, for metrics.json and the first lines of a run."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        name = torch.cpu.get_capabilities().get("cpu_name", "CPU")
+        return f"{name}, {torch.get_num_threads()} threads"
+
+    def describe_precision(self) -> str:
+        """The precision and the reason for it."""
+        return f"{self.precision} ({self.precision_reason})"
+
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum of this tensor over all processes, on the tensor's device."""
-        if self.count > 1:
+        """The sum of this tensor over all processes, in place."""
+        if self.world_size > 1:
             moved = tensor.to(self.device)  # NCCL sums on the GPU only
             dist.all_reduce(moved)
             tensor.copy_(moved)
@@ -56,7 +116,7 @@ class Processes:
 
     def sum_gradients(self, parameters: list[nn.Parameter]) -> None:
         """Add up the gradients of all processes, in one message."""
-        if self.count == 1:
+        if self.world_size == 1:
             return
         for p in parameters:
             if p.grad is None:
@@ -66,95 +126,54 @@ class Processes:
             p.grad.copy_(grad.view_as(p))
 
     def broadcast(self, value: Any) -> Any:
-        """The main process's value, everywhere."""
-        if self.count > 1:
-            box = [value]
-            dist.broadcast_object_list(box, device=self.device)
-            value = box[0]
-        return value
+        """The main process's value, on every process."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, device=self.device)
+        return box[0]
 
     def barrier(self) -> None:
-        """Until all processes are here."""
+        """Wait until all processes are here."""
         self.broadcast(None)
 
     def close(self) -> None:
-        """Leave the group."""
-        if self.count > 1:
+        """Leave the other processes."""
+        if self.world_size > 1:
             dist.destroy_process_group()
 
+    def peak_memory(self) -> int:
+        """Bytes: the most that tensors took on the GPU, or that this process took in all on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        with contextlib.suppress(OSError, StopIteration):  # Linux, where the peak can be reset
+            lines = Path("/proc/self/status").read_text().splitlines()
+            return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
 
-@functools.cache  # Muon asks at every step
+    def reset_peak_memory(self) -> None:
+        """Measure the peak from here on, where the system can do that."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # see proc(5)
+
+
+@functools.cache
 def multiplies_bf16(device: torch.device) -> bool:
-    """Whether this hardware has bfloat16 products; emulated, they are slower than float32 by far."""
+    """Whether this hardware multiplies bfloat16 matrices; emulated, float32 is faster by far."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     abilities = torch.cpu.get_capabilities()
     return any(abilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-@dataclass
-class Precision:
-    """ "fp32", "bf16" or "fp16". The last two by autocast: what trains, LayerNorm and loss stay float32."""
-
-    name: str
-    why: str = "as asked"
-
-    @classmethod
-    def choose(cls, asked: str, device: torch.device) -> "Precision":
-        """`auto` is bf16 where the hardware multiplies it, else fp32."""
-        if asked == "fp16" and device.type == "cpu":
-            raise UserError("--precision fp16 needs a CUDA device; on a CPU use bf16 or fp32")
-        if asked != "auto":
-            return cls(asked)
-        has = multiplies_bf16(device)
-        where = "this GPU" if device.type == "cuda" else "this processor"
-        return cls("bf16" if has else "fp32", f"{where} {'has' if has else 'has no'} bf16 products")
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the matrix products."""
-        names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-        return names[self.name]
-
-    def autocast(self, device: torch.device) -> contextlib.AbstractContextManager:
-        """The context to run forward passes in."""
-        return torch.autocast(device.type, self.dtype, enabled=self.name != "fp32")
-
-    def cast_frozen(self, module: nn.Module) -> None:
-        """Put the linear maps in it that are frozen into the format of the products, for good.
-
-        The numbers are those of autocast, which would make them anew from float32 for every batch.
-        """
-        for linear in module.modules():
-            if isinstance(linear, nn.Linear):
-                for p in linear.parameters():
-                    if not p.requires_grad:
-                        p.data = p.data.to(self.dtype)
-
-
-def check_device(name: str) -> None:
-    """Refuse a GPU that is not there."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch finds no CUDA device here")
-
-
-def describe(device: torch.device) -> str:
-    """The device in words, for metrics.json and the first lines of a run."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = torch.cpu.get_capabilities().get("cpu_name", "CPU")
-    return f"{name}, {torch.get_num_threads()} threads"
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: of the GPU's memory that tensors took at most, or of this process's resident set."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    with contextlib.suppress(OSError, StopIteration):  # Linux, where the peak can be forgotten
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+def return_freed_memory() -> None:
+    """Return freed memory to the system now, so that the next training's peak is its own."""
+    gc.collect()
+    if malloc_trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        malloc_trim(0)
 
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
@@ -163,7 +182,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 def keep_freed_memory() -> None:
     """Let this process keep the memory that its tensors free, for those of the next step.
 
-    By itself glibc gives it back to the system, which has to find and clear the same pages again at
+    By default glibc returns it to the system, which has to find and clear the same pages again at
     every step: on a CPU up to a fifth of full fine-tuning (tests/benchmarks/LOG.md). Other C
     libraries: no change.
     """
@@ -171,18 +190,3 @@ def keep_freed_memory() -> None:
     # Before version 2.35 glibc refuses more than 32 MB and answers 0.
     if mallopt and (mallopt(M_MMAP_THRESHOLD, 2**30) or mallopt(M_MMAP_THRESHOLD, 2**25)):
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def give_back_freed_memory() -> None:
-    """Give it back now, so that what comes next has a peak of its own."""
-    gc.collect()
-    if malloc_trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-        malloc_trim(0)
-
-
-def forget_peak_memory(device: torch.device) -> None:
-    """Begin to measure anew, where the system can; elsewhere the peak is that of the whole process."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # see proc(5)

@@ -27,11 +27,8 @@ from torch import Tensor
 from minitune.attention import BACKENDS, attention, obstacle_to_triton
 from minitune.support.plots import plt, save
 from minitune.support.runtime import (
-    Precision,
-    describe,
-    forget_peak_memory,
+    Runtime,
     keep_freed_memory,
-    peak_memory,
 )
 
 
@@ -39,11 +36,8 @@ class Problem:
     """A packed batch of about `tokens` tokens in sequences of n, and what to do with it."""
 
     def __init__(self, args: argparse.Namespace, n: int, tokens: int):
-        self.device, heads, dtype = (
-            torch.device(args.device),
-            args.heads,
-            Precision(args.precision).dtype,
-        )
+        self.runtime, heads = Runtime.start(args.device, args.precision), args.heads
+        self.device, dtype = self.runtime.device, self.runtime.dtype
         torch.manual_seed(0)
         lengths = torch.randint(1 if args.ragged else n, n + 1, (tokens,))
         lengths = lengths[lengths.cumsum(0) <= tokens]
@@ -90,10 +84,10 @@ def memory(args: argparse.Namespace, n: int, backend: str) -> int:
     """Bytes that forward and backward need at their peak."""
     Problem(args, 32, 32).both(backend)  # libraries take memory when they are first used
     problem = Problem(args, n, args.tokens)
-    forget_peak_memory(problem.device)
-    before = peak_memory(problem.device)
+    problem.runtime.reset_peak_memory()
+    before = problem.runtime.peak_memory()
     problem.both(backend)
-    return peak_memory(problem.device) - before
+    return problem.runtime.peak_memory() - before
 
 
 def anew(work: Callable, *args, gives_back: bool = False):
@@ -162,8 +156,8 @@ def main() -> None:
     add("--plot", type=Path, metavar="PATH", help="draw a picture too")
     args = parser.parse_args()
     keep_freed_memory()  # as the scripts do
-    args.precision = Precision.choose(args.precision, torch.device(args.device)).name
-    machine = describe(torch.device(args.device))
+    runtime = Runtime.start(args.device, args.precision)
+    args.precision, machine = runtime.precision, runtime.describe()
     title = f"{args.tokens:,} tokens, {args.heads} heads of {args.head_size}, {args.precision}; {machine}"
     print(title)
     print("     n  backend      forward   + backward   ratio  TFLOP/s    memory")

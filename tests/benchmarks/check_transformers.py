@@ -18,8 +18,10 @@ from minitune.batching import PackedBatch
 from minitune.checkpoint import load_classifier, load_masked_lm
 from minitune.prompting import FillMask, fill_blanks
 from minitune.support.runs import read_json
+from minitune.support.runtime import Runtime
 from minitune.tokenizer import Tokenizer
 
+FP32 = Runtime.start("cpu", "fp32")
 TEXTS = [
     "A film.",
     "An unforgettable, heartbreakingly funny performance from start to finish!",
@@ -104,7 +106,7 @@ def check_blanks(directory: Path, theirs: transformers.BertPreTrainedModel) -> N
     pipeline = transformers.pipeline(
         "fill-mask", model=theirs, tokenizer=transformers.AutoTokenizer.from_pretrained(directory)
     )
-    fill_mask, difference = FillMask(load(directory), Tokenizer.load(directory)), 0.0
+    fill_mask, difference = FillMask(load(directory), Tokenizer.load(directory), FP32), 0.0
     for sentence in SENTENCES:
         answers = pipeline(sentence, top_k=5)
         answers = (

@@ -25,11 +25,8 @@ from minitune.model import PRESETS, BertForMaskedLM
 from minitune.optimizer import Optimizer
 from minitune.support.plots import plt, save
 from minitune.support.runtime import (
-    Precision,
-    describe,
-    forget_peak_memory,
+    Runtime,
     keep_freed_memory,
-    peak_memory,
 )
 from tests.benchmarks.attention import anew
 
@@ -44,11 +41,11 @@ COLOURS = {
 class Stepper:
     """A model, its optimizer, and a step of it."""
 
-    def __init__(self, backend: str, precision: str, device: torch.device):
+    def __init__(self, backend: str, runtime: Runtime):
         torch.manual_seed(0)
-        self.model = BertForMaskedLM(CONFIG, backend).to(device)
+        self.model = BertForMaskedLM(CONFIG, backend).to(runtime.device)
         self.optimizer = Optimizer(self.model, "adamw", 1e-3, 1e-3, 0.01)
-        self.precision, self.device = Precision(precision), device
+        self.runtime, self.device = runtime, runtime.device
 
     def batch(self, n: int, tokens: int) -> tuple[PackedBatch, Tensor, Tensor]:
         """Sequences of n random words, the blanks in them, and what belongs there."""
@@ -66,7 +63,7 @@ class Stepper:
     def step(self, batch: PackedBatch, positions: Tensor, labels: Tensor) -> float:
         """Seconds."""
         started = time.perf_counter()
-        with self.precision.autocast(self.device):
+        with self.runtime.autocast():
             loss = F.cross_entropy(self.model(batch, positions).float(), labels)
         loss.backward()
         for part in self.optimizer.parts:
@@ -80,7 +77,7 @@ class Stepper:
 def speed(backend: str, precision: str, device: str, n: int, tokens: int) -> float:
     """Tokens a second, of the best of a few steps."""
     keep_freed_memory()  # as the scripts do
-    stepper = Stepper(backend, precision, torch.device(device))
+    stepper = Stepper(backend, Runtime.start(device, precision))
     batch = stepper.batch(n, tokens)
     stepper.step(*batch)  # the first compiles kernels
     return batch[0].tokens.numel() / min(stepper.step(*batch) for _ in range(STEPS))
@@ -88,13 +85,13 @@ def speed(backend: str, precision: str, device: str, n: int, tokens: int) -> flo
 
 def memory(backend: str, precision: str, device: str, n: int, tokens: int) -> int:
     """Peak bytes of a step, beyond what was there."""
-    stepper = Stepper(backend, precision, torch.device(device))
+    stepper = Stepper(backend, Runtime.start(device, precision))
     stepper.step(*stepper.batch(32, 64))  # libraries take memory when they are first used
     batch = stepper.batch(n, tokens)
-    forget_peak_memory(stepper.device)
-    before = peak_memory(stepper.device)
+    stepper.runtime.reset_peak_memory()
+    before = stepper.runtime.peak_memory()
     stepper.step(*batch)
-    return peak_memory(stepper.device) - before
+    return stepper.runtime.peak_memory() - before
 
 
 def plot(rows: list[dict], title: str, path: Path) -> None:
@@ -140,13 +137,13 @@ def main() -> None:
     add("--plot", type=Path, metavar="PATH", help="draw a picture too")
     add("--json", type=Path, metavar="PATH", help="write the figures there")
     args = parser.parse_args()
-    device = torch.device(args.device)
-    precision = Precision.choose(args.precision, device)
+    runtime = Runtime.start(args.device, args.precision)
+    device = runtime.device
     names = [
         n for n in BACKENDS if n != "triton" or not obstacle_to_triton(device, CONFIG.head_size)
     ]
-    chosen = choose("auto", device, precision.dtype, CONFIG.head_size)
-    title = f"{describe(device)}, {precision.name}; auto is {chosen}"
+    chosen = choose("auto", device, runtime.dtype, CONFIG.head_size)
+    title = f"{runtime.describe()}, {runtime.precision}; auto is {chosen}"
     print(title)
     rows = []
     shapes = [("length", n, TOKENS) for n in args.lengths] + [
@@ -154,7 +151,7 @@ def main() -> None:
     ]
     for varied, n, tokens in shapes:
         for name in names:
-            problem = name, precision.name, args.device, n, tokens
+            problem = name, runtime.precision, args.device, n, tokens
             rate, peak = anew(speed, *problem), anew(memory, *problem, gives_back=True)
             row = {"attention": name, "varied": varied, "length": n, "batch": tokens}
             rows.append(row | {"tokens_per_second": rate, "MB": peak / 1e6})

@@ -36,7 +36,7 @@ from minitune.fast.layers import Dropout, rounded
 from minitune.masking import mask_tokens
 from minitune.model import PRESETS, BertForMaskedLM
 from minitune.support.plots import plt, save
-from minitune.support.runtime import Precision, describe, keep_freed_memory, multiplies_bf16
+from minitune.support.runtime import Runtime, keep_freed_memory, multiplies_bf16
 
 CPU = torch.device("cpu")
 RATE, SPECIAL, MASK = 0.15, torch.tensor([0, 1, 2, 3, 4]), 4  # of our own tokenizer
@@ -72,8 +72,8 @@ def rungs(job: str) -> list[Rung]:
     changes += [(f"attention: {fastest}", {"attention": fastest})]
     if multiplies_bf16(CPU):
         changes += [("bf16, attention: reference", {"precision": "bf16", "attention": "reference"})]
-        few = f"few shapes, attention: {choose('auto', CPU, torch.bfloat16, 64)}"
-        changes += [(few, {"rounded": True, "attention": "auto"})]
+        fastest = choose("auto", CPU, torch.bfloat16, 64)
+        changes += [(f"few shapes, attention: {fastest}", {"rounded": True, "attention": fastest})]
     ladder = [Rung("padded, float32, plain AdamW")]
     for name, change in changes:
         ladder.append(replace(ladder[-1], name=name, **change))
@@ -145,9 +145,9 @@ class Climber:
     def climb(self) -> float:
         """Seconds for all sequences once."""
         minitune.model.rounded = rounded if self.rung.rounded else lambda x: x
-        started, precision = time.perf_counter(), Precision(self.rung.precision)
+        started, runtime = time.perf_counter(), Runtime.start("cpu", self.rung.precision)
         for rows in self.batches:
-            with precision.autocast(CPU):
+            with runtime.autocast():
                 loss = self.loss(rows)
             loss.backward()
             nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -241,12 +241,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures there")
     args = parser.parse_args()
     keep_freed_memory()
-    print(f"{describe(CPU)}, torch {torch.__version__}")
+    machine = Runtime.start("cpu", "fp32").describe()
+    print(f"{machine}, torch {torch.__version__}")
     rows = [row for job in args.jobs for row in measure(job, args.rounds)]
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     if args.plot:
-        plot(rows, describe(CPU), args.plot)
+        plot(rows, machine, args.plot)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from minitune.initialization import (
 from minitune.model import PRESETS, BertForMaskedLM
 from minitune.optimizer import Optimizer
 from minitune.pretraining import MaskedLanguageModelling
-from minitune.support.runtime import Precision, Processes
+from minitune.support.runtime import Runtime
 
 WAYS = {
     "adamw": "AdamW, random weights",
@@ -56,8 +56,7 @@ def main() -> None:
     options.add_argument("--out", type=Path, default=Path("runs/plateau"))
     args = options.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    device = Processes("cpu").device
-    precision = Precision.choose("auto", device)
+    runtime = Runtime.start("cpu")
     corpus = Corpus.open(Dataset("imdb"), None, 8192)
     task = MaskedLanguageModelling(
         corpus, max_len=128, batch_tokens=4096, rate=0.15, whole_word=False, seed=0
@@ -77,7 +76,7 @@ def main() -> None:
         for step, cloze in enumerate(task.batches(0)):
             if time.monotonic() - started > 60 * args.minutes:
                 break
-            with precision.autocast(device):
+            with runtime.autocast():
                 loss = task.loss(model, cloze) / len(cloze)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

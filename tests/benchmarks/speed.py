@@ -21,12 +21,13 @@ from dataclasses import replace
 
 import torch
 
+from minitune.attention import choose
 from minitune.corpus import Corpus
 from minitune.data import Dataset
 from minitune.model import PRESETS, BertForMaskedLM, Wanted
 from minitune.optimizer import Optimizer
 from minitune.pretraining import Cloze, MaskedLanguageModelling
-from minitune.support.runtime import Precision, Processes, keep_freed_memory
+from minitune.support.runtime import Runtime, keep_freed_memory
 
 
 def flops(cloze: Cloze, config) -> float:
@@ -81,11 +82,12 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=5)
     args = options.parse_args()
     keep_freed_memory()  # as the scripts do
-    processes = Processes("cpu")
-    precision = Precision.choose(args.precision, processes.device)
+    runtime = Runtime.start("cpu", args.precision)
     corpus = Corpus.open(Dataset("imdb"), None, 8192)
     config = replace(PRESETS[args.preset], vocab_size=corpus.tokenizer.vocab_size)
-    model = BertForMaskedLM(config, args.attention)
+    model = BertForMaskedLM(
+        config, choose(args.attention, runtime.device, runtime.dtype, config.head_size)
+    )
     optimizer = Optimizer(model, args.optimizer, 1e-3, 1e-3, 0.01)
     task = MaskedLanguageModelling(
         corpus,
@@ -98,7 +100,7 @@ def main() -> None:
     batches = task.batches(0)
     T = args.batch_tokens
     read = round(T * args.mask_rate) + T // args.max_len
-    operands, product_flops = products(T, read, config, precision.dtype)
+    operands, product_flops = products(T, read, config, runtime.dtype)
 
     rates = {"tokens/s": [], "step": [], "products": [], "share": [], "optimizer": []}
     for round_number in range(args.rounds + 1):
@@ -106,7 +108,7 @@ def main() -> None:
         for _ in range(8):
             started = time.perf_counter()
             cloze = next(batches)
-            with precision.autocast(processes.device):
+            with runtime.autocast():
                 loss = task.loss(model, cloze) / len(cloze)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -128,7 +130,7 @@ def main() -> None:
         rates["optimizer"].append(optimizer_seconds / (model_seconds + optimizer_seconds))
     median = {name: statistics.median(values) for name, values in rates.items()}
     spread = f"{min(rates['share']):.0%} to {max(rates['share']):.0%}"
-    print(f"{args.preset}, {T} tokens a step, {precision.name}, {args.optimizer}")
+    print(f"{args.preset}, {T} tokens a step, {runtime.precision}, {args.optimizer}")
     print(f"tokens/s                     {median['tokens/s']:,.0f}")
     print(f"forward and backward         {median['step']:,.0f} GFLOP/s")
     print(f"its matrix products alone    {median['products']:,.0f} GFLOP/s")

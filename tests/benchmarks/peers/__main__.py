@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 
-from minitune.support.runtime import Precision, describe
+from minitune.support.runtime import Runtime
 from tests.benchmarks.peers.problem import make
 from tests.benchmarks.peers.sides import SIDES, Side
 
@@ -140,9 +140,10 @@ def main() -> None:
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write all times there")
     args = parser.parse_args()
-    precision = Precision.choose(args.precision, CPU).name
+    runtime = Runtime.start("cpu", args.precision)
+    precision = runtime.precision
     print(
-        f"{describe(CPU)}, torch {torch.__version__}; ours and tuned in {precision}, shipped in fp32"
+        f"{runtime.describe()}, torch {torch.__version__}; ours and tuned in {precision}, shipped in fp32"
     )
     rows = []
     for name in args.jobs:

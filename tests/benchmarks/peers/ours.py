@@ -12,8 +12,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from minitune.adapters import insert_adapters
+from minitune.attention import choose
 from minitune.batching import PackedBatch, reading_tokens
-from minitune.checkpoint import load_classifier, load_masked_lm, load_tokenizer, to_bert
+from minitune.checkpoint import (
+    load_classifier,
+    load_masked_lm,
+    load_tokenizer,
+    read_config,
+    to_bert,
+)
 from minitune.classification import Batch, Classification, Examples, Sequences
 from minitune.features import FeatureClassifier, extract
 from minitune.finetuning import choose_trained
@@ -22,11 +29,9 @@ from minitune.optimizer import Optimizer
 from minitune.prediction import Classifier
 from minitune.pretraining import Cloze, MaskedLanguageModelling
 from minitune.support.runs import Run
-from minitune.support.runtime import Precision, Processes
+from minitune.support.runtime import Runtime
 from minitune.training import Trainer
 from tests.benchmarks.peers.problem import ADAPTER_SIZE, EPOCHS, LABELS, LR, RATE, Problem
-
-PROCESSES = Processes("cpu")
 
 
 class GivenBatches(Classification):
@@ -58,7 +63,7 @@ class GivenBlanks(MaskedLanguageModelling):
     def evaluation_due(self, step: int, steps: int) -> bool:
         return False
 
-    def evaluate(self, model: nn.Module, processes: Processes, quick: bool = False) -> dict:
+    def evaluate(self, model: nn.Module, runtime: Runtime, quick: bool = False) -> dict:
         return {"loss": 0.0}
 
 
@@ -66,16 +71,18 @@ class Ours:
     """One job, ready to be timed."""
 
     def __init__(self, problem: Problem, tuned: bool):
-        self.problem, self.precision = problem, Precision(problem.precision)
+        self.problem, self.runtime = problem, Runtime.start("cpu", problem.precision)
+        head_size = read_config(problem.directory).head_size
+        self.attention = choose("auto", self.runtime.device, self.runtime.dtype, head_size)
         self.run = {"feature": self.train_on_features, "label": self.label}.get(
             problem.job, self.train
         )
         if problem.job == "mlm":
-            self.model, _ = load_masked_lm(problem.directory)
+            self.model, _ = load_masked_lm(problem.directory, self.attention)
             self.tokenizer = load_tokenizer(problem.directory, self.model.config)
             self.task = GivenBlanks(problem, self.tokenizer)
             return
-        self.model = load_classifier(problem.directory)
+        self.model = load_classifier(problem.directory, self.attention)
         self.tokenizer = load_tokenizer(problem.directory, self.model.config)
         if problem.job == "adapter":
             insert_adapters(self.model.bert, ADAPTER_SIZE)
@@ -113,7 +120,7 @@ class Ours:
         self.model.zero_grad()
         return {"loss": loss.detach()} | to_bert(gradients)
 
-    def _trainer(self, learner: nn.Module, task, precision: Precision, folder: str) -> Trainer:
+    def _trainer(self, learner: nn.Module, task, runtime: Runtime, folder: str) -> Trainer:
         optimizer = Optimizer(learner, "adamw", LR, LR, 0.01)
         run = Run(Path(folder))
         run.start({})
@@ -122,8 +129,7 @@ class Ours:
             optimizer,
             task,
             run,
-            PROCESSES,
-            precision,
+            runtime,
             seed=0,
             warmup=0.1,
             save_minutes=math.inf,
@@ -133,13 +139,13 @@ class Ours:
 
     def train(self) -> float:
         """Seconds of training, saving not among them."""
-        self.precision.cast_frozen(self.model.bert)  # as finetune.py does
+        self.runtime.cast_frozen(self.model.bert)  # as finetune.py does
         if self.problem.job == "adapter":
             self.model.pooler = (
                 MeanPooler()
             )  # what finetune.py puts there; for the check it was BERT's
         with tempfile.TemporaryDirectory() as folder:
-            trainer = self._trainer(self.model, self.task, self.precision, folder)
+            trainer = self._trainer(self.model, self.task, self.runtime, folder)
             trainer.train()
         return trainer.seconds
 
@@ -147,14 +153,14 @@ class Ours:
         """Seconds for reading every text once and training a head on what was read."""
         model = FeatureClassifier(self.model.bert, len(LABELS)).requires_grad_(False)
         model.head.requires_grad_(True)
-        self.precision.cast_frozen(model.bert)  # as finetune.py does
+        self.runtime.cast_frozen(model.bert)  # as finetune.py does
         with tempfile.TemporaryDirectory() as folder:
             train, started = {"train": self.examples}, time.perf_counter()
-            extracted, _ = extract(model.bert, train, Path(folder), PROCESSES, self.precision)
+            extracted, _ = extract(model.bert, train, Path(folder), self.runtime)
             model.head.standardise(extracted["train"].inputs.matrix)
             seconds = time.perf_counter() - started
             task = GivenBatches(extracted["train"], self.problem.grouped, EPOCHS)
-            trainer = self._trainer(model.head, task, Precision("fp32"), folder)
+            trainer = self._trainer(model.head, task, Runtime.start("cpu", "fp32"), folder)
             trainer.train()
         return seconds + trainer.seconds
 
@@ -162,7 +168,7 @@ class Ours:
         """Seconds from texts to labels."""
         classifier = Classifier(self.model, self.tokenizer, LABELS, self.problem.max_len)
         started = time.perf_counter()
-        texts, device = self.problem.texts, PROCESSES.device
-        answers = list(classifier.predict(texts, device, self.precision, reading_tokens(device)))
+        texts, budget = self.problem.texts, reading_tokens(self.runtime.device)
+        answers = list(classifier.predict(texts, self.runtime, budget))
         assert len(answers) == len(texts)
         return time.perf_counter() - started

@@ -6,12 +6,10 @@ import sys
 from importlib import import_module
 from multiprocessing.connection import Connection
 
-import torch
-
-from minitune.support.runtime import forget_peak_memory, keep_freed_memory, peak_memory
+from minitune.support.runtime import Runtime, keep_freed_memory
 from tests.benchmarks.peers.problem import Problem
 
-CPU = torch.device("cpu")
+CPU = Runtime.start("cpu", "fp32")
 SIDES = {
     # name: (module, class, whether it is tuned)
     "ours": ("ours", "Ours", True),
@@ -33,9 +31,9 @@ def serve(connection: Connection, side: str, problem: Problem) -> None:
         if request == "check":
             connection.send({key: value.numpy() for key, value in worker.check().items()})
         else:
-            forget_peak_memory(CPU)
+            CPU.reset_peak_memory()
             seconds = worker.run()
-            connection.send((seconds, peak_memory(CPU)))
+            connection.send((seconds, CPU.peak_memory()))
 
 
 class Side:
