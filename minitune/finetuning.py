@@ -1,6 +1,8 @@
 """One fine-tuning method, from the pretrained weights to its accuracy on the test rows."""
 
 import argparse
+import copy
+import json
 import re
 import time
 from collections.abc import Callable, Iterable
@@ -8,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minitune.adapters import adapter_modules, insert_adapters
 from minitune.checkpoint import (
@@ -23,9 +25,8 @@ from minitune.data import Reviews
 from minitune.features import FeatureClassifier, extract
 from minitune.model import BertForSequenceClassification, MeanPooler
 from minitune.optimizer import Optimizer, Rates
-from minitune.soup import Soup
 from minitune.support.errors import UserError
-from minitune.support.runs import Run
+from minitune.support.runs import Run, write_atomically
 from minitune.support.runtime import Runtime
 from minitune.tokenizer import Tokenizer
 from minitune.training import Trainer, train_or_say_how_to_go_on
@@ -70,7 +71,6 @@ def fine_tune(job: Job, common: Common) -> dict:
         return run.metrics
     started = time.monotonic()
     runtime.reset_peak_memory()
-    checkpoint = run.load()
     # The model comes first: where its file is damaged, no directory is left behind.
     torch.manual_seed(job.seed)
     model = build(
@@ -105,69 +105,90 @@ def fine_tune(job: Job, common: Common) -> dict:
     asked = args.batch_tokens if learner is model else None
     batch_tokens = asked or recipe.batch_tokens(examples["train"])
     epochs = args.epochs or recipe.epochs(examples["train"], batch_tokens)
-    task = Classification(
-        examples["train"],
-        examples["validation"],
-        batch_tokens=batch_tokens,
-        epochs=epochs * args.soup,
-        seed=job.seed,
-    )
     lr = args.lr or recipe.lr(model.bert.config.hidden_size)
-    optimizer = Optimizer(
-        learner, recipe.optimizer, lr, recipe.adamw * lr, args.weight_decay, own_rates
-    )
-    trainer = Trainer(
-        learner,
-        optimizer,
-        task,
-        run,
-        runtime,
-        seed=job.seed,
-        warmup=0.1,
-        accumulate=args.accumulate,
-        save_minutes=args.save_minutes,
-    )
-    if args.soup > 1:
-        trainer.soup = Soup(trainer.trained(), ends=task.epoch_ends[epochs - 1 :: epochs])
-    trainer.steps = task.steps
-    total_params = sum(p.numel() for p in model.parameters())
-    trainable_params = sum(p.numel() for p in trainer.parameters)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    total_params = sum(p.numel() for p in model.parameters())
+    trainable_params = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"trains {trainable_params:,} of {total_params:,} parameters: {summary(trained)}")
-    times = f"{args.soup} trainings of " if args.soup > 1 else ""
-    steps = f"{times}{epochs} epochs, {task.steps:,} steps of at most {batch_tokens:,} {task.unit}"
-    say(f"{steps}, {rates_in_words(recipe, lr, own_rates)}")
+    say(rates_in_words(recipe, lr, own_rates))
 
-    # Train; the best by validation stays, of the epochs and of the averages.
-    if checkpoint:
-        trainer.restore(*checkpoint)
-        say(f"resumed at step {trainer.step:,} of {trainer.steps:,}")
-    validation = train_or_say_how_to_go_on(trainer, args.out)
+    # Train, several times where a soup is wanted; of each training the best epoch by validation.
+    start = copy.deepcopy(learner.state_dict()) if args.soup > 1 else None
+    seconds, steps, read, log, candidates = extraction_seconds, 0, 0, [], []
+    for k in range(args.soup):
+        seed = job.seed + SOUP_SEEDS * k
+        task = Classification(
+            examples["train"],
+            examples["validation"],
+            batch_tokens=batch_tokens,
+            epochs=epochs,
+            seed=seed,
+        )
+        optimizer = Optimizer(
+            learner, recipe.optimizer, lr, recipe.adamw * lr, args.weight_decay, own_rates
+        )
+        part = Run(run.state_path.parent / f"training-{k + 1}") if args.soup > 1 else run
+        part.state_path.parent.mkdir(parents=True, exist_ok=True)
+        trainer = Trainer(
+            learner,
+            optimizer,
+            task,
+            part,
+            runtime,
+            seed=seed,
+            warmup=0.1,
+            accumulate=args.accumulate,
+            save_minutes=args.save_minutes,
+        )
+        if start:
+            learner.load_state_dict(start)
+        trainer.steps = task.steps
+        name = f"training {k + 1} of {args.soup}: " if args.soup > 1 else ""
+        say(f"{name}{epochs} epochs, {task.steps:,} steps of at most {batch_tokens:,} {task.unit}")
+        if checkpoint := part.load():
+            trainer.restore(*checkpoint)
+            say(f"resumed at step {trainer.step:,} of {trainer.steps:,}")
+        validation = train_or_say_how_to_go_on(trainer, args.out)
+        epoch = task.epoch_ends.index(trainer.best["step"]) + 1
+        found = {"best_epoch": epoch, "best_training": k + 1, "average_of": 1}
+        candidates.append((validation, trainer.best_weights, found))
+        seconds, steps, read = (
+            seconds + trainer.seconds,
+            steps + trainer.steps,
+            read + trainer.tokens,
+        )
+        log += [{"training": k + 1} | entry for entry in part.read_log()]
+    for count in range(2, args.soup + 1):
+        weights = average([weights for _, weights, _ in candidates[:count]])
+        trainer.load(weights)
+        validation = trainer.evaluate()
+        say(f"the average of {count} trainings: validation accuracy {validation['accuracy']:.2%}")
+        found = {"best_epoch": None, "best_training": None, "average_of": count}
+        candidates.append((validation, weights, found))
+    validation, weights, found = max(candidates, key=lambda candidate: task.score(candidate[0]))
+    trainer.load(weights)
 
     # Score the test rows, this once, and keep what was trained.
     learner.eval()
     with runtime.autocast():
         test = evaluate(learner, examples["test"], batch_tokens, runtime)
-    training, epoch = divmod(task.epoch_ends.index(trainer.best["step"]), epochs)
-    average_of = trainer.best["average_of"]
-    best = f"epoch {epoch + 1} of {epochs}" + (
-        f", training {training + 1}" if args.soup > 1 else ""
+    best = f"epoch {found['best_epoch']} of {epochs}" + (
+        f", training {found['best_training']}" if args.soup > 1 else ""
     )
-    best = f"the average of {average_of} trainings" if average_of > 1 else best
+    if found["average_of"] > 1:
+        best = f"the average of {found['average_of']} trainings"
     say(f"best: {best}, validation accuracy {validation['accuracy']:.2%}")
     say(f"test accuracy {test['accuracy']:.2%}")
-    seconds = trainer.seconds + extraction_seconds
     metrics = {
         "method": job.method,
         **test,
         "validation_accuracy": validation["accuracy"],
         "validation_loss": validation["loss"],
-        "best_epoch": epoch + 1,
+        **found,
         "epochs": epochs,
         "soup": args.soup,
-        "best_training": training + 1,
-        "average_of": average_of,
-        "steps": trainer.steps,
+        "candidates": [figures | origin for figures, _, origin in candidates],
+        "steps": steps,
         "lr": lr,
         "rates": asdict(own_rates),
         "trainable_params": trainable_params,
@@ -175,8 +196,8 @@ def fine_tune(job: Job, common: Common) -> dict:
         "train_seconds": round(seconds, 1),
         "total_seconds": round(time.monotonic() - started, 1),
         # A frozen encoder reads each text once, however many epochs its head trains.
-        "tokens_per_second": round((tokens if learner is not model else trainer.tokens) / seconds),
-        "peak_memory_bytes": runtime.peak_memory(),
+        "tokens_per_second": round((tokens if learner is not model else read) / seconds),
+        "peak_memory_bytes": common.runtime.peak_memory(),
         "train_examples": len(examples["train"]),
         "seed": job.seed,
         "model": common.name,
@@ -186,10 +207,31 @@ def fine_tune(job: Job, common: Common) -> dict:
         "attention": common.attention,
     }
     if runtime.is_main:
+        if args.soup > 1:  # one log of all trainings
+            lines = "".join(json.dumps(entry) + "\n" for entry in log)
+            write_atomically(run.directory / "log.jsonl", lines.encode())
         weights = save(model, job, common)
         metrics |= {"saved_bytes": weights.stat().st_size, "trained": trained}
         run.finish(metrics)
     return metrics
+
+
+SOUP_SEEDS = 1000  # between the seeds of trainings that are averaged; --seeds counts by one
+
+
+@torch.no_grad()
+def average(trainings: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of each tensor over several trainings that began with the same weights.
+
+    Each training reads the same rows in another order and ends somewhere else, but pretrained
+    weights hardly leave the valley of the loss that they are in. The average lies in it too, as a
+    rule deeper than what went into it, and is still one network (Wortsman et al. 2022, "Model
+    soups: averaging weights of multiple fine-tuned models improves accuracy without increasing
+    inference time").
+    """
+    return {
+        name: torch.stack([weights[name] for weights in trainings]).mean(0) for name in trainings[0]
+    }
 
 
 def save(model: nn.Module, job: Job, common: Common) -> Path:

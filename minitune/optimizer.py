@@ -152,11 +152,6 @@ class Optimizer:
         for part in self.parts:
             part.zero_grad(set_to_none=True)
 
-    def reset_state(self) -> None:
-        """Be as new: no moments, no steps."""
-        for part in self.parts:
-            part.state.clear()
-
     def state(self) -> dict[str, Tensor]:
         """All state as named tensors, "parameter/key"."""
         return {

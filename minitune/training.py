@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minitune.optimizer import Optimizer, one_cycle
-from minitune.soup import Soup
 from minitune.support.errors import UserError
 from minitune.support.runs import Run
 from minitune.support.runtime import Runtime
@@ -88,11 +87,7 @@ class Trainer:
         )  # so a checkpoint is written at the first step, to go back to after a NaN
         self.interrupts = Interrupts()
         self.reporter = Reporter(task.unit, task.yardstick, speaks=runtime.is_main)
-        self.soup: Soup | None = (
-            None  # where several trainings, one after the other, are to be averaged
-        )
-        # Of the best evaluation so far: {"score", "step", "average_of", "metrics"}, and what was
-        # trained.
+        # Of the best evaluation so far: {"score", "step", "metrics"}, and what was trained.
         self.best: dict = {}
         self.best_weights: dict[str, Tensor] = {}
 
@@ -139,16 +134,13 @@ class Trainer:
 
     def restore(self, tensors: dict[str, Tensor], progress: dict) -> None:
         """Go on from a checkpoint of `save`."""
-        parts = {"model": {}, "optimizer": {}, "best": {}, "average": {}}
+        parts = {"model": {}, "optimizer": {}, "best": {}}
         for name, tensor in tensors.items():
             part, _, name = name.partition("/")
             parts[part][name] = tensor
-        self._load(parts["model"])
-        self.best, self.best_weights = progress["best"], parts["best"]
-        if self.soup:
-            self.soup.average = {
-                name: t.to(self.runtime.device) for name, t in parts["average"].items()
-            }
+        self.load(parts["model"])
+        self.best = progress["best"]
+        self.best_weights = {n: t.to(self.runtime.device) for n, t in parts["best"].items()}
         self.optimizer.load_state(parts["optimizer"])
         if progress["scaler"]:
             self.scaler.load_state_dict(progress["scaler"])
@@ -169,13 +161,11 @@ class Trainer:
                 "scaler": self.scaler.state_dict(),
                 "best": self.best,
             }
-            if self.soup:
-                tensors |= {f"average/{name}": tensor for name, tensor in self.soup.average.items()}
             self.run.save(tensors, progress)
         self.last_save = time.monotonic()
 
     @torch.no_grad()
-    def _load(self, weights: dict[str, Tensor]) -> None:
+    def load(self, weights: dict[str, Tensor]) -> None:
         """Give everything that is trained these values."""
         for name, parameter in self.trained().items():
             parameter.copy_(weights[name])
@@ -193,7 +183,7 @@ class Trainer:
             while self.step < self.steps:
                 self._step(batches)
         if self.best:
-            self._load(self.best_weights)
+            self.load(self.best_weights)
         final = self.best.get("metrics") or self.evaluate()
         self._check(final["loss"])
         self.save()
@@ -225,22 +215,7 @@ class Trainer:
         due = self.step % LOG_EVERY == 0 or "validation" in entry or self.step == self.steps
         if due and self.runtime.is_main:
             self.run.log(entry)
-        if self.soup and self.step in self.soup.ends:
-            self._end_of_training()
         self.reporter.advance(loss, self.tokens / self.seconds)
-
-    def _end_of_training(self) -> None:
-        """Put what a training ended with into the soup, try the average, and begin the next training."""
-        average_of = self.soup.add(self.trained(), self.step)
-        if average_of > 1:
-            self._load(self.soup.average)
-            entry = {"step": self.step, "average_of": average_of}
-            self._validate(entry)
-            if self.runtime.is_main:
-                self.run.log(entry)
-        if self.step < self.steps:
-            self._load(self.soup.start)
-            self.optimizer.reset_state()
 
     def _gradients(self, batch: Any) -> tuple[float, float, bool]:
         """Fill p.grad: (mean loss, gradient norm before clipping, whether to stop here)."""
@@ -284,8 +259,7 @@ class Trainer:
 
     def _apply(self, norm: float) -> None:
         """Update the weights from p.grad, and clear it."""
-        first, end = self.soup.span(self.step) if self.soup else (0, self.steps)
-        self.optimizer.set_rate(one_cycle(self.step - first, end - first, self.warmup))
+        self.optimizer.set_rate(one_cycle(self.step, self.steps, self.warmup))
         if math.isfinite(norm):  # else float16 overflowed: skip every part, not only the one it hit
             for optimizer in self.optimizer.parts:
                 self.scaler.step(optimizer)
@@ -303,15 +277,11 @@ class Trainer:
     def _validate(self, entry: dict) -> None:
         """Evaluate, add that to an entry of the log, and keep these weights if they are the best."""
         entry["validation"] = metrics = self.evaluate(quick=True)
-        average_of = entry.get("average_of", 1)
         minutes_left = (self.steps - self.step) * self.seconds / self.step / 60
-        self.reporter.report(
-            self.step, metrics, self.tokens / self.seconds, minutes_left, average_of
-        )
+        self.reporter.report(self.step, metrics, self.tokens / self.seconds, minutes_left)
         score = self.task.score(metrics)
         if score is not None and (not self.best or list(score) > self.best["score"]):
             self.best = {"score": list(score), "step": self.step, "metrics": metrics}
-            self.best["average_of"] = average_of
             self.best_weights = {name: p.detach().clone() for name, p in self.trained().items()}
 
     @contextlib.contextmanager
@@ -361,21 +331,14 @@ class Reporter:
         self._bar.update()
         self._bar.set_postfix_str(f"loss {loss:.3f} ({self.yardstick}), {speed:,.0f} {self.unit}/s")
 
-    def report(
-        self, step: int, metrics: dict, speed: float, minutes_left: float, average_of: int
-    ) -> None:
-        """A line for people, not more often than they can read: at the end and for an average always."""
-        due = (
-            time.monotonic() - self.last_report > REPORT_EVERY
-            or step == self.steps
-            or average_of > 1
-        )
+    def report(self, step: int, metrics: dict, speed: float, minutes_left: float) -> None:
+        """A line for people, not more often than they can read, and one at the end."""
+        due = time.monotonic() - self.last_report > REPORT_EVERY or step == self.steps
         if not due or not self.speaks:
             return
         self.last_report = time.monotonic()
-        what = f"average of {average_of} trainings" if average_of > 1 else "validation"
         values = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
-        line = f"step {step:>6,} of {self.steps:,}   {what} {values} ({self.yardstick})"
+        line = f"step {step:>6,} of {self.steps:,}   validation {values} ({self.yardstick})"
         line += f"   {speed:,.0f} {self.unit}/s   {minutes_left:.1f} min left"
         self._bar.write(line, file=sys.stdout)
         sys.stdout.flush()

@@ -23,8 +23,10 @@ import torch
 from safetensors.torch import load_file
 
 import finetune
+from minitune import finetuning
 from minitune.checkpoint import load_classifier, save_model
 from minitune.data import label_index
+from minitune.finetuning import average
 from minitune.model import BertConfig, BertForMaskedLM
 from minitune.support.cli import run_script
 from minitune.support.runs import Run
@@ -372,26 +374,52 @@ def test_seeds_and_numbers_of_labels(folder, tmp_path):
     assert rows_of_networks(again.out) == rows_of_networks(done.out)
 
 
-def test_a_soup_is_the_average_of_trainings_in_other_orders(folder, tmp_path):
+def test_a_soup_keeps_the_best_of_its_trainings_and_of_their_averages(folder, tmp_path):
     out = tmp_path / "out"
     done = succeed(*options(folder, out, "--method", "adapter", "--soup", "3", "--epochs", "2"))
-    assert "3 trainings of 2 epochs" in done.out
-    assert (
-        done.out.count("average of 2 trainings accuracy")
-        == done.out.count("of 3 trainings accuracy")
-        == 1
+    figures, entries = metrics(out / "adapter"), log(out / "adapter")
+    assert [e["training"] for e in entries if "validation" in e] == [1, 1, 2, 2, 3, 3]
+    trainings, averages = figures["candidates"][:3], figures["candidates"][3:]
+    for number, training in enumerate(trainings, start=1):
+        validated = [e for e in entries if "validation" in e and e["training"] == number]
+        best = max(validated, key=lambda e: (e["validation"]["accuracy"], -e["validation"]["loss"]))
+        assert training["best_epoch"] == validated.index(best) + 1
+        assert {key: training[key] for key in ("accuracy", "loss")} == best["validation"]
+    assert len({training["loss"] for training in trainings}) == 3  # each had an order of its own
+    assert [average["average_of"] for average in averages] == [2, 3]
+    for mean in averages:
+        line = f"the average of {mean['average_of']} trainings: validation accuracy "
+        assert f"{line}{mean['accuracy']:.2%}\n" in done.out
+    best = max(figures["candidates"], key=lambda c: (c["accuracy"], -c["loss"]))
+    assert (figures["validation_accuracy"], figures["validation_loss"]) == (
+        best["accuracy"],
+        best["loss"],
     )
-    figures, validated = (
-        metrics(out / "adapter"),
-        [e for e in log(out / "adapter") if "validation" in e],
-    )
-    assert [e.get("average_of", 1) for e in validated] == [1, 1, 1, 1, 2, 1, 1, 3]
-    best = max(validated, key=lambda e: (e["validation"]["accuracy"], -e["validation"]["loss"]))
-    assert figures["validation_accuracy"] == best["validation"]["accuracy"]
-    assert figures["validation_loss"] == best["validation"]["loss"]
-    assert figures["average_of"] == best.get("average_of", 1)
-    assert figures["best_training"] == [1, 1, 2, 2, 2, 3, 3, 3][validated.index(best)]
-    assert figures["steps"] == validated[-1]["step"]
+    assert [figures[key] for key in ("best_training", "average_of")] == [
+        best[key] for key in ("best_training", "average_of")
+    ]
+    last = {e["training"]: e["step"] for e in entries}
+    assert figures["steps"] == sum(last.values())
+
+
+@pytest.mark.parametrize("apart", [0, 1000])
+def test_trainings_of_a_soup_start_alike_and_differ_by_their_seed_alone(
+    folder, tmp_path, monkeypatch, apart
+):
+    words = ("--method", "adapter", "--epochs", "1", "--seed", "3")
+    succeed(*options(folder, tmp_path / "alone", *words))
+    kept = []
+    monkeypatch.setattr(finetuning, "SOUP_SEEDS", apart)
+    monkeypatch.setattr(finetuning, "average", lambda these: kept.extend(these) or average(these))
+    succeed(*options(folder, tmp_path / "soup", *words, "--soup", "2"))
+    alone = weights(tmp_path / "alone" / "adapter")
+    assert [all(torch.equal(t, alone[name]) for name, t in one.items()) for one in kept] == [
+        True,
+        apart == 0,
+    ]
+    for name, mean in average(kept).items():
+        expected = (kept[0][name].double() + kept[1][name].double()) / 2
+        torch.testing.assert_close(mean.double(), expected, atol=1e-7, rtol=0)
 
 
 def test_seeds_alone(folder, tmp_path):
