@@ -14,7 +14,7 @@ import argparse
 import itertools
 from pathlib import Path
 
-from minitune.attention import choose
+from minitune.attention import BACKENDS, choose
 from minitune.checkpoint import default_model, find_model, load_tokenizer, read_config, weights_hash
 from minitune.classification import Examples, Sequences
 from minitune.data import SPLITS, Dataset, Reviews
@@ -26,9 +26,10 @@ from minitune.support.cli import (
     add_machine_options,
     check_same,
     choose_max_len,
-    real,
+    float_range,
+    int_range,
+    path,
     run_script,
-    whole,
 )
 from minitune.support.errors import UserError
 from minitune.support.results import summarise, table
@@ -44,76 +45,39 @@ def parser() -> Parser:
     options = Parser(
         "Fine-tune a BERT for the sentiment of reviews, or label new ones with the result."
     )
-    add = options.add_argument_group("what is trained, on what").add_argument
+    add = options.group("what is trained, on what")
+    method = "one, or several to be compared in one table"
+    add("--method", method, METHODS, ["adapter"], nargs="+")
+    model = "pretrained: minilm, a BERT directory, a hub id; default: the last run of train.py. "
+    add("--model", model + "With --predict: what a run of finetune.py wrote")
+    data = "imdb, rotten_tomatoes, a .csv .tsv .jsonl file, a folder"
+    add("--data", data, default="imdb")
+    test = "labelled test rows; default: the last 10%% of each label in --data"
+    add("--test", test, metavar="FILE")
+    few = "train on N rows only; several N draw accuracy against the number of labels"
+    add("--train-examples", few, int_range(2, 10**9), nargs="+", metavar="N")
+    add("--seeds", "train with so many seeds, from --seed on", int_range(1, 100), 1, metavar="N")
+    add("--out", "each method writes to OUT/METHOD", path, Path("runs/finetune"))
+    add("--resume", "continue the runs in --out", bool)
+    add("--save-minutes", "minutes between checkpoints", float_range(0, 1e6), 2)
+    add = options.group("the recipe; what is not given is the method's own")
+    add("--epochs", "how often the training rows are read", int_range(1, 10_000))
+    soup = "train N times from the same weights, in other orders, and try their average too"
+    add("--soup", soup, int_range(1, 100), 1, metavar="N")
+    add("--adapter-size", "units in the bottleneck of an adapter", int_range(1, 10_000), 64)
+    max_len = "tokens of a text; longer ones keep their ends; default: 512, if there is room"
+    add("--max-len", max_len, int_range(8, 10**6))
+    add("--batch-tokens", "tokens in a step, all processes together", int_range(8, 10**7))
     add(
-        "--method",
-        nargs="+",
-        choices=METHODS,
-        default=["adapter"],
-        help="one, or several to be compared in one table",
+        "--accumulate", "compute a batch in N parts, for memory", int_range(1, 1024), 1, metavar="N"
     )
-    add(
-        "--model",
-        help="pretrained: minilm, a BERT directory, a hub id; default: the last run of train.py. "
-        "With --predict: what a run of finetune.py wrote",
-    )
-    add("--data", default="imdb", help="imdb, rotten_tomatoes, a .csv .tsv .jsonl file, a folder")
-    add(
-        "--test",
-        metavar="FILE",
-        help="labelled test rows; default: the last 10%% of each label in --data",
-    )
-    add(
-        "--train-examples",
-        type=whole(2),
-        nargs="+",
-        metavar="N",
-        help="train on N rows only; several N draw accuracy against the number of labels",
-    )
-    add("--seeds", type=whole(1, 100), default=1, help="repeat with so many seeds, from --seed on")
-    add("--out", type=Path, default=Path("runs/finetune"), help="each method writes to OUT/METHOD")
-    add("--resume", action="store_true", help="go on with the runs in --out")
-    add("--save-minutes", type=real(0), default=2, help="between checkpoints")
-    add = options.add_argument_group(
-        "the recipe; what is not given is the method's own"
-    ).add_argument
-    add("--epochs", type=whole(1, 10_000), help="passes over the training rows")
-    add(
-        "--soup",
-        type=whole(1, 100),
-        default=1,
-        metavar="N",
-        help="train N times from the same weights, in other orders, and try their average too",
-    )
-    add(
-        "--adapter-size",
-        type=whole(1, 10_000),
-        default=64,
-        help="units in the bottleneck of an adapter",
-    )
-    add(
-        "--max-len",
-        type=whole(8),
-        help="tokens of a text; longer ones keep their ends; default: 512, if there is room",
-    )
-    add("--batch-tokens", type=whole(8), help="tokens in a step, all processes together")
-    add(
-        "--accumulate",
-        type=whole(1, 1024),
-        default=1,
-        help="compute a batch in N parts, for memory",
-    )
-    add("--lr", type=real(0), help="peak learning rate; some parts get a multiple of it")
-    add("--weight-decay", type=real(0, closed=True), default=0.01, help="of matrices")
-    add = options.add_argument_group("new reviews").add_argument
-    add(
-        "--predict",
-        nargs="+",
-        metavar="TEXT",
-        help="label these texts, or a .txt .csv .tsv .jsonl file, or - for the lines of stdin",
-    )
-    add("--json", action="store_true", help="print one JSON object a review instead of CSV")
-    add_machine_options(options)
+    add("--lr", "peak learning rate; some parts get a multiple of it", float_range(0, 1e38))
+    add("--weight-decay", "of matrices", float_range(0, 100, above=False), 0.01)
+    add = options.group("new reviews")
+    predict = "label these texts, or a .txt .csv .tsv .jsonl file, or - for the lines of stdin"
+    add("--predict", predict, nargs="+", metavar="TEXT")
+    add("--json", "print one JSON object a review instead of CSV", bool)
+    add_machine_options(options, BACKENDS)
     return options
 
 

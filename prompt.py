@@ -15,7 +15,6 @@ import argparse
 import copy
 import functools
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -23,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minitune.attention import choose
+from minitune.attention import BACKENDS, choose
 from minitune.calibration import CALIBRATIONS, compare_prompts
 from minitune.checkpoint import (
     default_model,
@@ -39,11 +38,12 @@ from minitune.support.baselines import evaluate_baselines
 from minitune.support.cli import (
     Parser,
     add_machine_options,
-    check_utf8,
     choose_max_len,
-    real,
+    float_range,
+    int_range,
+    path,
     run_script,
-    whole,
+    text,
 )
 from minitune.support.errors import UserError
 from minitune.support.results import ORDER, interval, prompt_summary, prompt_table
@@ -57,89 +57,43 @@ BEST = "prior"  # of CALIBRATIONS, on validation rows of both datasets: tests/be
 def parser() -> Parser:
     """The options, grouped."""
     options = Parser("Ask a masked language model about reviews, with no weight changed.")
-    options.add_argument(
-        "texts",
-        nargs="*",
-        metavar="TEXT",
-        help="reviews, or a .txt .csv .tsv .jsonl file, or - for the lines of stdin",
-    )
-    add = options.add_argument_group("what else it can do").add_argument
-    add(
-        "--evaluate",
-        metavar="DATA",
-        help="score every template on test rows: imdb, rotten_tomatoes, a file",
-    )
-    add("--fill", metavar="SENTENCE", help="the most probable words for each [MASK] in it")
-    add("--generate", type=whole(1), metavar="N", help="write N tokens after each TEXT")
-    add = options.add_argument_group("how it is asked").add_argument
-    add("--model", help="minilm, a BERT directory, a hub id; default: the last run of train.py")
-    add(
-        "--template",
-        nargs="+",
-        default=TEMPLATES,
-        metavar="SENTENCE",
-        help="with {text} and [MASK]; several answer together; default: eight of them",
-    )
-    add(
-        "--words",
-        nargs="+",
-        metavar="LABEL=WORD,WORD",
-        help="the words of each label; where data has numbers, 0 is the first label",
-    )
-    add(
-        "--calibrate",
-        choices=CALIBRATIONS,
-        default=BEST,
-        help="three ways that need no labels, or none; default: the best on validation rows",
-    )
-    add(
-        "--data", default="imdb", help="whose train rows are read for --calibrate prior and --shots"
-    )
-    add(
-        "--unlabelled",
-        type=whole(1),
-        default=256,
-        metavar="N",
-        help="so many reviews for --calibrate prior",
-    )
-    add(
-        "--shots",
-        type=whole(1, 64),
-        default=0,
-        metavar="K",
-        help="put K answered training reviews in front",
-    )
-    add(
-        "--max-len",
-        type=whole(8),
-        default=128,
-        help="tokens of a question; a text loses its beginning",
-    )
-    add("--batch-tokens", type=whole(8), help="tokens that are read at a time")
-    add = options.add_argument_group("what comes out").add_argument
-    add("--top", type=whole(1, 1000), default=5, help="so many of the most probable words")
-    add(
-        "--temperature",
-        type=real(0, 100, closed=True),
-        default=0.7,
-        help="of --generate; 0: no chance",
-    )
-    add("--json", action="store_true", help="print one JSON object a line")
-    add(
-        "--curves",
-        type=Path,
-        metavar="FILE",
-        help="compare.json of finetune.py --train-examples, to be drawn beside the prompt",
-    )
-    add("--out", type=Path, default=Path("runs/prompt"), help="--evaluate writes its results here")
-    add_machine_options(options)
+    texts = "reviews, or a .txt .csv .tsv .jsonl file, or - for the lines of stdin"
+    options.add_argument("texts", nargs="*", metavar="TEXT", type=text, help=texts)
+    add = options.group("what else it can do")
+    evaluate = "score every template on test rows: imdb, rotten_tomatoes, a file"
+    add("--evaluate", evaluate, metavar="DATA")
+    add("--fill", "the most probable words for each [MASK] in it", metavar="SENTENCE")
+    add("--generate", "write N tokens after each TEXT", int_range(1, 10**6), metavar="N")
+    add = options.group("how it is asked")
+    add("--model", "minilm, a BERT directory, a hub id; default: the last run of train.py")
+    template = "with {text} and [MASK]; several answer together; default: eight of them"
+    add("--template", template, default=TEMPLATES, nargs="+", metavar="SENTENCE")
+    words = "the words of each label; where data has numbers, 0 is the first label"
+    add("--words", words, nargs="+", metavar="LABEL=WORD,WORD")
+    calibrate = "three ways that need no labels, or none; default: the best on validation rows"
+    add("--calibrate", calibrate, CALIBRATIONS, BEST)
+    data = "whose train rows are read for --calibrate prior and --shots"
+    add("--data", data, default="imdb")
+    unlabelled = "so many reviews for --calibrate prior"
+    add("--unlabelled", unlabelled, int_range(1, 10**6), 256, metavar="N")
+    add("--shots", "put K answered training reviews in front", int_range(1, 64), 0, metavar="K")
+    add("--max-len", "tokens of a question; a text loses its beginning", int_range(8, 10**6), 128)
+    add("--batch-tokens", "tokens that are read at a time", int_range(8, 10**7))
+    add = options.group("what comes out")
+    add("--top", "so many of the most probable words", int_range(1, 1000), 5)
+    temperature = "of --generate; 0: always the most probable token"
+    add("--temperature", temperature, float_range(0, 100, above=False), 0.7)
+    add("--json", "print one JSON object a line", bool)
+    curves = "compare.json of finetune.py --train-examples, to be drawn beside the prompt"
+    add("--curves", curves, path, metavar="FILE")
+    add("--out", "--evaluate writes its results here", path, Path("runs/prompt"))
+    add_machine_options(options, BACKENDS)
     return options
 
 
 def read_arguments() -> argparse.Namespace:
     """The options, with one thing to do."""
     args = parser().parse_args()
-    check_utf8("an argument", *args.template, *(args.words or []), args.fill or "", *args.texts)
     asked = [
         args.evaluate is not None,
         args.fill is not None,
@@ -171,7 +125,6 @@ def read_words(arguments: list[str]) -> dict[str, list[str]]:
 
 def main() -> None:
     """The job, top to bottom."""
-    sys.stdout.reconfigure(encoding="utf-8")  # as every file, whatever the locale says
     args = read_arguments()
     runtime = Runtime.start(args.device, args.precision)
 

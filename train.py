@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from minitune.attention import choose
+from minitune.attention import BACKENDS, choose
 from minitune.checkpoint import find_model, load_masked_lm, load_tokenizer, read_config, save_model
 from minitune.corpus import Corpus
 from minitune.data import Dataset
@@ -28,9 +28,10 @@ from minitune.support.cli import (
     Parser,
     add_machine_options,
     choose_max_len,
-    real,
+    float_range,
+    int_range,
+    path,
     run_script,
-    whole,
 )
 from minitune.support.errors import UserError
 from minitune.support.runs import Run
@@ -43,60 +44,35 @@ STARTED = time.monotonic()
 def parser() -> Parser:
     """The options, grouped."""
     options = Parser("Pretrain a BERT from scratch by filling blanks.")
-    add = options.add_argument_group("what is trained, on what").add_argument
+    add = options.group("what is trained, on what")
+    add("--data", "imdb, rotten_tomatoes, a .txt .csv .tsv .jsonl file, a folder", default="imdb")
+    add("--preset", "size of the model", PRESETS, "tiny")
+    init = "start from these weights: minilm, a BERT directory, a hub id"
+    add("--init", init, metavar="MODEL")
+    add("--vocab-size", "entries of a new vocabulary", int_range(64, 10**6), 8192)
+    add("--out", "directory of the run", path, Path("runs/pretrain"))
+    add("--resume", "continue the run in --out", bool)
+    add = options.group("how long")
+    add("--minutes", "for all of it, tokenising included", float_range(0, 1e6), 17)
+    add("--steps", "exactly so many optimizer steps instead", int_range(1, 10**9))
+    add("--save-minutes", "minutes between checkpoints", float_range(0, 1e6), 2)
+    add = options.group("the recipe")
+    add("--mask-rate", "share of tokens to guess", float_range(0, 0.9), 0.15)
+    add("--whole-word", "hide whole words, not single tokens", bool)
+    summary = "of guessing a text's words from [CLS] alone; 0: only what BERT does"
+    add("--summary-weight", summary, float_range(0, 100, above=False), 1.0)
+    max_len = "tokens in a sequence at most; default: 512, if there is room"
+    add("--max-len", max_len, int_range(8, 10**6))
+    add("--batch-tokens", "tokens in a step, all processes together", int_range(8, 10**7), 4096)
     add(
-        "--data",
-        default="imdb",
-        help="imdb, rotten_tomatoes, a .txt .csv .tsv .jsonl file, a folder",
+        "--accumulate", "compute a batch in N parts, for memory", int_range(1, 1024), 1, metavar="N"
     )
-    add("--preset", choices=PRESETS, default="tiny", help="size of the model")
-    add(
-        "--init",
-        metavar="MODEL",
-        help="go on from these weights: minilm, a BERT directory, a hub id",
-    )
-    add("--vocab-size", type=whole(64, 10**6), default=8192, help="entries of a new vocabulary")
-    add("--out", type=Path, default=Path("runs/pretrain"), help="directory of the run")
-    add("--resume", action="store_true", help="go on with the run in --out")
-    add = options.add_argument_group("how long").add_argument
-    add("--minutes", type=real(0), default=17, help="for all of it, tokenising included")
-    add("--steps", type=whole(1), help="exactly so many optimizer steps instead")
-    add("--save-minutes", type=real(0), default=2, help="between checkpoints")
-    add = options.add_argument_group("the recipe").add_argument
-    add("--mask-rate", type=real(0, 0.9), default=0.15, help="share of tokens to guess")
-    add("--whole-word", action="store_true", help="hide whole words, not single tokens")
-    add(
-        "--summary-weight",
-        type=real(0, closed=True),
-        default=1.0,
-        help="of guessing a text's words from [CLS] alone; 0: only what BERT does",
-    )
-    add(
-        "--max-len",
-        type=whole(8),
-        help="tokens in a sequence at most; default: 512, if there is room",
-    )
-    add(
-        "--batch-tokens",
-        type=whole(8),
-        default=4096,
-        help="tokens in a step, all processes together",
-    )
-    add(
-        "--accumulate",
-        type=whole(1, 1024),
-        default=1,
-        help="compute a batch in N parts, for memory",
-    )
-    add("--optimizer", choices=["muon", "adamw"], default="muon", help="for the hidden matrices")
-    add(
-        "--lr",
-        type=real(0),
-        help="peak learning rate of that optimizer; default: muon 0.01, adamw 0.001",
-    )
-    add("--adamw-lr", type=real(0), default=1e-3, help="of AdamW, for the rest, beside Muon")
-    add("--weight-decay", type=real(0, closed=True), default=0.01, help="of matrices")
-    add_machine_options(options)
+    add("--optimizer", "for the hidden matrices", ["muon", "adamw"], "muon")
+    lr = "peak learning rate of that optimizer; default: muon 0.01, adamw 0.001"
+    add("--lr", lr, float_range(0, 1e38))
+    add("--adamw-lr", "of AdamW, for the rest, beside Muon", float_range(0, 1e38), 1e-3)
+    add("--weight-decay", "of matrices", float_range(0, 100, above=False), 0.01)
+    add_machine_options(options, BACKENDS)
     return options
 
 

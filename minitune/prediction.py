@@ -37,7 +37,6 @@ from minitune.classification import Sequences
 from minitune.data import SUFFIXES, Dataset, Row, label_index
 from minitune.features import FeatureClassifier
 from minitune.prompting import Prompt, in_words
-from minitune.support.cli import check_utf8
 from minitune.support.errors import UserError
 from minitune.support.runs import read_json
 from minitune.support.runtime import Runtime
@@ -185,7 +184,6 @@ class PromptPrediction(Prediction):
 def label_new_reviews(args: argparse.Namespace) -> None:
     """`finetune.py --predict`, from its options to the last answer."""
     runtime = Runtime.start(args.device, args.precision)
-    sys.stdout.reconfigure(encoding="utf-8")  # as every file, whatever the locale says
     name = args.model or _latest_run(args.out)
     classifier = Classifier.load(name, runtime, args.attention)
     say(
@@ -261,10 +259,7 @@ def _rows(arguments: list[str], option: str) -> Iterator[Row]:
             Path(argument).suffix in SUFFIXES and " " not in argument
         ):
             yield from Dataset(argument, option=option).read()
-        elif not argument.strip():
-            raise UserError(f"{option}: the text is empty")
         else:
-            check_utf8(f"{option}: the text", argument)
             yield Row(argument)
 
 

@@ -331,7 +331,7 @@ def test_only_words_that_exist_are_written(succeed, padded, monkeypatch):
     monkeypatch.setattr(
         Tokenizer, "decode", lambda self, ids: decoded.extend(ids) or decode(self, ids)
     )
-    succeed("--generate", "40", "", "--temperature", "5", model=padded)
+    succeed("--generate", "40", "the", "--temperature", "5", model=padded)
     assert max(decoded) < Tokenizer.load(padded).vocab_size
 
 
@@ -553,7 +553,7 @@ REFUSED = {
         ["[MASK] [MASK]", "once"],
     ),
     "a small blank": (["a film", "--template", "{text} [mask]"], ["{text} [mask]", "[MASK] once"]),
-    "an empty template": (["a film", "--template", ""], ["template", "{text}"]),
+    "an empty template": (["a film", "--template", ""], ["--template", "empty"]),
     "one bad template of two": (["a film", *ASK[:2], "it is", *ASK[3:]], ["'it is'", "{text}"]),
     "a template without a blank": (
         ["a film", "--template", "{text} fine"],

@@ -1,31 +1,90 @@
-"""What the scripts share: options, one-line errors, and the device in words."""
+"""What the scripts share: their options, and how a script ends."""
 
 import argparse
 import contextlib
-import math
+import io
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from minitune.attention import BACKENDS
 from minitune.support.errors import UserError
 from minitune.support.runtime import keep_freed_memory
 
+LONGEST_ERROR = 600  # characters; an option may hold a whole book
+
+
+def text(value: str) -> str:
+    """A converter for argparse: words that are UTF-8 and not blank, as an unset variable would be."""
+    if not value.strip():
+        raise argparse.ArgumentTypeError("it is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # Python hands over bytes that are not UTF-8 as half characters
+        raise argparse.ArgumentTypeError("it is not UTF-8") from None
+    return value
+
+
+def path(value: str) -> Path:
+    """A converter for argparse: the name of a file or directory."""
+    return Path(text(value))
+
+
+def int_range(low: int, high: int) -> Callable[[str], int]:
+    """A converter for argparse: a whole number with low <= number <= high."""
+    return _number(int, lambda n: low <= n <= high, f"a whole number from {low:,} to {high:,}")
+
+
+def float_range(low: float, high: float, *, above: bool = True) -> Callable[[str], float]:
+    """A converter for argparse: a number with low < number <= high; `above` False: low is good too."""
+    words = f"a number {'above' if above else 'from'} {low:g} to {high:g}"
+    return _number(float, lambda x: (low < x if above else low <= x) and x <= high, words)
+
+
+def _number(kind: type, good: Callable, words: str) -> Callable:
+    def convert(value: str) -> float:
+        with contextlib.suppress(ValueError):  # thousands of digits raise it, too
+            if good(number := kind(value)):
+                return number
+        raise argparse.ArgumentTypeError(f"{value} is not {words}")
+
+    return convert
+
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with errors of one line and defaults shown in --help."""
+    """argparse, with errors of one line, and options in groups that take one line each."""
 
     def __init__(self, description: str):
-        super().__init__(
-            description=description,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-            allow_abbrev=False,
-        )
+        super().__init__(description=description, allow_abbrev=False)
+
+    def group(self, title: str) -> Callable:
+        """A function that adds an option to a new group of --help."""
+        group = self.add_argument_group(title)
+
+        def add(
+            flag: str,
+            help: str,
+            kind: Callable | Iterable[str] = text,
+            default: Any = None,
+            **more: Any,
+        ) -> None:
+            """`kind` is a converter, or the words to choose from, or bool for a switch."""
+            if kind is bool:
+                group.add_argument(flag, help=help, action="store_true")
+                return
+            more |= {"type": kind} if callable(kind) else {"choices": list(kind)}
+            if default is not None and "default" not in help:
+                words = " ".join(default) if isinstance(default, list) else default
+                help += f" (default: {words})"
+            group.add_argument(flag, help=help, default=default, **more)
+
+        return add
 
     def resumed(self, saved: dict, may_change: set[str], where: object) -> argparse.Namespace:
-        """The options, where those that are not given are a saved run's, and others must not differ."""
+        """The options; those not given are a saved run's, and the others must not differ from it."""
         self.set_defaults(**{key: value for key, value in saved.items() if key != "out"})
         args = self.parse_args()
         check_same(args, saved, may_change, where)
@@ -43,77 +102,45 @@ def check_same(args: argparse.Namespace, saved: dict, may_change: set[str], wher
             raise UserError(f"--{flag} {getattr(args, key)}: the run in {where} has {value}")
 
 
-def whole(low: int, high: float = math.inf) -> Callable[[str], int]:
-    """A converter for argparse: a whole number with low <= number <= high."""
-    return _number(int, lambda n: low <= n <= high, f"a whole number from {low:,}", high)
-
-
-def real(above: float, high: float = math.inf, *, closed: bool = False) -> Callable[[str], float]:
-    """A converter for argparse: a finite number with above < number <= high; `closed`: above is good too."""
-    kind = f"a number {'from' if closed else 'above'} {above:,}"
-    return _number(
-        float,
-        lambda x: (above <= x if closed else above < x) and x <= high and x < math.inf,
-        kind,
-        high,
+def add_machine_options(parser: Parser, backends: Iterable[str]) -> None:
+    """Options about how to compute, the same in every script; `backends` of attention by name."""
+    add = parser.group("how it is computed")
+    kinds = ["auto", "fp32", "bf16", "fp16"]
+    add(
+        "--precision", "of matrix multiplications; auto: bf16 if the hardware has it", kinds, "auto"
     )
-
-
-def _number(kind: type, good: Callable, words: str, high: float) -> Callable:
-    def convert(text: str) -> float:
-        with contextlib.suppress(ValueError):
-            if good(value := kind(text)):
-                return value
-        upper = "" if high == math.inf else f" to {high:,}"
-        raise argparse.ArgumentTypeError(f"{text} is not {words}{upper}")
-
-    return convert
-
-
-def add_machine_options(parser: argparse.ArgumentParser) -> None:
-    """Options about how to compute, the same in every script."""
-    group = parser.add_argument_group("how it is computed")
-    group.add_argument(
-        "--precision",
-        choices=["auto", "fp32", "bf16", "fp16"],
-        default="auto",
-        help="of the matrix products; auto: bf16 where the hardware has it",
+    add("--attention", "one of several that compute the same", ["auto", *backends], "auto")
+    add(
+        "--device",
+        "run on this device; auto: a GPU if there is one",
+        ["auto", "cpu", "cuda"],
+        "auto",
     )
-    group.add_argument(
-        "--attention",
-        choices=["auto", *BACKENDS],
-        default="auto",
-        help="which attention; auto picks by measurement",
-    )
-    group.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where")
-    group.add_argument("--seed", type=whole(0, 2**31), default=0, help="of everything random")
+    add("--seed", "of everything that is random", int_range(0, 2**31), 0)
 
 
-def choose_max_len(asked: int | None, positions: int, batch_tokens: int | None = None) -> int:
-    """Tokens of a text at most: as asked, else 512 or what the model and a batch have room for.
+def choose_max_len(given: int | None, positions: int, batch_tokens: int | None = None) -> int:
+    """Tokens of a text at most: as given, else 512 or what the model and a batch have room for.
 
-    Raises UserError where a batch or the model has less room than asked for.
+    Raises UserError where a batch or the model has less room than that.
     """
-    if asked is None:
+    if given is None:
         return min(512, positions, batch_tokens or 512)
-    if batch_tokens and batch_tokens < asked:
+    if batch_tokens and batch_tokens < given:
         raise UserError(f"--batch-tokens {batch_tokens} is less than one text of --max-len")
-    if asked > positions:
-        raise UserError(f"--max-len {asked}: the model has {positions} positions")
-    return asked
-
-
-def check_utf8(what: str, *texts: str) -> None:
-    """Raise UserError for texts of the command line that are not UTF-8."""
-    try:
-        "".join(texts).encode()
-    except UnicodeEncodeError:  # Python hands over bytes that are no UTF-8 as half characters
-        raise UserError(f"{what} is not UTF-8") from None
+    if given > positions:
+        raise UserError(f"--max-len {given}: the model has {positions} positions")
+    return given
 
 
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's `main`: 0, 2 with one line for what the user can put right, 130 for Ctrl-C."""
     keep_freed_memory()
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller
+            setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):  # as every file, whatever the locale says
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
         main()
         sys.stdout.flush()
@@ -122,8 +149,9 @@ def run_script(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
     except (UserError, OSError) as error:  # an OSError here: the disk is full, a path is forbidden
+        line = " ".join(str(error).split())
+        line = line if len(line) <= LONGEST_ERROR else line[:LONGEST_ERROR] + "..."
         if os.environ.get("RANK", "0") == "0":
-            line = " ".join(str(error).split())
             print("error:", "".join(c if c.isprintable() else "?" for c in line), file=sys.stderr)
         status = 2
     except torch.OutOfMemoryError:
