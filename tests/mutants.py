@@ -1,4 +1,4 @@
-"""Do the tests see small bugs? Each bug of mutants.toml is put into a copy of the code, and its tests must fail.
+"""Do the tests see small bugs? Each bug of mutants.toml goes into a copy of the code; its tests must fail.
 
     python -m tests.mutants                    all of them, with the tests that should see each
     python -m tests.mutants dropout loop       those whose name or file contains one of these words

@@ -497,7 +497,7 @@ def test_init_with_a_config_that_cannot_be(refused, model, key, value):
 )
 def test_init_with_the_config_of_another_model(refused, model, key, value):
     change_config(model, **{key: value})
-    refused("--data", "good.txt", "--init", "model", naming=["model.safetensors"])
+    refused("--data", "good.txt", "--init", "model", naming=["error: model"])
 
 
 def test_init_with_the_tokenizer_of_a_larger_model(refused, model):
