@@ -14,7 +14,7 @@ import argparse
 import itertools
 from pathlib import Path
 
-from minitune.attention import BACKENDS, choose
+from minitune.attention import BACKENDS, resolve_backend
 from minitune.checkpoint import default_model, find_model, load_tokenizer, read_config, weights_hash
 from minitune.classification import Examples, Sequences
 from minitune.data import SPLITS, Dataset, Reviews
@@ -137,7 +137,7 @@ def main() -> None:
     config, base = read_config(source), weights_hash(source)
     runtime.log(f"model: {name} ({why}), {config.num_hidden_layers} layers of {config.hidden_size}")
     tokenizer = load_tokenizer(source, config)
-    attention = choose(args.attention, runtime.device, runtime.dtype, config.head_size)
+    attention = resolve_backend(args.attention, runtime.device, runtime.dtype, config.head_size)
     args.max_len = choose_max_len(args.max_len, config.max_position_embeddings, args.batch_tokens)
 
     # 2. Labelled reviews, as token ids.

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minitune.attention import BACKENDS, choose
+from minitune.attention import BACKENDS, resolve_backend
 from minitune.calibration import CALIBRATIONS, compare_prompts
 from minitune.checkpoint import (
     default_model,
@@ -131,7 +131,9 @@ def main() -> None:
     # 1. A pretrained model, as it is.
     name, why = (args.model, "as asked") if args.model else default_model()
     source = find_model(name)
-    attention = choose(args.attention, runtime.device, runtime.dtype, read_config(source).head_size)
+    attention = resolve_backend(
+        args.attention, runtime.device, runtime.dtype, read_config(source).head_size
+    )
     model, has_head = load_masked_lm(source, attention)
     if not has_head:
         raise UserError(

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from minitune.attention import BACKENDS, choose
+from minitune.attention import BACKENDS, resolve_backend
 from minitune.checkpoint import find_model, load_masked_lm, load_tokenizer, read_config, save_model
 from minitune.corpus import Corpus
 from minitune.data import Dataset
@@ -112,7 +112,7 @@ def main() -> None:
     else:
         config = PRESETS[args.preset]
         runtime.log(f"model: {args.preset}, from random weights")
-    attention = choose(args.attention, runtime.device, runtime.dtype, config.head_size)
+    attention = resolve_backend(args.attention, runtime.device, runtime.dtype, config.head_size)
     if args.init:
         model, has_head = load_masked_lm(source, attention)
         head = "too" if has_head else "new"

@@ -210,7 +210,7 @@ def padded(
 BACKENDS = {"reference": reference, "padded": padded, "tiled": tiled, "sdpa": sdpa, "triton": fused}
 
 
-def choose(backend: str, device: torch.device, dtype: torch.dtype, head_size: int) -> str:
+def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype, head_size: int) -> str:
     """The backend that "auto" stands for; any other name is returned as it is.
 
     Measured on CPUs with bfloat16 products (tests/benchmarks/LOG.md): in bfloat16 plain batched
@@ -255,7 +255,7 @@ def attention(
 ) -> Tensor:
     """Attend within each sequence of a packed batch. Shapes as at the top of this file.
 
-    Raises KeyError for a backend that does not exist; for "auto", see `choose`.
+    Raises KeyError for a backend that does not exist; for "auto", see `resolve_backend`.
     """
     cu_seqlens_q = cu_seqlens if cu_seqlens_q is None else cu_seqlens_q
     return BACKENDS[backend](q, k, v, cu_seqlens_q, cu_seqlens, max_seqlen)

@@ -5,6 +5,7 @@ Steps then cost about the same, and attention, which works on runs of equal leng
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -18,6 +19,22 @@ class PackedBatch:
     tokens: Tensor  # (T,) int64
     cu_seqlens: Tensor  # (B+1,) int32, cumulative lengths, starting with 0
     max_seqlen: int
+
+    @cached_property
+    def sequence_ids(self) -> Tensor:
+        """(T,) int64: the index of the sequence that each token belongs to."""
+        lengths = self.cu_seqlens.diff()
+        ids = torch.arange(lengths.numel(), device=lengths.device)
+        return ids.repeat_interleave(lengths, output_size=self.tokens.numel())
+
+    @property
+    def cls_positions(self) -> Tensor:
+        """(B,) int64: where each sequence begins, with its [CLS]."""
+        return self.cu_seqlens[:-1].long()
+
+    def count_before(self, positions: Tensor) -> Tensor:
+        """(B+1,) int32: how many of these ascending positions stand before each sequence; then all."""
+        return torch.searchsorted(positions, self.cu_seqlens.to(positions.dtype), out_int32=True)
 
     @classmethod
     def from_sequences(cls, sequences: list[Tensor]) -> "PackedBatch":

@@ -6,8 +6,8 @@ batch is its T tokens laid end to end (see attention.py), so nothing here knows 
 and where a head reads a few tokens only, the last layer computes keys and values of the others, and
 no more.
 
-Shapes: T tokens in the batch, M of them wanted, R rows (T or M, on a CPU rounded up, see
-`rounded`), B sequences, C = hidden_size, H heads, D = C / H, V = vocab_size.
+Shapes: T tokens in the batch, M of them read by a head, R rows (T or M, on a CPU padded, see
+`pad_rows`), B sequences, C = hidden_size, H heads, D = C / H, V = vocab_size.
 """
 
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from minitune.attention import attention
 from minitune.batching import PackedBatch
-from minitune.fast.layers import Dropout, GeluLinear, rounded
+from minitune.fast.layers import Dropout, GeluLinear, pad_rows
 
 
 @dataclass
@@ -56,26 +56,6 @@ PRESETS = {
 }
 
 
-@dataclass
-class Wanted:
-    """The tokens of a batch whose last hidden states a head reads."""
-
-    rows: Tensor  # (R,) their indices, ascending, then what `rounded` adds
-    count: int  # M
-    cu_seqlens: Tensor  # (B+1,) int32, how they are spread over the sequences
-
-    @classmethod
-    def of(cls, tokens: Tensor, batch: PackedBatch) -> "Wanted":
-        """These M indices into the packed tokens, ascending, each of them once."""
-        cu_seqlens = torch.searchsorted(tokens, batch.cu_seqlens.to(tokens.dtype), out_int32=True)
-        return cls(rounded(tokens), tokens.numel(), cu_seqlens)
-
-
-def at(wanted: Wanted | None, x: Tensor) -> Tensor:
-    """The rows of these tokens; None wants all of them."""
-    return x if wanted is None else x.index_select(0, wanted.rows)
-
-
 class LayerNorm(nn.LayerNorm):
     """LayerNorm in float32, whatever autocast is doing around it."""
 
@@ -84,7 +64,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Embeddings(nn.Module):
-    """Word + position + token type, then LayerNorm: (R, C), the T tokens and what `rounded` adds to them."""
+    """Word + position + token type, then LayerNorm: (R, C), the T tokens and what `pad_rows` adds."""
 
     def __init__(self, config: BertConfig):
         super().__init__()
@@ -95,15 +75,10 @@ class Embeddings(nn.Module):
         self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, batch: PackedBatch) -> Tensor:
-        lengths = batch.cu_seqlens.diff()
-        offsets = batch.cu_seqlens[:-1].repeat_interleave(lengths, output_size=batch.tokens.numel())
-        positions = torch.arange(batch.tokens.numel(), device=offsets.device) - offsets
-        # minitune reads single texts, so every token is of type 0.
-        x = (
-            self.word(rounded(batch.tokens))
-            + self.position(rounded(positions))
-            + self.token_type.weight[0]
-        )
+        starts = batch.cls_positions[batch.sequence_ids]
+        positions = torch.arange(batch.tokens.numel(), device=starts.device) - starts
+        x = self.word(pad_rows(batch.tokens)) + self.position(pad_rows(positions))
+        x = x + self.token_type.weight[0]  # minitune reads single texts: every token is of type 0
         return self.dropout(self.norm(x))  # (R, C)
 
 
@@ -116,24 +91,23 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)  # three products in one
         self.out = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: Tensor, batch: PackedBatch, wanted: Wanted | None = None) -> Tensor:
+    def forward(self, x: Tensor, batch: PackedBatch, positions: Tensor | None = None) -> Tensor:
         C, T = x.size(1), batch.tokens.numel()
-        if wanted is None:
+        if positions is None:
             M, cu_seqlens_q = T, None
             q, k, v = self.qkv(x).chunk(3, dim=1)
-        else:  # these ask, all are asked
-            M, cu_seqlens_q = wanted.count, wanted.cu_seqlens
+        else:  # queries at these positions, keys and values at all
+            M, cu_seqlens_q = positions.numel(), batch.count_before(positions)
             (w_q, w_kv), (b_q, b_kv) = (
                 p.split([C, 2 * C]) for p in (self.qkv.weight, self.qkv.bias)
             )
-            q = F.linear(at(wanted, x), w_q, b_q)
+            q = F.linear(x.index_select(0, pad_rows(positions)), w_q, b_q)
             k, v = F.linear(x, w_kv, b_kv).chunk(2, dim=1)
-        R = q.size(0)
         q, k, v = (y[:n].unflatten(1, (self.heads, -1)) for y, n in ((q, M), (k, T), (v, T)))
         y = attention(
             q, k, v, batch.cu_seqlens, batch.max_seqlen, self.backend, cu_seqlens_q
         )  # (M, H, D)
-        return self.out(F.pad(y.flatten(1), (0, 0, 0, R - M)))
+        return self.out(pad_rows(y.flatten(1)))
 
 
 class FeedForward(nn.Module):
@@ -168,10 +142,12 @@ class Layer(nn.Module):
         self.attention_adapter = nn.Identity()
         self.feed_forward_adapter = nn.Identity()
 
-    def forward(self, x: Tensor, batch: PackedBatch, wanted: Wanted | None = None) -> Tensor:
-        """(R, C) to (R, C), of all tokens; or of those wanted, where the others are just attended to."""
-        y = self.attention_adapter(self.dropout(self.attention(x, batch, wanted)))
-        x = self.attention_norm(at(wanted, x) + y)
+    def forward(self, x: Tensor, batch: PackedBatch, positions: Tensor | None = None) -> Tensor:
+        """(R, C) of all tokens to (R, C) of all, or of those at ascending `positions`."""
+        y = self.attention_adapter(self.dropout(self.attention(x, batch, positions)))
+        if positions is not None:
+            x = x.index_select(0, pad_rows(positions))
+        x = self.attention_norm(x + y)
         y = self.feed_forward_adapter(self.dropout(self.feed_forward(x)))
         return self.feed_forward_norm(x + y)
 
@@ -187,20 +163,16 @@ class Bert(nn.Module):
             Layer(config, attention_backend) for _ in range(config.num_hidden_layers)
         )
 
-    def forward(self, batch: PackedBatch, wanted: Tensor | None = None) -> Tensor:
-        """Hidden states (T, C); or (M, C) of the M tokens `wanted`, different indices into the packed ones.
+    def forward(self, batch: PackedBatch, positions: Tensor | None = None) -> Tensor:
+        """Hidden states (T, C); or (M, C) at M `positions`, ascending indices into the packed tokens.
 
-        What nobody reads is not computed: of other tokens the last layer needs keys and values,
-        which is a sixth of its work and less.
+        What nobody reads is not computed: of other tokens the last layer needs keys and values only.
         """
         x = self.embeddings(batch)
         for layer in self.layers[:-1]:
             x = layer(x, batch)
-        if wanted is None:
-            return self.layers[-1](x, batch)[: batch.tokens.numel()]
-        ascending, order = wanted.sort()
-        x = self.layers[-1](x, batch, Wanted.of(ascending, batch))
-        return x.index_select(0, order.argsort())  # in the order asked for
+        x = self.layers[-1](x, batch, positions)
+        return x[: batch.tokens.numel() if positions is None else positions.numel()]
 
 
 class Pooler(nn.Module):
@@ -210,26 +182,29 @@ class Pooler(nn.Module):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, bert: Bert, batch: PackedBatch) -> Tensor:
-        return torch.tanh(self.dense(bert(batch, batch.cu_seqlens[:-1])))  # (B, C)
+    def positions(self, batch: PackedBatch) -> Tensor | None:
+        """Where it reads hidden states, ascending; None is everywhere."""
+        return batch.cls_positions
+
+    def forward(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
+        return torch.tanh(self.dense(hidden))  # (B, C)
 
 
 def mean_of_tokens(hidden: Tensor, batch: PackedBatch) -> Tensor:
     """The mean over each sequence's tokens, in float32: (T, C) to (B, C)."""
-    lengths = batch.cu_seqlens.diff()
-    B, T = lengths.numel(), hidden.size(0)
-    owner = torch.arange(B, device=lengths.device).repeat_interleave(lengths, output_size=T)
-    sums = hidden.new_zeros(B, hidden.size(1), dtype=torch.float32).index_add(
-        0, owner, hidden.float()
-    )
-    return sums / lengths[:, None]
+    lengths = batch.cu_seqlens.diff()[:, None]
+    sums = hidden.new_zeros(len(lengths), hidden.size(1), dtype=torch.float32)
+    return sums.index_add(0, batch.sequence_ids, hidden.float()) / lengths
 
 
 class MeanPooler(nn.Module):
     """Another summary of a sequence: the mean of its tokens. BERT has none such, and no weights for it."""
 
-    def forward(self, bert: Bert, batch: PackedBatch) -> Tensor:
-        return mean_of_tokens(bert(batch), batch)  # (B, C)
+    def positions(self, batch: PackedBatch) -> Tensor | None:
+        return None
+
+    def forward(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
+        return mean_of_tokens(hidden, batch)  # (B, C)
 
 
 class MaskedLMHead(nn.Module):
@@ -256,13 +231,14 @@ class BertForMaskedLM(nn.Module):
         self.apply(lambda module: initialize(module, config))
 
     def forward(self, batch: PackedBatch, positions: Tensor) -> Tensor:
-        """Logits (M, V) at the M given positions, indices into the packed tokens.
+        """Logits (M, V) at M positions, indices into the packed tokens in any order.
 
-        Only those: over all T positions the product with the vocabulary would cost two thirds of
-        what the whole of the tiny encoder does.
+        Only there: scoring the vocabulary at all T positions would cost two thirds of what the
+        whole of the tiny encoder does.
         """
-        hidden = rounded(self.bert(batch, positions))
-        return self.head(hidden, self.bert.embeddings.word.weight)[: positions.numel()]
+        ascending, order = positions.sort()
+        hidden = self.bert(batch, ascending).index_select(0, order.argsort())
+        return self.head(pad_rows(hidden), self.bert.embeddings.word.weight)[: positions.numel()]
 
 
 class BertForSequenceClassification(nn.Module):
@@ -279,7 +255,8 @@ class BertForSequenceClassification(nn.Module):
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Logits (B, labels)."""
-        return self.classifier(self.dropout(self.pooler(self.bert, batch)))
+        hidden = self.bert(batch, self.pooler.positions(batch))
+        return self.classifier(self.dropout(self.pooler(hidden, batch)))
 
 
 def initialize(module: nn.Module, config: BertConfig) -> None:

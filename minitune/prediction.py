@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from minitune.adapters import AdapterSwitch
-from minitune.attention import choose
+from minitune.attention import resolve_backend
 from minitune.batching import reading_tokens, sorted_batches
 from minitune.calibration import CALIBRATIONS, mean_log_probabilities
 from minitune.checkpoint import (
@@ -90,7 +90,7 @@ class Classifier:
             trained = Trained.read(directory)
         base = trained.find_base(directory) if trained else directory
         head_size = read_config(base).head_size
-        attention = choose(attention, runtime.device, runtime.dtype, head_size)
+        attention = resolve_backend(attention, runtime.device, runtime.dtype, head_size)
         if not trained:
             model = load_classifier(directory, attention)
             settings, max_len = directory / "settings.json", model.config.max_position_embeddings

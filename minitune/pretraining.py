@@ -125,7 +125,7 @@ class MaskedLanguageModelling:
 
     def loss(self, model: BertForMaskedLM, cloze: Cloze) -> Tensor:
         """Sum over the blanks of -log p(label), in nats and float32; the gradient is that of both tasks."""
-        first = cloze.batch.cu_seqlens[:-1]  # where each sequence has its [CLS]
+        first = cloze.batch.cls_positions
         logits = model(cloze.batch, torch.cat([cloze.positions, first])).float()
         blanks, summaries = logits.split([len(cloze), len(first)])
         loss = F.cross_entropy(blanks, cloze.labels, reduction="sum")
@@ -173,11 +173,8 @@ def summary_loss(logits: Tensor, cloze: Cloze, special_ids: Tensor) -> Tensor:
     tokens = cloze.batch.tokens.scatter(
         0, cloze.positions, cloze.labels
     )  # as they were before masking
-    lengths = cloze.batch.cu_seqlens.diff()
-    sequence = torch.arange(len(lengths), device=lengths.device)
-    sequence = sequence.repeat_interleave(lengths, output_size=len(tokens))
     is_word = ~torch.isin(tokens, special_ids.to(tokens.device))
-    return -(logits.log_softmax(-1)[sequence, tokens] * is_word).sum()
+    return -(logits.log_softmax(-1)[cloze.batch.sequence_ids, tokens] * is_word).sum()
 
 
 EXAMPLES = 3

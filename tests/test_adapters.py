@@ -27,7 +27,7 @@ from minitune.checkpoint import (
     weights_hash,
 )
 from minitune.classification import Classification, Examples, Sequences
-from minitune.fast.layers import Dropout
+from minitune.fast.layers import Dropout, pad_rows
 from minitune.features import Features, feature_size
 from minitune.finetuning import METHODS, build, choose_trained, summary
 from minitune.model import PRESETS, BertConfig, BertForMaskedLM, BertForSequenceClassification
@@ -215,7 +215,7 @@ def test_adapters_stand_after_dropout_and_before_the_residual_sum():
     model = BertForSequenceClassification(replace(CONFIG, id2label=NAMES, hidden_dropout_prob=0.5))
     insert_adapters(model.bert, UNITS)
     layer, batch = shaken(model.bert).layers[0].train(), some_batch()
-    x = torch.randn(16, 16)
+    x = pad_rows(torch.randn(16, 16))
 
     def sublayer(x, change, adapter, norm):
         y = Dropout(0.5)(change)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minitune.attention import Tiled, attention, choose
+from minitune.attention import Tiled, attention, resolve_backend
 from minitune.fast import padded_attention as padded_attention
 from minitune.support.errors import UserError
 from tests.attention_oracle import (
@@ -268,7 +268,7 @@ def test_padded_computes_a_piece_at_a_time(set_sizes):
 
 @pytest.mark.parametrize("name", [*HERE, "a name of the future"])
 def test_choose_passes_names_through(name):
-    assert choose(name, CPU, torch.bfloat16, 64) == name
+    assert resolve_backend(name, CPU, torch.bfloat16, 64) == name
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -276,27 +276,27 @@ def test_auto_on_a_gpu_is_triton_where_it_runs(monkeypatch, dtype):
     cuda = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
-    assert [choose("auto", cuda, dtype, size) for size in (32, 64, 128)] == ["triton"] * 3
-    assert choose("auto", cuda, dtype, 48) == "sdpa"
+    assert [resolve_backend("auto", cuda, dtype, size) for size in (32, 64, 128)] == ["triton"] * 3
+    assert resolve_backend("auto", cuda, dtype, 48) == "sdpa"
     with pytest.raises(UserError, match="heads of 32, 64 or 128, and the model's have 48"):
-        choose("triton", cuda, dtype, 48)
+        resolve_backend("triton", cuda, dtype, 48)
 
 
 def test_auto_on_an_old_gpu_is_sdpa(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert choose("auto", torch.device("cuda"), torch.float16, 64) == "sdpa"
+    assert resolve_backend("auto", torch.device("cuda"), torch.float16, 64) == "sdpa"
 
 
 def test_auto_on_a_gpu_without_triton_is_sdpa(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert choose("auto", torch.device("cuda"), torch.float16, 64) == "sdpa"
+    assert resolve_backend("auto", torch.device("cuda"), torch.float16, 64) == "sdpa"
     with pytest.raises(UserError, match="triton is not installed"):
-        choose("triton", torch.device("cuda"), torch.float16, 64)
+        resolve_backend("triton", torch.device("cuda"), torch.float16, 64)
 
 
 def test_triton_on_a_cpu_is_a_user_error():
     with pytest.raises(UserError, match="needs a CUDA device"):
-        choose("triton", CPU, torch.float32, 32)
+        resolve_backend("triton", CPU, torch.float32, 32)
 
 
 def test_nothing_needs_triton_until_it_is_asked_for():

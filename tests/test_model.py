@@ -14,7 +14,7 @@ import minitune.model
 from minitune.adapters import insert_adapters
 from minitune.batching import PackedBatch
 from minitune.checkpoint import find_model, load_bert, load_masked_lm, read_config
-from minitune.fast.layers import Dropout, GeluLinear, rounded
+from minitune.fast.layers import Dropout, GeluLinear, pad_rows
 from minitune.model import Bert, BertConfig, BertForMaskedLM, FeedForward, Layer, LayerNorm, Pooler
 from minitune.tokenizer import Tokenizer
 from tests.attention_oracle import HERE
@@ -58,6 +58,9 @@ def test_a_batch_is_the_tokens_end_to_end_and_where_each_sequence_ends():
     assert batch.tokens.tolist() == [7, 8, 9, 4, 5, 6] and batch.tokens.dtype == torch.int64
     assert batch.cu_seqlens.tolist() == [0, 3, 4, 6] and batch.cu_seqlens.dtype == torch.int32
     assert batch.max_seqlen == 3
+    assert batch.sequence_ids.tolist() == [0, 0, 0, 1, 2, 2]
+    assert batch.cls_positions.tolist() == [0, 3, 4]
+    assert batch.count_before(torch.tensor([1, 2, 4])).tolist() == [0, 2, 2, 3]
 
 
 @each_backend
@@ -139,7 +142,7 @@ def test_layer_and_its_gradients_are_those_of_torch(backend, lengths):
     x, upstream = torch.randn(2, sum(lengths), CONFIG.hidden_size)
 
     x_ours = x.clone().requires_grad_()
-    out = layer(x_ours, PackedBatch.from_sequences(sequences))
+    out = layer(pad_rows(x_ours), PackedBatch.from_sequences(sequences))[: len(x)]
     out.backward(upstream)
 
     x_oracle = (
@@ -180,59 +183,59 @@ def test_bfloat16_autocast_stays_close_to_float32(backend):
     assert (rounded - exact).norm() <= 0.02 * exact.norm()
 
 
-# What is not wanted is not computed
+# States that no head reads are not computed
 
 
 @each_backend
 @pytest.mark.parametrize("adapted", [False, True])
-def test_the_wanted_tokens_are_those_of_all_tokens_and_so_are_the_gradients(backend, adapted):
+def test_states_at_positions_and_their_gradients_are_those_of_all_tokens(backend, adapted):
     bert = Bert(CONFIG, backend)
     if adapted:
         insert_adapters(bert, 8)
     batch = PackedBatch.from_sequences(random_sequences(RAGGED))
-    wanted = torch.tensor([0, 39, 7, 80, 6])  # in any order
+    positions = torch.tensor([0, 6, 7, 39, 80])
     upstream = torch.randn(5, CONFIG.hidden_size)
     gradients = []
-    for hidden in (bert(batch, wanted), bert(batch)[wanted]):
+    for hidden in (bert(batch, positions), bert(batch)[positions]):
         gradients.append(
             torch.autograd.grad(hidden, list(bert.parameters()), upstream, allow_unused=True)
         )
-    assert torch.allclose(bert(batch, wanted), bert(batch)[wanted], atol=1e-5)
+    assert torch.allclose(bert(batch, positions), bert(batch)[positions], atol=1e-5)
     for few, all_ in zip(*gradients, strict=True):
         assert (few is None) == (all_ is None)
         assert few is None or (few - all_).abs().max() <= 1e-5 * max(1, all_.abs().max())
 
 
-def test_the_last_layer_works_for_wanted_tokens_only(monkeypatch):
-    bert, seen, asked = Bert(CONFIG), [], []
+def test_the_last_layer_works_at_the_positions_only(monkeypatch):
+    bert, rows, queries = Bert(CONFIG), [], []
     compute = minitune.model.attention
 
     def record(q, *rest):
-        asked.append(len(q))
+        queries.append(len(q))
         return compute(q, *rest)
 
     monkeypatch.setattr(minitune.model, "attention", record)
     for layer in bert.layers:
         layer.feed_forward.register_forward_hook(
-            lambda module, inputs, output: seen.append(len(output))
+            lambda module, inputs, output: rows.append(len(output))
         )
     bert(PackedBatch.from_sequences(random_sequences(RAGGED)), torch.tensor([0, 5]))
-    assert seen == [128] * (CONFIG.num_hidden_layers - 1) + [64]  # 81 and 2, rounded up
-    assert asked == [81] * (CONFIG.num_hidden_layers - 1) + [2]
+    assert rows == [128] * (CONFIG.num_hidden_layers - 1) + [64]  # 81 and 2, padded
+    assert queries == [81] * (CONFIG.num_hidden_layers - 1) + [2]
 
 
 @pytest.mark.parametrize(
     ("rows", "expected"),
     [(0, 0), (1, 64), (64, 64), (65, 128), (876, 896), (1500, 1536), (3841, 4096)],
 )
-def test_rows_are_rounded_up_by_an_eighth_or_to_64(rows, expected):
+def test_rows_are_padded_by_an_eighth_or_to_64(rows, expected):
     x = torch.ones(rows, 3)
-    assert torch.equal(rounded(x), torch.cat([x, torch.zeros(expected - rows, 3)]))
-    assert rounded(x[:, 0]).shape == (expected,)
+    assert torch.equal(pad_rows(x), torch.cat([x, torch.zeros(expected - rows, 3)]))
+    assert pad_rows(x[:, 0]).shape == (expected,)
 
 
-def test_rows_are_rounded_up_only_where_kernels_are_compiled_for_their_number():
-    assert rounded(torch.empty(65, 3, device="meta")).shape == (65, 3)  # any device that is no CPU
+def test_rows_are_padded_only_where_kernels_are_compiled_for_their_number():
+    assert pad_rows(torch.empty(65, 3, device="meta")).shape == (65, 3)  # any device that is no CPU
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -246,11 +249,11 @@ def test_a_batch_without_blanks_gives_no_logits_and_no_gradient(bf16):
     assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
 
 
-def test_rows_that_round_the_number_up_change_nothing(monkeypatch):
+def test_padded_rows_change_nothing(monkeypatch):
     """Neither what is computed nor any gradient; that of the word that stands there neither."""
     outcomes = []
-    for change in (lambda x: x, rounded):
-        monkeypatch.setattr(minitune.model, "rounded", change)
+    for change in (lambda x: x, pad_rows):
+        monkeypatch.setattr(minitune.model, "pad_rows", change)
         torch.manual_seed(0)
         model = BertForMaskedLM(CONFIG, "reference")
         batch = PackedBatch.from_sequences([s.clamp(min=1) for s in random_sequences(RAGGED)])
@@ -436,6 +439,6 @@ def test_real_weights_give_the_pooled_vectors_of_transformers(oracle):
     assert load_bert(model, directory) == []
     batch = PackedBatch.from_sequences([torch.tensor(case["ids"]) for case in oracle["cases"]])
     with torch.no_grad():
-        pooled = model.pooler(model.bert, batch)
+        pooled = model.pooler(model.bert(batch, batch.cls_positions), batch)
     expected = torch.tensor([case["pooled"] for case in oracle["cases"]])
     assert (pooled[:, oracle["channels"]] - expected).abs().max() <= 1e-5

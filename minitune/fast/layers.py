@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 ROWS = 64
 
 
-def rounded(x: Tensor) -> Tensor:
+def pad_rows(x: Tensor) -> Tensor:
     """(N, …) with rows of zeros after it, to a multiple of ROWS, and for large N of a larger power of two.
 
     They are an eighth of N at most, or less than ROWS. On another device than a CPU there are none.

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minitune.attention import BACKENDS, choose, obstacle_to_triton
+from minitune.attention import BACKENDS, obstacle_to_triton, resolve_backend
 from minitune.batching import PackedBatch
 from minitune.model import PRESETS, BertForMaskedLM
 from minitune.optimizer import Optimizer
@@ -142,7 +142,7 @@ def main() -> None:
     names = [
         n for n in BACKENDS if n != "triton" or not obstacle_to_triton(device, CONFIG.head_size)
     ]
-    chosen = choose("auto", device, runtime.dtype, CONFIG.head_size)
+    chosen = resolve_backend("auto", device, runtime.dtype, CONFIG.head_size)
     title = f"{runtime.describe()}, {runtime.precision}; auto is {chosen}"
     print(title)
     rows = []

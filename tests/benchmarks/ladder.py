@@ -26,13 +26,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import minitune.model
-from minitune.attention import choose
+from minitune.attention import resolve_backend
 from minitune.batching import PackedBatch
 from minitune.checkpoint import find_model, load_for_classification, load_tokenizer, read_config
 from minitune.classification import Sequences
 from minitune.corpus import Corpus
 from minitune.data import Dataset, Reviews
-from minitune.fast.layers import Dropout, rounded
+from minitune.fast.layers import Dropout, pad_rows
 from minitune.masking import mask_tokens
 from minitune.model import PRESETS, BertForMaskedLM
 from minitune.support.plots import plt, save
@@ -60,7 +60,7 @@ class Rung:
 
 def rungs(job: str) -> list[Rung]:
     """From the bottom."""
-    fastest = choose("auto", CPU, torch.float32, 64)
+    fastest = resolve_backend("auto", CPU, torch.float32, 64)
     changes = [("AdamW fused", {"fused": True})]
     if job == "mlm":
         changes += [("head at the blanks only", {"masked_only": True})]
@@ -72,7 +72,7 @@ def rungs(job: str) -> list[Rung]:
     changes += [(f"attention: {fastest}", {"attention": fastest})]
     if multiplies_bf16(CPU):
         changes += [("bf16, attention: reference", {"precision": "bf16", "attention": "reference"})]
-        fastest = choose("auto", CPU, torch.bfloat16, 64)
+        fastest = resolve_backend("auto", CPU, torch.bfloat16, 64)
         changes += [(f"few shapes, attention: {fastest}", {"rounded": True, "attention": fastest})]
     ladder = [Rung("padded, float32, plain AdamW")]
     for name, change in changes:
@@ -136,15 +136,15 @@ class Climber:
     def loss_of_labels(self, rows: np.ndarray) -> Tensor:
         batch, model = self.pack(rows), self.model
         if self.rung.last_layer:
-            pooled = model.pooler(model.bert, batch)
+            pooled = model.pooler(model.bert(batch, batch.cls_positions), batch)
         else:
-            pooled = torch.tanh(model.pooler.dense(model.bert(batch)[batch.cu_seqlens[:-1]]))
+            pooled = torch.tanh(model.pooler.dense(model.bert(batch)[batch.cls_positions]))
         logits = model.classifier(model.dropout(pooled))
         return F.cross_entropy(logits.float(), self.labels[torch.from_numpy(rows)])
 
     def climb(self) -> float:
         """Seconds for all sequences once."""
-        minitune.model.rounded = rounded if self.rung.rounded else lambda x: x
+        minitune.model.pad_rows = pad_rows if self.rung.rounded else lambda x: x
         started, runtime = time.perf_counter(), Runtime.start("cpu", self.rung.precision)
         for rows in self.batches:
             with runtime.autocast():

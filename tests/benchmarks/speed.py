@@ -21,10 +21,10 @@ from dataclasses import replace
 
 import torch
 
-from minitune.attention import choose
+from minitune.attention import resolve_backend
 from minitune.corpus import Corpus
 from minitune.data import Dataset
-from minitune.model import PRESETS, BertForMaskedLM, Wanted
+from minitune.model import PRESETS, BertForMaskedLM
 from minitune.optimizer import Optimizer
 from minitune.pretraining import Cloze, MaskedLanguageModelling
 from minitune.support.runtime import Runtime, keep_freed_memory
@@ -35,8 +35,8 @@ def flops(cloze: Cloze, config) -> float:
     d, L, V = config.hidden_size, config.num_hidden_layers, config.vocab_size
     T, lengths = cloze.tokens, cloze.batch.cu_seqlens.diff().double()
     M = len(cloze) + len(lengths)
-    asked = Wanted.of(cloze.positions, cloze.batch).cu_seqlens.diff() + 1  # the blanks, and [CLS]
-    attention = 4 * d * ((L - 1) * (lengths**2).sum().item() + (asked * lengths).sum().item())
+    queries = cloze.batch.count_before(cloze.positions).diff() + 1  # the blanks, and [CLS]
+    attention = 4 * d * ((L - 1) * (lengths**2).sum().item() + (queries * lengths).sum().item())
     layers = T * (L - 1) * 24 * d**2 + T * 4 * d**2 + M * 20 * d**2
     return 3 * (layers + attention + M * 2 * (d**2 + d * V))
 
@@ -86,7 +86,7 @@ def main() -> None:
     corpus = Corpus.open(Dataset("imdb"), None, 8192)
     config = replace(PRESETS[args.preset], vocab_size=corpus.tokenizer.vocab_size)
     model = BertForMaskedLM(
-        config, choose(args.attention, runtime.device, runtime.dtype, config.head_size)
+        config, resolve_backend(args.attention, runtime.device, runtime.dtype, config.head_size)
     )
     optimizer = Optimizer(model, args.optimizer, 1e-3, 1e-3, 0.01)
     task = MaskedLanguageModelling(

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from minitune.adapters import insert_adapters
-from minitune.attention import choose
+from minitune.attention import resolve_backend
 from minitune.batching import PackedBatch, reading_tokens
 from minitune.checkpoint import (
     load_classifier,
@@ -73,7 +73,7 @@ class Ours:
     def __init__(self, problem: Problem, tuned: bool):
         self.problem, self.runtime = problem, Runtime.start("cpu", problem.precision)
         head_size = read_config(problem.directory).head_size
-        self.attention = choose("auto", self.runtime.device, self.runtime.dtype, head_size)
+        self.attention = resolve_backend("auto", self.runtime.device, self.runtime.dtype, head_size)
         self.run = {"feature": self.train_on_features, "label": self.label}.get(
             problem.job, self.train
         )
