@@ -186,7 +186,7 @@ def main() -> None:
 
     # 5. Look at the result, and keep it.
     runtime.log(
-        f"validation: loss {final['loss']:.3f}, {final['masked_accuracy']:.1%} of the blanks right"
+        f"validation: loss {final['loss']:.3f}, {final['accuracy']:.1%} of the masked words right"
     )
     runtime.close()
     if not runtime.is_main:
@@ -200,7 +200,8 @@ def main() -> None:
     run.finish(
         {
             "method": "pretrain",
-            **final,
+            "loss": final["loss"],
+            "masked_accuracy": final["accuracy"],
             "uniform_loss": task.uniform,
             "unigram_loss": task.unigram,
             "trainable_params": total_params,

@@ -1,7 +1,9 @@
-"""Classifying texts as a task for the training loop: examples, their batches, loss and validation.
+"""Text classification as a task for the training loop: examples, their batches, and the loss.
 
-One task for every fine-tuning method. What differs is what an example is: a token sequence that the
-whole network reads (Sequences), or the features of a frozen encoder (features.Features).
+Where the classification head is trained: `Classification.loss` compares its logits with the labels,
+and training.Trainer follows the gradient of that loss. The head is the `classifier` of
+model.BertForSequenceClassification, or features.FeatureHead. Every fine-tuning method has this
+task; which parameters learn besides the head is what finetuning.METHODS are about.
 """
 
 import copy
@@ -15,20 +17,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minitune.batching import PackedBatch, shuffled_batches, sorted_batches
-from minitune.support.runtime import Runtime
 from minitune.tokenizer import Tokenizer
 
 HEAD_SHARE = 0.25  # of a text that is cut, this much from its beginning and the rest from its end
 
 
 class Inputs(Protocol):
-    """What a classifier reads, one entry a text."""
+    """What a classifier reads, one entry a text: `Sequences`, or features.Features."""
 
+    unit: str  # of the lengths
     lengths: np.ndarray  # (N,) how much each entry counts in a batch
-    unit: str  # of that
 
-    def pack(self, indices: np.ndarray) -> PackedBatch | Tensor:
-        """These entries as the model's input."""
+    def select(self, indices: np.ndarray) -> "Inputs":
+        """Only these entries, in this order."""
+
+    def pack(self) -> PackedBatch | Tensor:
+        """All entries, as the model reads them."""
 
 
 class Sequences:
@@ -52,73 +56,50 @@ class Sequences:
         self.lengths = np.array([len(ids) for ids in self.ids], dtype=np.int64)
 
     def select(self, indices: np.ndarray) -> "Sequences":
-        """Only these texts."""
+        """Only these texts, in this order."""
         chosen = copy.copy(self)
         chosen.ids = [self.ids[i] for i in indices]
         chosen.truncated = [self.truncated[i] for i in indices]
         chosen.lengths = self.lengths[indices]
         return chosen
 
-    def pack(self, indices: np.ndarray) -> PackedBatch:
-        """These texts as a packed batch."""
-        return PackedBatch.from_sequences([torch.from_numpy(self.ids[i]) for i in indices])
+    def pack(self) -> PackedBatch:
+        """All texts in one packed batch."""
+        return PackedBatch.from_sequences([torch.from_numpy(ids) for ids in self.ids])
 
 
 @dataclass
 class Examples:
-    """Inputs and the index of each one's label."""
+    """Inputs and their labels: a whole split, or the few of a batch."""
 
     inputs: Inputs
-    labels: Tensor  # (N,) int64
+    labels: Tensor  # (N,) int64, indices into id2label
 
     def __len__(self) -> int:
+        """N, how many predictions the loss is a mean over."""
         return len(self.labels)
 
     @property
     def tokens(self) -> int:
-        """In all of them."""
+        """The sum of all lengths."""
         return int(self.inputs.lengths.sum())
 
     def select(self, indices: np.ndarray) -> "Examples":
-        """Only these examples."""
+        """Only these examples, in this order."""
         return Examples(self.inputs.select(indices), self.labels[torch.from_numpy(indices)])
 
-    def batch(self, indices: np.ndarray) -> "Batch":
-        """These examples as a batch."""
-        return Batch(self, indices)
+    def batches(self, batch_tokens: int) -> list["Examples"]:
+        """All examples once, sorted by length, in batches of at most so many tokens."""
+        return [self.select(rows) for rows in sorted_batches(self.inputs.lengths, batch_tokens)]
 
-    def batches(self, batch_tokens: int) -> list["Batch"]:
-        """All examples once, sorted by length."""
-        return [
-            self.batch(indices) for indices in sorted_batches(self.inputs.lengths, batch_tokens)
-        ]
+    def split(self, parts: int) -> list["Examples"]:
+        """At most so many shares, about equal in examples; none is empty."""
+        shares = np.array_split(np.arange(len(self)), min(parts, len(self)))
+        return [self.select(share) for share in shares]
 
-
-@dataclass
-class Batch:
-    """Some of the examples, packed only on their way to the device."""
-
-    examples: Examples
-    indices: np.ndarray
-
-    def __len__(self) -> int:
-        """How many predictions the loss is a mean over."""
-        return len(self.indices)
-
-    @property
-    def tokens(self) -> int:
-        """How many tokens are read."""
-        return int(self.examples.inputs.lengths[self.indices].sum())
-
-    def split(self, parts: int) -> list["Batch"]:
-        """Shares of about equal size; their lengths are alike, as in every batch. None is empty."""
-        shares = np.array_split(self.indices, min(parts, len(self)))
-        return [Batch(self.examples, share) for share in shares]
-
-    def to(self, device: torch.device) -> tuple[PackedBatch | Tensor, Tensor]:
-        """(the model's input, the labels) on a device."""
-        labels = self.examples.labels[torch.from_numpy(self.indices)]
-        return self.examples.inputs.pack(self.indices).to(device), labels.to(device)
+    def to(self, device: torch.device) -> tuple[tuple[PackedBatch | Tensor], Tensor]:
+        """(the model's arguments, labels) on a device; only here are the inputs packed."""
+        return (self.inputs.pack().to(device),), self.labels.to(device)
 
 
 class Classification:
@@ -128,63 +109,45 @@ class Classification:
         self, train: Examples, validation: Examples, *, batch_tokens: int, epochs: int, seed: int
     ):
         self.train, self.validation = train, validation
-        self.batch_tokens, self.seed = batch_tokens, seed
+        self.batch_tokens, self.seed, self.unit = batch_tokens, seed, train.inputs.unit
         shares = torch.bincount(validation.labels) / len(validation)
         entropy = -(shares[shares > 0] * shares[shares > 0].log()).sum()
-        self.yardstick = f"always the same answer: accuracy {shares.max():.3f}, loss {entropy:.3f}"
-        self.unit = train.inputs.unit
-        self.validation_tokens = int(validation.inputs.lengths.sum()) * epochs
-        # An epoch has not always the same number of batches: they are filled anew from shuffled
-        # rows.
-        self.epoch_ends, step = [], 0
-        rows = 0
-        for indices in shuffled_batches(train.inputs.lengths, batch_tokens, seed):
-            rows, step = rows + len(indices), step + 1
-            if rows == len(train):
-                self.epoch_ends.append(step)
-                rows = 0
-                if len(self.epoch_ends) == epochs:
-                    break
+        self.baseline = f"always the same answer: accuracy {shares.max():.3f}, loss {entropy:.3f}"
+        self.validation_tokens = validation.tokens * epochs
+        self.epoch_ends = self._epoch_ends(epochs)
+        self.steps = self.epoch_ends[-1]
 
-    @property
-    def steps(self) -> int:
-        """Of all epochs."""
-        return self.epoch_ends[-1]
+    def _epoch_ends(self, epochs: int) -> list[int]:
+        """The last step of each epoch. Shuffled rows do not always fill the same number of batches."""
+        ends, rows = [], 0
+        for step, indices in enumerate(self._shuffled(), start=1):
+            rows += len(indices)
+            if rows == len(self.train):
+                ends.append(step)
+                rows = 0
+            if len(ends) == epochs:
+                return ends
+
+    def _shuffled(self, skip: int = 0) -> Iterator[np.ndarray]:
+        return shuffled_batches(self.train.inputs.lengths, self.batch_tokens, self.seed, skip)
+
+    def batches(self, first_step: int) -> Iterator[Examples]:
+        """The batch of each step from `first_step` on; a step has the same one in every run."""
+        return map(self.train.select, self._shuffled(skip=first_step))
+
+    def loss(self, model: nn.Module, inputs: tuple, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """(what is minimised, what is reported), here the same: the sum of -log p(label) in nats."""
+        loss = F.cross_entropy(model(*inputs).float(), labels, reduction="sum")
+        return loss, loss
 
     def evaluation_due(self, step: int, steps: int) -> bool:
         """At the end of each epoch."""
         return step in self.epoch_ends
 
+    def validation_batches(self, quick: bool) -> list[Examples]:
+        """Of all validation rows, always: the best epoch is chosen by them."""
+        return self.validation.batches(self.batch_tokens)
+
     def score(self, metrics: dict) -> tuple[float, float]:
-        """What the best epoch has the most of: accuracy, and among equals certainty."""
+        """What the best epoch has the most of: accuracy, and at equal accuracy the smallest loss."""
         return metrics["accuracy"], -metrics["loss"]
-
-    def batches(self, first_step: int) -> Iterator[Batch]:
-        """The training batch of each step from `first_step` on; a step always has the same one."""
-        for indices in shuffled_batches(
-            self.train.inputs.lengths, self.batch_tokens, self.seed, skip=first_step
-        ):
-            yield self.train.batch(indices)
-
-    def loss(self, model: nn.Module, batch: tuple) -> Tensor:
-        """Sum over the texts of -log p(label), in nats and float32."""
-        inputs, labels = batch
-        return F.cross_entropy(model(inputs).float(), labels, reduction="sum")
-
-    def evaluate(self, model: nn.Module, runtime: Runtime, quick: bool = False) -> dict:
-        """Mean loss and accuracy on the validation rows, over all processes; never on a part of them."""
-        return evaluate(model, self.validation, self.batch_tokens, runtime)
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, examples: Examples, batch_tokens: int, runtime: Runtime) -> dict:
-    """`accuracy` and mean `loss` of a classifier; batches are shared out over the processes."""
-    totals = torch.zeros(3, dtype=torch.float64)  # loss, right answers, answers
-    for batch in examples.batches(batch_tokens)[runtime.rank :: runtime.world_size]:
-        inputs, labels = batch.to(runtime.device)
-        logits = model(inputs).float()
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        right = (logits.argmax(-1) == labels).sum()
-        totals += torch.tensor([loss.item(), right.item(), len(batch)], dtype=torch.float64)
-    loss, right, answers = runtime.sum(totals).tolist()
-    return {"accuracy": right / answers, "loss": loss / answers}

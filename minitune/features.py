@@ -33,9 +33,13 @@ class Features:
         self.matrix = matrix  # (N, F)
         self.lengths = np.ones(len(matrix), dtype=np.int64)  # a batch of n "tokens" is n rows
 
-    def pack(self, indices: np.ndarray) -> Tensor:
-        """These rows."""
-        return self.matrix[torch.from_numpy(indices)]
+    def select(self, indices: np.ndarray) -> "Features":
+        """Only these rows."""
+        return Features(self.matrix[torch.from_numpy(indices)])
+
+    def pack(self) -> Tensor:
+        """All rows."""
+        return self.matrix
 
 
 class FeatureHead(nn.Module):
@@ -126,7 +130,7 @@ def _extract(
             continue
         started, parts = time.monotonic(), []
         for indices in filled(blocks[i], sequences.lengths, reading_tokens(runtime.device)):
-            batch = sequences.pack(indices).to(runtime.device)
+            batch = sequences.select(indices).pack().to(runtime.device)
             with runtime.autocast():
                 parts.append(pooled_layers(bert, batch).float().cpu())
         seconds = str(time.monotonic() - started)

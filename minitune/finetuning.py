@@ -20,7 +20,7 @@ from minitune.checkpoint import (
     save_model,
     save_trained,
 )
-from minitune.classification import Classification, Examples, evaluate
+from minitune.classification import Classification, Examples
 from minitune.data import Reviews
 from minitune.features import FeatureClassifier, extract
 from minitune.model import BertForSequenceClassification, MeanPooler
@@ -29,7 +29,7 @@ from minitune.support.errors import UserError
 from minitune.support.runs import Run, write_atomically
 from minitune.support.runtime import Runtime
 from minitune.tokenizer import Tokenizer
-from minitune.training import Trainer, train_or_say_how_to_go_on
+from minitune.training import Trainer, evaluate, train_or_say_how_to_go_on
 
 
 @dataclass
@@ -169,9 +169,7 @@ def fine_tune(job: Job, common: Common) -> dict:
     trainer.load(weights)
 
     # Score the test rows, this once, and keep what was trained.
-    learner.eval()
-    with runtime.autocast():
-        test = evaluate(learner, examples["test"], batch_tokens, runtime)
+    test = evaluate(learner, examples["test"].batches(batch_tokens), runtime)
     best = f"epoch {found['best_epoch']} of {epochs}" + (
         f", training {found['best_training']}" if args.soup > 1 else ""
     )

@@ -128,7 +128,7 @@ class Classifier:
             # nothing).
             with torch.no_grad(), runtime.autocast():
                 for indices in sorted_batches(sequences.lengths, batch_tokens):
-                    logits = self.model(sequences.pack(indices).to(runtime.device))
+                    logits = self.model(sequences.select(indices).pack().to(runtime.device))
                     probabilities[torch.from_numpy(indices)] = logits.float().softmax(-1).cpu()
             for text, p, truncated in zip(
                 block, probabilities.tolist(), sequences.truncated, strict=True

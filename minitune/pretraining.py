@@ -22,12 +22,12 @@ QUICK = 8  # quick: every 8th validation batch
 
 
 @dataclass
-class Cloze:
-    """A packed batch with blanks, and what belongs in them."""
+class MaskedBatch:
+    """A packed batch with masked tokens, and the tokens that stood there."""
 
     batch: PackedBatch
-    positions: Tensor  # (M,) of the blanks, in the packed tokens
-    labels: Tensor  # (M,)
+    positions: Tensor  # (M,) of the masked tokens, indices into the packed ones, ascending
+    labels: Tensor  # (M,) int64, the ids that stood there
 
     def __len__(self) -> int:
         """How many predictions the loss is a mean over."""
@@ -38,7 +38,7 @@ class Cloze:
         """How many tokens are read."""
         return self.batch.tokens.numel()
 
-    def split(self, parts: int) -> list["Cloze"]:
+    def split(self, parts: int) -> list["MaskedBatch"]:
         """Contiguous shares of whole sequences, about equal in tokens; never an empty one."""
         cu, T = self.batch.cu_seqlens, self.tokens
         targets = torch.arange(1, parts) * T // parts
@@ -46,17 +46,17 @@ class Cloze:
         bounds = sorted({0, *cuts, cu.numel() - 1})
         return [self._sequences(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
 
-    def _sequences(self, first: int, last: int) -> "Cloze":
+    def _sequences(self, first: int, last: int) -> "MaskedBatch":
         cu = self.batch.cu_seqlens[first : last + 1]
         start, stop = cu[0].item(), cu[-1].item()
         inside = (self.positions >= start) & (self.positions < stop)
         lengths = cu - cu[0]
         batch = PackedBatch(self.batch.tokens[start:stop], lengths, int(lengths.diff().max()))
-        return Cloze(batch, self.positions[inside] - start, self.labels[inside])
+        return MaskedBatch(batch, self.positions[inside] - start, self.labels[inside])
 
-    def to(self, device: torch.device) -> "Cloze":
-        """The same blanks on another device."""
-        return Cloze(self.batch.to(device), self.positions.to(device), self.labels.to(device))
+    def to(self, device: torch.device) -> tuple[tuple[PackedBatch, Tensor], Tensor]:
+        """(the model's arguments, labels) on a device."""
+        return (self.batch.to(device), self.positions.to(device)), self.labels.to(device)
 
 
 class MaskedLanguageModelling:
@@ -75,13 +75,13 @@ class MaskedLanguageModelling:
         seed: int,
         summary_weight: float = 1.0,
     ):
-        self.tokenizer = corpus.tokenizer
+        self.corpus, self.tokenizer = corpus, corpus.tokenizer
         self.train = corpus.chunks("train", max_len, overlap=True)
         self.batch_tokens, self.rate, self.seed = batch_tokens, rate, seed
         self.summary_weight = summary_weight
         self.continuation = self.tokenizer.continuation() if whole_word else None
         self.uniform, self.unigram = math.log(self.tokenizer.vocab_size), corpus.unigram_entropy()
-        self.yardstick = f"ln V {self.uniform:.2f}, words alone {self.unigram:.2f}"
+        self.baseline = f"ln V {self.uniform:.2f}, words alone {self.unigram:.2f}"
 
         # Without overlap, so that every token counts once.
         self.held_out = corpus.chunks("validation", max_len, overlap=False)
@@ -93,10 +93,10 @@ class MaskedLanguageModelling:
             self._mask(self.held_out.read(indices), VALIDATION_RATE, None, generator)
             for indices in filled(order, lengths, batch_tokens)
         ]
-        tokens = sum(cloze.tokens for cloze in self.validation)
+        tokens = sum(batch.tokens for batch in self.validation)
         self.validation_tokens = tokens * (1 + EVALUATIONS / QUICK)
 
-    def batches(self, first_step: int) -> Iterator[Cloze]:
+    def batches(self, first_step: int) -> Iterator[MaskedBatch]:
         """The training batch of each step from `first_step` on; a step always has the same one."""
         order = shuffled_batches(self.train.lengths, self.batch_tokens, self.seed, skip=first_step)
         for step, indices in enumerate(order, start=first_step):
@@ -109,7 +109,7 @@ class MaskedLanguageModelling:
         rate: float,
         continuation: Tensor | None,
         generator: torch.Generator,
-    ) -> Cloze:
+    ) -> MaskedBatch:
         batch = PackedBatch.from_sequences(sequences)
         masked = mask_tokens(
             batch.tokens,
@@ -121,23 +121,20 @@ class MaskedLanguageModelling:
             continuation=continuation,
         )
         batch = PackedBatch(masked.tokens, batch.cu_seqlens, batch.max_seqlen)
-        return Cloze(batch, masked.positions, masked.labels)
+        return MaskedBatch(batch, masked.positions, masked.labels)
 
-    def loss(self, model: BertForMaskedLM, cloze: Cloze) -> Tensor:
-        """Sum over the blanks of -log p(label), in nats and float32; the gradient is that of both tasks."""
-        first = cloze.batch.cls_positions
-        logits = model(cloze.batch, torch.cat([cloze.positions, first])).float()
-        blanks, summaries = logits.split([len(cloze), len(first)])
-        loss = F.cross_entropy(blanks, cloze.labels, reduction="sum")
-        # A sum over all words, made about as large as that over the blanks.
-        summary = (
-            self.rate
-            * self.summary_weight
-            * summary_loss(summaries, cloze, self.tokenizer.special_ids)
-        )
-        # Zero, but for its gradient: what is reported is the loss of masked-language modelling
-        # alone.
-        return loss + (summary - summary.detach())
+    def loss(
+        self, model: BertForMaskedLM, inputs: tuple[PackedBatch, Tensor], labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(the losses of both tasks, that of masked-language modelling), sums in nats and float32."""
+        batch, positions = inputs
+        logits = model(batch, torch.cat([positions, batch.cls_positions])).float()
+        masked, cls = logits.split([len(positions), len(batch.cls_positions)])
+        masked_loss = F.cross_entropy(masked, labels, reduction="sum")
+        tokens = batch.tokens.scatter(0, positions, labels)  # as they were before masking
+        bag = bag_of_words_loss(cls, tokens, batch, self.tokenizer.special_ids)
+        # A sum over all words, made about as large as that over the masked ones.
+        return masked_loss + self.rate * self.summary_weight * bag, masked_loss
 
     def evaluation_due(self, step: int, steps: int) -> bool:
         """A few times in a run, whatever its length."""
@@ -147,34 +144,24 @@ class MaskedLanguageModelling:
         """The last weights are kept: the rate has come down to zero with them."""
         return None
 
-    @torch.no_grad()
-    def evaluate(self, model: BertForMaskedLM, runtime: Runtime, quick: bool = False) -> dict:
-        """Mean loss and accuracy at the blanks of the validation rows, over all processes."""
-        totals = torch.zeros(3, dtype=torch.float64)  # loss, right guesses, guesses
-        batches = self.validation[:: QUICK if quick else 1]
-        for cloze in batches[runtime.rank :: runtime.world_size]:
-            cloze = cloze.to(runtime.device)
-            logits = model(cloze.batch, cloze.positions).float()
-            loss = F.cross_entropy(logits, cloze.labels, reduction="sum")
-            right = (logits.argmax(-1) == cloze.labels).sum()
-            totals += torch.tensor([loss.item(), right.item(), len(cloze)], dtype=torch.float64)
-        loss, right, guesses = runtime.sum(totals).tolist()
-        return {"loss": loss / max(guesses, 1), "masked_accuracy": right / max(guesses, 1)}
+    def validation_batches(self, quick: bool) -> list[MaskedBatch]:
+        """All of them, or every 8th."""
+        return self.validation[:: QUICK if quick else 1]
 
 
-def summary_loss(logits: Tensor, cloze: Cloze, special_ids: Tensor) -> Tensor:
-    """Sum over all words of the batch of -log p(word), from the logits (B, V) at each sequence's [CLS].
+def bag_of_words_loss(
+    logits: Tensor, tokens: Tensor, batch: PackedBatch, special_ids: Tensor
+) -> Tensor:
+    """Sum over the words of a batch of -log p(word), from the logits (B, V) at each sequence's [CLS].
 
-    One guess for all words of a sequence, in whatever order: [CLS] has to gather what the text is
-    about. Masked-language modelling alone never asks it for anything, though fine-tuning reads just
-    this vector. The bag of words of Le & Mikolov 2014 (PV-DBOW), as a second task of a BERT: Ma et
-    al. 2024, "Drop your Decoder: Pre-training with Bag-of-Word Prediction".
+    `tokens` (T,) are those of the batch before masking. One distribution stands for all words of a
+    sequence, in whatever order, so [CLS] has to gather what the text is about: fine-tuning reads
+    this vector, and masked-language modelling alone puts nothing into it. The bag of words of Le &
+    Mikolov 2014 (PV-DBOW), as a second task of a BERT: Ma et al. 2024, "Drop your Decoder:
+    Pre-training with Bag-of-Word Prediction".
     """
-    tokens = cloze.batch.tokens.scatter(
-        0, cloze.positions, cloze.labels
-    )  # as they were before masking
     is_word = ~torch.isin(tokens, special_ids.to(tokens.device))
-    return -(logits.log_softmax(-1)[cloze.batch.sequence_ids, tokens] * is_word).sum()
+    return -(logits.log_softmax(-1)[batch.sequence_ids, tokens] * is_word).sum()
 
 
 EXAMPLES = 3

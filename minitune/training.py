@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -31,24 +32,39 @@ REHEARSAL_STEPS = 4  # at least
 REHEARSAL_SHARE = 0.02  # of the time that is left, twice: to warm up, and to measure
 
 
+class Batch(Protocol):
+    """pretraining.MaskedBatch, classification.Examples."""
+
+    tokens: int  # that are read
+
+    def __len__(self) -> int:
+        """How many predictions the loss is a mean over."""
+
+    def split(self, parts: int) -> list["Batch"]:
+        """At most so many shares of it, for accumulation and for several processes."""
+
+    def to(self, device: torch.device) -> tuple[tuple, Tensor]:
+        """(inputs, labels) on a device: `model(*inputs)` gives one row of logits a label."""
+
+
 class Task(Protocol):
-    """What the loop asks of a task. A batch has `len`, `tokens`, `split` and `to`: pretraining.Cloze."""
+    """What the loop needs of a task. A batch has `len`, `tokens`, `split` and `to` (see Batch)."""
 
     validation_tokens: int  # read by one full evaluation and all quick ones of a run
-    yardstick: str  # what a loss is to be compared with
+    baseline: str  # what a loss is to be compared with
     unit: str  # of a batch's size, "tokens" as a rule
 
-    def batches(self, first_step: int) -> Iterator[Any]:
+    def batches(self, first_step: int) -> Iterator[Batch]:
         """The batch of each step, from `first_step` on."""
 
-    def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        """Summed, not averaged, over the predictions of a batch."""
+    def loss(self, model: nn.Module, inputs: tuple, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """(what is minimised, what is reported), summed over the predictions of a batch."""
 
     def evaluation_due(self, step: int, steps: int) -> bool:
         """Whether to evaluate, quickly, after this many of so many steps."""
 
-    def evaluate(self, model: nn.Module, runtime: Runtime, quick: bool = False) -> dict:
-        """Metrics on validation rows; `quick` on a part of them."""
+    def validation_batches(self, quick: bool) -> list[Batch]:
+        """The validation rows; if `quick`, a part of them is enough."""
 
     def score(self, metrics: dict) -> Any:
         """If the weights with the best score are to be kept at the end, that; None keeps the last.
@@ -86,7 +102,7 @@ class Trainer:
             -math.inf
         )  # so a checkpoint is written at the first step, to go back to after a NaN
         self.interrupts = Interrupts()
-        self.reporter = Reporter(task.unit, task.yardstick, speaks=runtime.is_main)
+        self.reporter = Reporter(task.unit, task.baseline, speaks=runtime.is_main)
         # Of the best evaluation so far: {"score", "step", "metrics"}, and what was trained.
         self.best: dict = {}
         self.best_weights: dict[str, Tensor] = {}
@@ -227,13 +243,13 @@ class Trainer:
         )  # wakes a scaler without parts
         parts = batch.split(self.runtime.world_size * self.accumulate)
         for part in parts[self.runtime.rank :: self.runtime.world_size]:
-            part = part.to(self.runtime.device)
+            inputs, labels = part.to(self.runtime.device)
             with self.runtime.autocast():
-                # Over the predictions of the whole batch: parts differ in how many they have, and
-                # a mean of their means would weigh them wrongly.
-                loss = self.task.loss(self.model, part) / max(len(batch), 1)
-            self.scaler.scale(loss).backward()
-            total[0] += loss.detach().cpu()
+                minimised, reported = self.task.loss(self.model, inputs, labels)
+            # Over the predictions of the whole batch: parts differ in how many they have, and
+            # a mean of their means would weigh them wrongly.
+            self.scaler.scale(minimised / max(len(batch), 1)).backward()
+            total[0] += (reported.detach() / max(len(batch), 1)).cpu()
         total[1] = self.interrupts.asked
         self.runtime.sum_gradients(self.parameters)
         loss, stop = self.runtime.sum(total).tolist()
@@ -268,11 +284,8 @@ class Trainer:
 
     def evaluate(self, quick: bool = False) -> dict:
         """The task's metrics on validation rows."""
-        self.model.eval()
-        with self.runtime.autocast():
-            metrics = self.task.evaluate(self.model, self.runtime, quick)
-        self.model.train()
-        return metrics
+        batches = self.task.validation_batches(quick)
+        return evaluate(self.model, batches, self.runtime)
 
     def _validate(self, entry: dict) -> None:
         """Evaluate, add that to an entry of the log, and keep these weights if they are the best."""
@@ -290,6 +303,24 @@ class Trainer:
         started = time.monotonic()
         yield
         self.seconds += time.monotonic() - started
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: list[Batch], runtime: Runtime) -> dict:
+    """Mean `loss` in nats and `accuracy` over all predictions; processes share the batches."""
+    was_training = model.training
+    model.eval()
+    totals = torch.zeros(3, dtype=torch.float64)  # loss, right answers, answers
+    with runtime.autocast():  # one context, so that it casts weights only once
+        for batch in batches[runtime.rank :: runtime.world_size]:
+            inputs, labels = batch.to(runtime.device)
+            logits = model(*inputs).float()
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            right = (logits.argmax(-1) == labels).sum()
+            totals += torch.tensor([loss.item(), right.item(), len(batch)], dtype=torch.float64)
+    model.train(was_training)
+    loss, right, answers = runtime.sum(totals).tolist()
+    return {"loss": loss / max(answers, 1), "accuracy": right / max(answers, 1)}
 
 
 def train_or_say_how_to_go_on(trainer: Trainer, out: Path) -> dict:
@@ -310,9 +341,9 @@ REPORT_EVERY = 10  # seconds: small tasks have evaluations faster than anyone re
 class Reporter:
     """A bar where there is a terminal, and lines with the validation metrics, which a log file gets too."""
 
-    def __init__(self, unit: str, yardstick: str, speaks: bool):
-        """`unit` of a batch's size; `yardstick`, what a loss is to be compared with; one process speaks."""
-        self.unit, self.yardstick, self.speaks = unit, yardstick, speaks
+    def __init__(self, unit: str, baseline: str, speaks: bool):
+        """`unit` of a batch's size; `baseline`, what a loss is to be compared with; one process speaks."""
+        self.unit, self.baseline, self.speaks = unit, baseline, speaks
         self.last_report = -math.inf
 
     @contextlib.contextmanager
@@ -329,7 +360,7 @@ class Reporter:
     def advance(self, loss: float, speed: float) -> None:
         """One step is done; `speed` in units a second."""
         self._bar.update()
-        self._bar.set_postfix_str(f"loss {loss:.3f} ({self.yardstick}), {speed:,.0f} {self.unit}/s")
+        self._bar.set_postfix_str(f"loss {loss:.3f} ({self.baseline}), {speed:,.0f} {self.unit}/s")
 
     def report(self, step: int, metrics: dict, speed: float, minutes_left: float) -> None:
         """A line for people, not more often than they can read, and one at the end."""
@@ -338,7 +369,7 @@ class Reporter:
             return
         self.last_report = time.monotonic()
         values = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
-        line = f"step {step:>6,} of {self.steps:,}   validation {values} ({self.yardstick})"
+        line = f"step {step:>6,} of {self.steps:,}   validation {values} ({self.baseline})"
         line += f"   {speed:,.0f} {self.unit}/s   {minutes_left:.1f} min left"
         self._bar.write(line, file=sys.stdout)
         sys.stdout.flush()

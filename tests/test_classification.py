@@ -1,0 +1,513 @@
+"""The task of fine-tuning: cut texts, batches, epochs, the best of them, accuracy; and labelled rows."""
+
+import csv
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from minitune.batching import shuffled_batches
+from minitune.classification import Classification, Examples, Sequences
+from minitune.data import SPLITS, Dataset, Reviews, label_index
+from minitune.features import Features
+from minitune.model import BertConfig, BertForSequenceClassification
+from minitune.optimizer import Optimizer
+from minitune.support.errors import UserError
+from minitune.support.results import interval
+from minitune.support.runs import Run
+from minitune.support.runtime import Runtime
+from minitune.tokenizer import Tokenizer
+from minitune.training import Trainer, evaluate
+
+FIRST_WORD = 5  # w0, after the special tokens; w1 is 6, and so on
+CLS, SEP = 2, 3
+CPU = Runtime.start("cpu", "fp32")
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    """A vocabulary in which w0, w1, w2, … are whole words with ids in that order."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(600))]
+    (tmp_path / "vocab.txt").write_text("".join(f"{word}\n" for word in words))
+    return Tokenizer.load(tmp_path)
+
+
+def words(count):
+    return " ".join(f"w{i}" for i in range(count))
+
+
+def ids(*numbers):
+    """Of these words, in their frame."""
+    return [CLS, *(FIRST_WORD + i for i in numbers), SEP]
+
+
+@pytest.fixture
+def examples(tokenizer):
+    """40 texts of 3 to 30 tokens; text i begins with word i, and every third is of label 1."""
+    rng = np.random.default_rng(0)
+    texts = [" ".join(f"w{i + 40 * k}" for k in range(rng.integers(1, 15))) for i in range(39)]
+    texts.append("w39 " + words(40))
+    labels = torch.tensor([int(i % 3 == 0) for i in range(40)])
+    return Examples(Sequences(texts, tokenizer, 30), labels)
+
+
+def task_for(examples, batch_tokens=60, epochs=3, seed=0):
+    return Classification(examples, examples, batch_tokens=batch_tokens, epochs=epochs, seed=seed)
+
+
+# Texts that are cut
+
+
+@pytest.mark.parametrize(
+    "max_len, head",
+    [(8, 2), (9, 2), (11, 2), (12, 2), (13, 3), (14, 3), (64, 16), (130, 32), (256, 64)],
+)
+def test_a_long_text_keeps_its_first_quarter_and_its_end(tokenizer, max_len, head):
+    room = max_len - 2
+    for count in (room + 1, room + 2, 2 * room, 300):
+        sequences = Sequences([words(count)], tokenizer, max_len)
+        kept = [*range(head), *range(count - (room - head), count)]
+        assert sequences.ids[0].tolist() == ids(*kept)
+        assert sequences.lengths.tolist() == [max_len] and sequences.truncated == [True]
+
+
+@pytest.mark.parametrize("max_len", [8, 9, 256])
+def test_a_text_that_fits_is_kept_whole(tokenizer, max_len):
+    for count in (1, max_len - 3, max_len - 2):
+        sequences = Sequences([words(count)], tokenizer, max_len)
+        assert sequences.ids[0].tolist() == ids(*range(count)) and sequences.truncated == [False]
+        assert sequences.lengths.tolist() == [count + 2]
+
+
+def test_each_text_is_flagged_by_itself(tokenizer):
+    sequences = Sequences([words(6), words(7), "w3", words(50), ""], tokenizer, 8)
+    assert sequences.truncated == [False, True, False, True, False]
+    assert sequences.lengths.tolist() == [8, 8, 3, 8, 2]
+
+
+def test_a_choice_of_texts_keeps_what_belongs_to_each(tokenizer):
+    whole = Examples(
+        Sequences([words(n) for n in (3, 9, 1, 5)], tokenizer, 8), torch.tensor([0, 1, 1, 0])
+    )
+    chosen = whole.select(np.array([1, 3]))
+    assert [row.tolist() for row in chosen.inputs.ids] == [
+        ids(0, 1, 5, 6, 7, 8),
+        ids(0, 1, 2, 3, 4),
+    ]
+    assert chosen.inputs.truncated == [True, False] and chosen.inputs.lengths.tolist() == [8, 7]
+    assert chosen.labels.tolist() == [1, 0] and len(chosen) == 2 and chosen.tokens == 15
+    assert len(whole) == 4 and whole.tokens == 5 + 8 + 3 + 7
+
+
+# Batches
+
+
+def rows(batch):
+    """Which of the 40 texts these are, by their first words."""
+    return [int(ids[1]) - FIRST_WORD for ids in batch.inputs.ids]
+
+
+def test_a_batch_holds_its_rows_and_their_labels(examples):
+    batch = examples.select(np.array([7, 39, 0]))
+    (packed,), labels = batch.to(CPU.device)
+    starts = packed.tokens[packed.cu_seqlens[:-1].long() + 1]
+    assert (starts - FIRST_WORD).tolist() == [7, 39, 0] and labels.tolist() == [0, 1, 1]
+    assert (len(batch), batch.tokens) == (3, packed.tokens.numel())
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 7, 50])
+def test_parts_of_a_batch_hold_every_row_once_and_none_is_empty(examples, parts):
+    batch = examples.select(np.array([3, 1, 4, 15, 9, 2, 6]))
+    shares = batch.split(parts)
+    assert len(shares) == min(parts, 7) and all(len(share) for share in shares)
+    assert [row for share in shares for row in rows(share)] == [3, 1, 4, 15, 9, 2, 6]
+    assert torch.equal(torch.cat([share.labels for share in shares]), batch.labels)
+    sizes = [len(share) for share in shares]
+    assert max(sizes) - min(sizes) <= 1 and sum(share.tokens for share in shares) == batch.tokens
+
+
+def test_the_losses_of_parts_add_up_to_that_of_the_whole(examples):
+    torch.manual_seed(0)
+    config = BertConfig(605, 16, 2, 2, 24, initializer_range=0.2, id2label={0: "a", 1: "b"})
+    model, task = BertForSequenceClassification(config), task_for(examples)
+    batch = examples.select(np.arange(13))
+    with torch.no_grad():
+        minimised, reported = task.loss(model, *batch.to(CPU.device))
+        parts = [task.loss(model, *part.to(CPU.device))[0].item() for part in batch.split(4)]
+        inputs, labels = batch.to(CPU.device)
+        p = model(*inputs).double().softmax(-1)
+    whole = minimised.item()
+    assert reported.item() == whole
+    assert len(set(parts)) == 4 and sum(parts) == pytest.approx(whole, rel=1e-5)
+    by_hand = -sum(math.log(p[i, label]) for i, label in enumerate(labels.tolist()))
+    assert whole == pytest.approx(by_hand, rel=1e-5)
+
+
+@pytest.mark.parametrize("batch_tokens", [30, 60, 250, 100_000])
+def test_every_epoch_reads_each_row_once(examples, batch_tokens):
+    task, start = task_for(examples, batch_tokens, epochs=4), 0
+    assert len(task.epoch_ends) == 4 and task.steps == task.epoch_ends[-1]
+    batches = task.batches(0)
+    epochs = []
+    for end in task.epoch_ends:
+        own = [next(batches) for _ in range(end - start)]
+        assert all(batch.tokens <= batch_tokens for batch in own)
+        epochs.append([i for batch in own for i in rows(batch)])
+        assert sorted(epochs[-1]) == list(range(40))
+        start = end
+    if batch_tokens < 100_000:
+        assert epochs[0] != epochs[1]
+
+
+def test_validation_is_due_at_the_end_of_each_epoch(examples):
+    task = task_for(examples, epochs=4)
+    due = [step for step in range(1, task.steps + 1) if task.evaluation_due(step, task.steps)]
+    assert due == task.epoch_ends
+
+
+@pytest.mark.parametrize("first", [0, 1, 5, 17])
+def test_a_resumed_run_goes_on_with_the_batches_that_are_left(examples, first):
+    task = task_for(examples)
+    assert task.steps > 17
+    whole = [rows(batch) for batch in itertools.islice(task.batches(0), task.steps)]
+    left = itertools.islice(task_for(examples).batches(first), task.steps - first)
+    assert [rows(batch) for batch in left] == whole[first:]
+
+
+def test_the_order_of_rows_depends_on_the_seed(examples):
+    orders = {seed: rows(next(task_for(examples, seed=seed).batches(0))) for seed in (0, 1)}
+    assert orders[0] != orders[1]
+    assert orders[0] == next(shuffled_batches(examples.inputs.lengths, 60, 0)).tolist()
+
+
+# Validation, and the best epoch
+
+
+class Table(nn.Module):
+    """A classifier whose features are the logits."""
+
+    def forward(self, logits):
+        return logits
+
+
+def some_logits(rows=11, labels=3):
+    torch.manual_seed(0)
+    return torch.randn(rows, labels), torch.randint(labels, (rows,))
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 4, 100])
+def test_accuracy_and_loss_are_those_of_a_loop_over_the_rows(batch_tokens):
+    logits, labels = some_logits()
+    batches = Examples(Features(logits), labels).batches(batch_tokens)
+    metrics = evaluate(Table(), batches, CPU)
+    right, loss = 0, 0.0
+    for row, label in zip(logits.double().tolist(), labels.tolist(), strict=True):
+        right += max(range(3), key=row.__getitem__) == label
+        loss += math.log(sum(math.exp(x) for x in row)) - row[label]
+    assert 0 < right < 11
+    assert metrics == {"accuracy": right / 11, "loss": pytest.approx(loss / 11, rel=1e-6)}
+
+
+def test_processes_share_the_rows_out_and_add_up_what_they_found():
+    logits, labels = some_logits()
+    examples, found = Examples(Features(logits), labels), []
+
+    class Share(Runtime):
+        def sum(self, tensor):
+            found.append(tensor)
+            return tensor
+
+    for rank in (0, 1):
+        share = Share(CPU.device, "fp32", rank=rank, world_size=2)
+        evaluate(Table(), examples.batches(3), share)
+    loss, right, answers = sum(found).tolist()
+    whole = evaluate(Table(), examples.batches(3), CPU)
+    assert answers == 11 and 0 < found[0][2] < 11
+    assert (right / 11, loss / 11) == (whole["accuracy"], pytest.approx(whole["loss"], rel=1e-6))
+
+
+class Threshold(nn.Module):
+    """Says 1 of a number below `w`, and 0 of one above it; `seen` are the thresholds validated."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.seen = nn.Parameter(torch.zeros(1)), []
+
+    def forward(self, x):
+        if not self.training:
+            self.seen.append(self.w.item())
+        return torch.cat([torch.zeros_like(x), self.w - x], dim=1)
+
+
+def numbers(*rows):
+    """Examples of (number, label)."""
+    return Examples(
+        Features(torch.tensor([[float(x)] for x, _ in rows])), torch.tensor([y for _, y in rows])
+    )
+
+
+def train_threshold(tmp_path, validation):
+    """Five epochs of a step each, in which training only ever pushes the threshold up."""
+    train = numbers((100, 1), (100, 1))
+    task = Classification(train, validation, batch_tokens=2, epochs=5, seed=0)
+    model, run = Threshold(), Run(tmp_path)
+    run.start({})
+    optimizer = Optimizer(model, "adamw", 1.0, 1.0, 0.0)
+    trainer = Trainer(model, optimizer, task, run, CPU, seed=0)
+    trainer.steps = task.steps
+    metrics = trainer.train()
+    assert len(model.seen) == 5 and model.seen == sorted(set(model.seen))
+    return trainer, metrics
+
+
+def test_the_weights_of_the_best_epoch_stay(tmp_path):
+    # The threshold goes 1, 2, 2.75, 3.25, 3.5: between the two rows in the third epoch only.
+    trainer, metrics = train_threshold(tmp_path, numbers((2.5, 1), (3, 0)))
+    assert trainer.model.w.item() == trainer.model.seen[2] and 2.5 < trainer.model.w.item() < 3
+    assert trainer.best["step"] == 3 and metrics["accuracy"] == 1.0
+    logged = {e["step"]: e["validation"] for e in trainer.run.read_log() if "validation" in e}
+    assert [logged[step]["accuracy"] for step in (1, 2, 3, 4, 5)] == [0.5, 0.5, 1.0, 0.5, 0.5]
+    assert metrics == logged[3]
+    saved, _ = trainer.run.load()
+    assert saved["model/w"].item() == saved["best/w"].item() == trainer.model.seen[2]
+
+
+def test_among_epochs_of_equal_accuracy_the_surest_is_the_best(tmp_path):
+    # Right on both rows from the second epoch on; the loss is least midway, as in the third.
+    trainer, metrics = train_threshold(tmp_path, numbers((1.5, 1), (4, 0)))
+    logged = [e["validation"] for e in trainer.run.read_log() if "validation" in e]
+    assert [e["accuracy"] for e in logged] == [0.5, 1, 1, 1, 1]
+    assert (
+        metrics == min(logged, key=lambda e: e["loss"]) == logged[2] and trainer.best["step"] == 3
+    )
+    assert trainer.model.w.item() == trainer.model.seen[2]
+
+
+def test_the_first_of_equals_is_the_best(tmp_path):
+    trainer, _ = train_threshold(tmp_path, numbers((-1e6, 1), (1e6, 0)))
+    assert trainer.best["step"] == 1 and trainer.model.w.item() == trainer.model.seen[0]
+
+
+# The first four are in Newcombe (1998), "Two-sided confidence intervals for the single proportion",
+# table I.
+@pytest.mark.parametrize(
+    "right, n, low, high",
+    [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+        (29, 29, 0.8830, 1.0),
+    ],
+)
+def test_the_interval_of_an_accuracy_is_wilsons(right, n, low, high):
+    assert interval(right / n, n) == (pytest.approx(low, abs=6e-5), pytest.approx(high, abs=6e-5))
+
+
+def test_more_rows_make_a_narrower_interval_around_the_accuracy():
+    (low, high), (inner_low, inner_high) = interval(0.9, 100), interval(0.9, 10_000)
+    assert low < inner_low < 0.9 < inner_high < high
+
+
+# Labelled rows
+
+
+def write(path, rows):
+    """A .csv file of (text, label)."""
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("text", "label"), *rows])
+    return str(path)
+
+
+def rows_of(counts, start=0):
+    """(text, label), so many of each label, the labels in turn; each text says what it is."""
+    left, rows = dict(counts), []
+    while any(left.values()):
+        for label in left:
+            if left[label]:
+                rows.append((f"{label} {start + counts[label] - left[label]}", label))
+                left[label] -= 1
+    return rows
+
+
+def load(path, rows, **options):
+    return Reviews.load(Dataset(write(path, rows), **options))
+
+
+def test_rows_are_split_in_blocks_within_each_label(tmp_path):
+    reviews = load(tmp_path / "r.csv", rows_of({"bad": 40, "good": 20}))
+    expected = {
+        "train": {"bad": 34, "good": 17},
+        "validation": {"bad": 2, "good": 1},
+        "test": {"bad": 4, "good": 2},
+    }
+    ends = {"bad": 0, "good": 0}
+    for split in SPLITS:
+        names = [reviews.names[i] for i in reviews.labels[split].tolist()]
+        for label, count in expected[split].items():
+            own = [
+                text
+                for text, name in zip(reviews.texts[split], names, strict=True)
+                if name == label
+            ]
+            assert own == [f"{label} {ends[label] + i}" for i in range(count)], split
+            ends[label] += count
+        assert len(names) == sum(expected[split].values())
+    assert ends == {"bad": 40, "good": 20}
+
+
+@pytest.mark.parametrize(
+    "labels, ordered",
+    [
+        (("zebra", "aardvark"), ["aardvark", "zebra"]),
+        (("10", "9", "2"), ["2", "9", "10"]),
+        (("1", "-1", "0"), ["-1", "0", "1"]),
+        (("0.5", "1e1", "3"), ["0.5", "3", "1e1"]),
+        (("10", "9", "x"), ["10", "9", "x"]),
+    ],
+)
+def test_labels_are_sorted_and_numbers_by_value(tmp_path, labels, ordered):
+    reviews = load(tmp_path / "r.csv", rows_of(dict.fromkeys(labels, 10)))
+    assert reviews.names == dict(enumerate(ordered))
+    for split in SPLITS:
+        named = [reviews.names[i] for i in reviews.labels[split].tolist()]
+        assert named == [text.rsplit(" ", 1)[0] for text in reviews.texts[split]]
+
+
+def test_numbers_in_json_are_labels_too(tmp_path):
+    path = tmp_path / "r.jsonl"
+    rows = [{"text": f"{i % 2} {i}", "label": i % 2} for i in range(20)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reviews = Reviews.load(Dataset(str(path)))
+    assert reviews.names == {0: "0", 1: "1"}
+    assert [text[0] for text in reviews.texts["train"]] == [
+        str(i) for i in reviews.labels["train"].tolist()
+    ]
+
+
+def test_the_imdb_tree_has_named_labels_its_own_test_half_and_rows_without_a_label(tmp_path):
+    for folder in ("train/neg", "train/pos", "train/unsup", "test/neg", "test/pos"):
+        (tmp_path / folder).mkdir(parents=True)
+        for i in range(20 if "train" in folder else 3):
+            (tmp_path / folder / f"{i}_5.txt").write_text(f"{folder} {i}")
+    reviews = Reviews.load(Dataset(str(tmp_path)))
+    assert reviews.names == {0: "negative", 1: "positive"}
+    assert {split: len(reviews.texts[split]) for split in SPLITS} == {
+        "train": 38,
+        "validation": 2,
+        "test": 6,
+    }
+    for split in SPLITS:
+        for text, label in zip(reviews.texts[split], reviews.labels[split].tolist(), strict=True):
+            assert text.startswith(
+                ("test" if split == "test" else "train") + ("/pos" if label else "/neg")
+            )
+
+
+def test_a_test_file_is_the_test_half_and_the_rest_is_for_training(tmp_path):
+    test = write(
+        tmp_path / "test.csv", [("good news", "good"), ("bad news", "bad"), ("good grief", "good")]
+    )
+    reviews = load(tmp_path / "r.csv", rows_of({"bad": 20, "good": 20}), test=test)
+    assert reviews.texts["test"] == ["good news", "bad news", "good grief"]
+    assert reviews.labels["test"].tolist() == [1, 0, 1]
+    assert len(reviews.texts["train"]) == 38 and len(reviews.texts["validation"]) == 2
+    everything = reviews.texts["train"] + reviews.texts["validation"]
+    assert sorted(everything) == sorted(text for text, _ in rows_of({"bad": 20, "good": 20}))
+
+
+def test_a_label_that_only_the_test_rows_have_is_refused(tmp_path):
+    test = write(tmp_path / "test.csv", [("x", "good"), ("y", "so-so")])
+    with pytest.raises(UserError, match="test rows: the label so-so is not in the train rows"):
+        load(tmp_path / "r.csv", rows_of({"bad": 20, "good": 20}), test=test)
+
+
+REFUSED = {
+    "one label": (rows_of({"good": 40}), "one label only, good"),
+    "no label at all": ([(f"text {i}", "") for i in range(40)], "40 rows have no label"),
+    "some without a label": (
+        rows_of({"bad": 20, "good": 20}) + [("x", ""), ("y", " ")],
+        "2 rows have no label",
+    ),
+    "no row left for the test": (rows_of({"bad": 3, "good": 3}), "none is left for test"),
+    "too many labels": (
+        rows_of({f"label {i}": 1 for i in range(101)}),
+        "101 different labels, 100 at most",
+    ),
+}
+
+
+@pytest.mark.parametrize("rows, message", REFUSED.values(), ids=REFUSED.keys())
+def test_rows_that_cannot_be_learned_from_are_refused_with_one_line(tmp_path, rows, message):
+    with pytest.raises(UserError, match=message) as error:
+        load(tmp_path / "r.csv", rows)
+    assert "\n" not in str(error.value) and "r.csv" in str(error.value)
+
+
+# A label in a file of new reviews is a name, or else a number
+
+
+def test_a_label_is_found_by_name_and_where_asked_by_number():
+    names = {0: "zebra", 1: "aardvark"}
+    assert [label_index(label, names, False) for label in ("zebra", "aardvark")] == [0, 1]
+    assert [label_index(label, names, False) for label in ("0", "1", "Zebra", "")] == [None] * 4
+    assert [label_index(label, names, True) for label in ("zebra", "aardvark", "0", "1")] == [
+        0,
+        1,
+        0,
+        1,
+    ]
+    assert label_index("2", names, True) is None
+
+
+@pytest.mark.parametrize("names", [("-1", "0", "1"), ("1", "2", "3"), ("1", "0"), ("0", "2", "4")])
+def test_a_name_that_is_a_number_is_a_name_first(names):
+    names = dict(enumerate(names))
+    for index, name in names.items():
+        assert label_index(name, names, True) == index
+
+
+# A balanced choice
+
+
+@pytest.fixture
+def reviews():
+    labels = torch.tensor([0] * 50 + [1] * 30 + [2] * 4)
+    names = {0: "a", 1: "b", 2: "c"}
+    return Reviews(names, {"train": [str(i) for i in range(84)]}, {"train": labels})
+
+
+def counts(reviews, chosen):
+    return torch.bincount(reviews.labels["train"][torch.from_numpy(chosen)], minlength=3).tolist()
+
+
+def test_a_choice_is_as_even_as_the_labels_allow(reviews):
+    assert counts(reviews, reviews.choose("train", 9, 0)) == [3, 3, 3]
+    assert counts(reviews, reviews.choose("train", 12, 0)) == [4, 4, 4]
+    assert counts(reviews, reviews.choose("train", 24, 0)) == [10, 10, 4]
+    assert counts(reviews, reviews.choose("train", 84, 0)) == [50, 30, 4]
+    for count in range(1, 12):
+        found = counts(reviews, reviews.choose("train", count, 0))
+        assert max(found) - min(found) <= 1 and sum(found) == count
+
+
+def test_a_smaller_choice_is_the_beginning_of_a_larger_one(reviews):
+    whole = reviews.choose("train", 84, 3).tolist()
+    assert sorted(whole) == list(range(84))
+    for count in (0, 1, 2, 16, 64, 83):
+        assert reviews.choose("train", count, 3).tolist() == whole[:count]
+
+
+def test_a_choice_is_random_by_seed(reviews):
+    first, again, other = (reviews.choose("train", 9, seed).tolist() for seed in (0, 0, 1))
+    assert first == again and set(first) != set(other)
+    assert first[:3] != [0, 50, 80]  # not the first of each label
+
+
+def test_more_than_there_are_cannot_be_chosen(reviews):
+    with pytest.raises(UserError, match="84 train rows, not 1,000"):
+        reviews.choose("train", 1000, 0)

@@ -7,10 +7,9 @@ import pytest
 import torch
 
 import minitune.corpus
-from minitune.batching import PackedBatch, filled, shuffled_batches
+from minitune.batching import filled, shuffled_batches
 from minitune.corpus import Corpus
 from minitune.data import Dataset
-from minitune.pretraining import Cloze, MaskedLanguageModelling
 from minitune.support.errors import UserError
 from minitune.tokenizer import SPECIAL_TOKENS, Tokenizer
 
@@ -342,117 +341,3 @@ def test_filling_drops_none_and_keeps_the_order():
     batches = [batch.tolist() for batch in filled(order, lengths, 10)]
     assert batches == [[7, 0], [1], [2], [3], [4, 5], [6]]
     assert filled(np.array([], dtype=int), lengths, 10) == []
-
-
-# Blanks
-
-
-def cloze(lengths, seed=0):
-    rng = torch.Generator().manual_seed(seed)
-    batch = PackedBatch.from_sequences([torch.randint(100, (n,), generator=rng) for n in lengths])
-    positions = (torch.rand(sum(lengths), generator=rng) < 0.3).nonzero().squeeze(1)
-    return Cloze(batch, positions, batch.tokens[positions])
-
-
-@pytest.mark.parametrize("parts", [1, 2, 3, 7, 8, 9, 50])
-@pytest.mark.parametrize(
-    "lengths", [[5] * 8, [1, 2, 3, 4, 5, 6, 7, 8], [40, 1, 1, 1, 1, 1, 1, 1], [9]]
-)
-def test_parts_of_a_batch_are_whole_sequences_and_together_all_of_it(lengths, parts):
-    whole = cloze(lengths)
-    shares = whole.split(parts)
-    assert 1 <= len(shares) <= parts
-    sequences = [share.batch.cu_seqlens.diff().tolist() for share in shares]
-    assert sum(sequences, []) == lengths
-    assert all(sequences)  # none is empty
-    assert torch.equal(torch.cat([share.batch.tokens for share in shares]), whole.batch.tokens)
-    assert torch.equal(torch.cat([share.labels for share in shares]), whole.labels)
-    assert sum(len(share) for share in shares) == len(whole)
-    for share in shares:
-        assert share.batch.cu_seqlens[0] == 0
-        assert share.batch.max_seqlen == max(share.batch.cu_seqlens.diff().tolist())
-        assert torch.equal(share.batch.tokens[share.positions], share.labels)
-
-
-def test_parts_are_about_equal_in_tokens():
-    shares = cloze([10] * 100).split(4)
-    assert [share.batch.tokens.numel() for share in shares] == [250] * 4
-
-
-@pytest.fixture
-def task(tmp_path, cache):
-    rng = np.random.default_rng(0)
-    words = unique_words(40)
-    texts = [" ".join(rng.choice(words, rng.integers(2, 40))) for _ in range(300)]
-    corpus = Corpus.open(dataset(tmp_path, texts), None, 30)  # too few entries for whole words
-
-    def build(**options):
-        defaults = {
-            "max_len": 32,
-            "batch_tokens": 128,
-            "rate": 0.15,
-            "whole_word": False,
-            "seed": 0,
-        }
-        return MaskedLanguageModelling(corpus, **(defaults | options))
-
-    return build
-
-
-def assert_same(first, second):
-    assert torch.equal(first.batch.tokens, second.batch.tokens)
-    assert torch.equal(first.batch.cu_seqlens, second.batch.cu_seqlens)
-    assert torch.equal(first.positions, second.positions)
-    assert torch.equal(first.labels, second.labels)
-
-
-def test_a_step_has_the_same_batch_wherever_training_was_taken_up(task):
-    from_start, from_step = task().batches(0), task().batches(37)
-    for _ in range(37):
-        next(from_start)
-    for _ in range(5):
-        assert_same(next(from_start), next(from_step))
-
-
-def test_another_epoch_hides_other_words(task):
-    epochs = task(max_len=16)
-    batches, seen = epochs.batches(0), 0
-    blanks = {}  # of each text: where they were, one set of places an epoch
-    while seen < 2 * len(epochs.train):
-        step = next(batches)
-        seen += step.batch.cu_seqlens.numel() - 1
-        restored = step.batch.tokens.clone()
-        restored[step.positions] = step.labels
-        for first, last in zip(step.batch.cu_seqlens, step.batch.cu_seqlens[1:], strict=False):
-            inside = step.positions[(step.positions >= first) & (step.positions < last)] - first
-            blanks.setdefault(tuple(restored[first:last].tolist()), []).append(inside.tolist())
-    twice = [places for places in blanks.values() if len(places) == 2]
-    assert len(twice) > 100
-    assert np.mean([first == second for first, second in twice]) < 0.1
-
-
-def test_validation_is_the_same_for_every_run(task):
-    usual = task().validation
-    for other in (task(seed=5), task(rate=0.4), task(whole_word=True)):
-        for first, second in zip(usual, other.validation, strict=True):
-            assert_same(first, second)
-    assert sum(len(part) for part in usual) > 10
-
-
-def test_whole_words_are_hidden_whole_in_training(task):
-    words = task(whole_word=True, rate=0.3)
-    continuation = words.tokenizer.continuation()
-    batches = words.batches(0)
-    followed = 0
-    for _ in range(20):
-        step = next(batches)
-        restored = step.batch.tokens.clone()
-        restored[step.positions] = step.labels
-        chosen = torch.zeros(len(restored), dtype=torch.bool)
-        chosen[step.positions] = True
-        first = torch.zeros(len(restored), dtype=torch.bool)
-        first[step.batch.cu_seqlens[:-1].long() + 1] = True  # a chunk may begin amid a word
-        goes_on = continuation[restored] & ~first
-        assert torch.equal(chosen[goes_on], chosen[goes_on.roll(-1)])
-        followed += goes_on.sum().item()
-    assert followed > 100

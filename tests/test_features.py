@@ -60,7 +60,7 @@ def one_by_one(bert: Bert, inputs: Sequences) -> torch.Tensor:
     """(N, F) features in float64, one text and one layer after another."""
     rows = []
     for i in range(len(inputs.lengths)):
-        batch, parts = inputs.pack(np.array([i])), []
+        batch, parts = inputs.select(np.array([i])).pack(), []
         x = bert.embeddings(batch)
         for layer in [*bert.layers, None]:
             wide = x[: batch.tokens.numel()].double()
@@ -99,7 +99,7 @@ def count_texts(bert) -> list[int]:
 
 def test_features_are_mean_and_deviation_of_the_embeddings_and_of_each_layer(examples):
     bert, inputs = Bert(CONFIG), examples["train"].inputs
-    pooled = pooled_layers(bert, inputs.pack(np.arange(len(TEXTS))))
+    pooled = pooled_layers(bert, inputs.pack())
     assert pooled.shape == (len(TEXTS), feature_size(bert)) and feature_size(bert) == 2 * 3 * 16
     assert_alike(pooled, one_by_one(bert, inputs))
 
@@ -215,7 +215,7 @@ def test_the_head_computes_in_float32_under_autocast():
 def test_features_are_packed_by_row():
     matrix = torch.randn(6, 3)
     inputs = Features(matrix)
-    assert torch.equal(inputs.pack(np.array([4, 0, 4])), matrix[[4, 0, 4]])
+    assert torch.equal(inputs.select(np.array([4, 0, 4])).pack(), matrix[[4, 0, 4]])
     assert inputs.lengths.tolist() == [1] * 6
 
 
@@ -251,7 +251,7 @@ def test_what_the_head_learned_from_features_holds_for_texts(base, examples, tmp
     train = examples["train"]
     with torch.no_grad():
         of_features = model.head(extracted["train"].inputs.matrix)
-        of_texts = model(train.inputs.pack(np.arange(len(TEXTS))))
+        of_texts = model(train.inputs.pack())
     torch.testing.assert_close(of_texts, of_features, rtol=0, atol=1e-4)
     assert of_texts.argmax(-1).tolist() == LABELS.tolist()
 
@@ -262,7 +262,7 @@ def test_saved_and_reloaded_it_gives_the_same_bits(base, examples, tmp_path):
         tmp_path / "run", "feature", model, NAMES, str(base), weights_hash(base), max_len=32
     )
     loaded = Classifier.load(str(tmp_path / "run"), FP32)
-    batch = examples["train"].inputs.pack(np.arange(len(TEXTS)))
+    batch = examples["train"].inputs.pack()
     with torch.no_grad():
         assert torch.equal(loaded.model(batch), model.eval()(batch))
     predictions = list(loaded.predict(TEXTS, FP32, 100))

@@ -51,7 +51,7 @@ def give_opinions(model, tokenizer):
     """Make the model answer now this, now that."""
     head, sequences = head_of(model.eval()), Sequences(TEXTS, tokenizer, 16)
     nn.init.normal_(head.weight, std=0.5)
-    head.bias.sub_(model(sequences.pack(range(len(TEXTS)))).mean(0))
+    head.bias.sub_(model(sequences.pack()).mean(0))
     return model
 
 
@@ -134,7 +134,7 @@ def test_probabilities_are_those_of_a_softmax_and_the_label_has_the_highest(clas
         assert answer.label == max(answer.probabilities, key=answer.probabilities.get)
         sequences = Sequences([text], classifier.tokenizer, 16)
         with torch.no_grad():
-            logits = classifier.model(sequences.pack([0])).double()
+            logits = classifier.model(sequences.pack()).double()
         expected = logits.softmax(-1)[0].tolist()
         assert list(answer.probabilities.values()) == pytest.approx(expected, abs=1e-5)
     assert len({p.label for p in predict(classifier, TEXTS)}) > 1

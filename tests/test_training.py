@@ -15,7 +15,7 @@ from minitune.batching import PackedBatch
 from minitune.initialization import start_with_frequencies, start_with_neighbours
 from minitune.model import BertConfig, BertForMaskedLM
 from minitune.optimizer import Muon, Optimizer, Rates, one_cycle
-from minitune.pretraining import Cloze, MaskedLanguageModelling, summary_loss
+from minitune.pretraining import MaskedBatch, MaskedLanguageModelling
 from minitune.support.errors import UserError
 from minitune.support.plots import plateau
 from minitune.support.runs import Run
@@ -34,14 +34,14 @@ def small_model() -> BertForMaskedLM:
     return BertForMaskedLM(CONFIG)
 
 
-def some_cloze(lengths=(5, 9, 30, 2, 17, 12)) -> Cloze:
+def some_batch(lengths=(5, 9, 30, 2, 17, 12)) -> MaskedBatch:
     generator = torch.Generator().manual_seed(1)
     batch = PackedBatch.from_sequences(
         [torch.randint(5, 90, (n,), generator=generator) for n in lengths]
     )
     # Crowded at one end: parts differ in how many blanks they have.
     positions = torch.cat([torch.arange(0, 14), torch.tensor([40, 73])])
-    return Cloze(batch, positions, batch.tokens[positions])
+    return MaskedBatch(batch, positions, batch.tokens[positions])
 
 
 def trainer_for(model, tmp_path, accumulate=1) -> Trainer:
@@ -49,7 +49,7 @@ def trainer_for(model, tmp_path, accumulate=1) -> Trainer:
         rate=0.15, summary_weight=1.0, tokenizer=SimpleNamespace(special_ids=SPECIAL)
     )
     loss = functools.partial(MaskedLanguageModelling.loss, options)
-    task = SimpleNamespace(loss=loss, yardstick="", unit="")
+    task = SimpleNamespace(loss=loss, baseline="", unit="")
     optimizer = Optimizer(model, "muon", 0.01, 0.001, 0.01)
     run = Run(tmp_path)
     return Trainer(model, optimizer, task, run, FP32, seed=0, accumulate=accumulate)
@@ -58,7 +58,7 @@ def trainer_for(model, tmp_path, accumulate=1) -> Trainer:
 def gradients(accumulate: int, tmp_path) -> tuple[float, dict]:
     model = small_model()
     trainer = trainer_for(model, tmp_path, accumulate)
-    loss, _, _ = trainer._gradients(some_cloze())
+    loss, _, _ = trainer._gradients(some_batch())
     return loss, {name: p.grad for name, p in model.named_parameters()}
 
 
@@ -71,41 +71,6 @@ def test_a_batch_in_parts_gives_the_gradients_of_the_whole(tmp_path, accumulate)
             assert in_parts[1][name] is None
         else:
             torch.testing.assert_close(in_parts[1][name], gradient, rtol=1e-4, atol=1e-6)
-
-
-def test_the_summary_guesses_every_word_but_the_special_ones():
-    cloze = some_cloze()
-    cloze.batch.tokens[cloze.positions[::2]] = 4  # hidden; the label tells what was there
-    cloze.batch.tokens[cloze.batch.cu_seqlens[:-1]] = 2
-    logits = torch.randn(6, CONFIG.vocab_size, generator=torch.Generator().manual_seed(2))
-    expected, original = 0.0, cloze.batch.tokens.clone()
-    original[cloze.positions] = cloze.labels
-    for row, first, last in zip(
-        logits, cloze.batch.cu_seqlens, cloze.batch.cu_seqlens[1:], strict=False
-    ):
-        for word in original[first:last].tolist():
-            if word > 4:
-                expected -= (row[word] - row.exp().sum().log()).item()
-    assert summary_loss(logits, cloze, SPECIAL).item() == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.parametrize("weight", [0.0, 1.0])
-def test_the_summary_moves_the_weights_and_not_the_reported_loss(weight):
-    model, cloze = small_model(), some_cloze()
-    task = MaskedLanguageModelling.__new__(MaskedLanguageModelling)
-    task.rate, task.summary_weight, task.tokenizer = (
-        0.15,
-        weight,
-        SimpleNamespace(special_ids=SPECIAL),
-    )
-    loss = task.loss(model, cloze)
-    alone = torch.nn.functional.cross_entropy(
-        model(cloze.batch, cloze.positions), cloze.labels, reduction="sum"
-    )
-    torch.testing.assert_close(loss, alone)
-    (both,) = torch.autograd.grad(loss, model.head.bias)
-    (of_blanks,) = torch.autograd.grad(alone, model.head.bias)
-    assert torch.allclose(both, of_blanks, atol=1e-4) == (weight == 0)
 
 
 def test_muon_has_the_hidden_matrices_and_only_matrices_decay():
@@ -196,7 +161,7 @@ def test_the_optimizer_goes_on_from_its_state(tmp_path):
     trainer.steps = 4
 
     def step(trainer):
-        _, norm, _ = trainer._gradients(some_cloze())
+        _, norm, _ = trainer._gradients(some_batch())
         trainer._apply(norm)
         trainer.step += 1
 
@@ -243,20 +208,6 @@ def test_a_fresh_head_guesses_words_by_their_frequency():
     torch.testing.assert_close(model.head.bias.softmax(0), smoothed, rtol=1e-5, atol=1e-8)
 
 
-def test_evaluation_counts_every_blank_once():
-    task = MaskedLanguageModelling.__new__(MaskedLanguageModelling)
-    clozes = [some_cloze(), some_cloze((40, 40))]
-    task.validation = clozes
-    model = small_model().eval()
-    metrics = task.evaluate(model, FP32)
-    with torch.no_grad():
-        logits = torch.cat([model(c.batch, c.positions) for c in clozes]).double()
-    labels = torch.cat([c.labels for c in clozes])
-    expected = -logits.log_softmax(-1)[range(len(labels)), labels].mean().item()
-    assert metrics["loss"] == pytest.approx(expected, rel=1e-6)
-    assert metrics["masked_accuracy"] == (logits.argmax(-1) == labels).double().mean().item()
-
-
 def test_auto_precision_says_why_and_a_cpu_refuses_fp16():
     chosen = Runtime.start("cpu", "auto")
     assert chosen.precision == ("bf16" if multiplies_bf16(chosen.device) else "fp32")
@@ -268,13 +219,13 @@ def test_auto_precision_says_why_and_a_cpu_refuses_fp16():
 
 @pytest.mark.parametrize("name", ["fp32", "bf16"])
 def test_frozen_maps_give_the_numbers_that_autocast_gives(name):
-    model, cloze, runtime = small_model(), some_cloze(), Runtime.start("cpu", name)
+    model, masked, runtime = small_model(), some_batch(), Runtime.start("cpu", name)
     for parameter in model.bert.layers[0].parameters():
         parameter.requires_grad_(False)
 
     def logits():
         with torch.no_grad(), runtime.autocast():
-            return model(cloze.batch, cloze.positions)
+            return model(masked.batch, masked.positions)
 
     before = logits()
     runtime.cast_frozen(model)

@@ -73,18 +73,19 @@ def main() -> None:
         name, lr = ("adamw", 1e-3) if way == "adamw" else ("muon", 0.01)
         optimizer = Optimizer(model, name, lr, adamw_lr=1e-3, weight_decay=0.01)
         curve, started = [], time.monotonic()
-        for step, cloze in enumerate(task.batches(0)):
+        for step, batch in enumerate(task.batches(0)):
             if time.monotonic() - started > 60 * args.minutes:
                 break
             with runtime.autocast():
-                loss = task.loss(model, cloze) / len(cloze)
-            loss.backward()
+                loss, reported = task.loss(model, *batch.to(runtime.device))
+            (loss / len(batch)).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.set_rate(min(1.0, (step + 1) / 50))
             for part in optimizer.parts:
                 part.step()
             optimizer.zero_grad()
-            curve.append((round((time.monotonic() - started) / 60, 4), round(loss.item(), 4)))
+            minutes = (time.monotonic() - started) / 60
+            curve.append((round(minutes, 4), round(reported.item() / len(batch), 4)))
         curves[way] = curve
         last = [loss for _, loss in curve[-20:]]
         print(f"{WAYS[way]}: {len(curve)} steps, loss {sum(last) / len(last):.2f}", flush=True)

@@ -26,16 +26,16 @@ from minitune.corpus import Corpus
 from minitune.data import Dataset
 from minitune.model import PRESETS, BertForMaskedLM
 from minitune.optimizer import Optimizer
-from minitune.pretraining import Cloze, MaskedLanguageModelling
+from minitune.pretraining import MaskedBatch, MaskedLanguageModelling
 from minitune.support.runtime import Runtime, keep_freed_memory
 
 
-def flops(cloze: Cloze, config) -> float:
+def flops(masked: MaskedBatch, config) -> float:
     """Of one training step, by the formula above."""
     d, L, V = config.hidden_size, config.num_hidden_layers, config.vocab_size
-    T, lengths = cloze.tokens, cloze.batch.cu_seqlens.diff().double()
-    M = len(cloze) + len(lengths)
-    queries = cloze.batch.count_before(cloze.positions).diff() + 1  # the blanks, and [CLS]
+    T, lengths = masked.tokens, masked.batch.cu_seqlens.diff().double()
+    M = len(masked) + len(lengths)
+    queries = masked.batch.count_before(masked.positions).diff() + 1  # the blanks, and [CLS]
     attention = 4 * d * ((L - 1) * (lengths**2).sum().item() + (queries * lengths).sum().item())
     layers = T * (L - 1) * 24 * d**2 + T * 4 * d**2 + M * 20 * d**2
     return 3 * (layers + attention + M * 2 * (d**2 + d * V))
@@ -107,10 +107,10 @@ def main() -> None:
         tokens = done = model_seconds = optimizer_seconds = 0.0
         for _ in range(8):
             started = time.perf_counter()
-            cloze = next(batches)
+            batch = next(batches)
             with runtime.autocast():
-                loss = task.loss(model, cloze) / len(cloze)
-            loss.backward()
+                loss, _ = task.loss(model, *batch.to(runtime.device))
+            (loss / len(batch)).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             middle = time.perf_counter()
             for part in optimizer.parts:
@@ -118,8 +118,8 @@ def main() -> None:
             optimizer.zero_grad()
             optimizer_seconds += time.perf_counter() - middle
             model_seconds += middle - started
-            tokens += cloze.tokens
-            done += flops(cloze, config)
+            tokens += batch.tokens
+            done += flops(batch, config)
         peak = product_flops / statistics.median(multiply(operands) for _ in range(4))
         if round_number == 0:
             continue  # warming up

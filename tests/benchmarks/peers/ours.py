@@ -21,17 +21,19 @@ from minitune.checkpoint import (
     read_config,
     to_bert,
 )
-from minitune.classification import Batch, Classification, Examples, Sequences
+from minitune.classification import Classification, Examples, Sequences
 from minitune.features import FeatureClassifier, extract
 from minitune.finetuning import choose_trained
 from minitune.model import MeanPooler
 from minitune.optimizer import Optimizer
 from minitune.prediction import Classifier
-from minitune.pretraining import Cloze, MaskedLanguageModelling
+from minitune.pretraining import MaskedBatch, MaskedLanguageModelling
 from minitune.support.runs import Run
 from minitune.support.runtime import Runtime
 from minitune.training import Trainer
 from tests.benchmarks.peers.problem import ADAPTER_SIZE, EPOCHS, LABELS, LR, RATE, Problem
+
+CPU = torch.device("cpu")
 
 
 class GivenBatches(Classification):
@@ -43,19 +45,19 @@ class GivenBatches(Classification):
         self.given = [np.array(rows) for rows in batches] * epochs
         self.epoch_ends = [len(self.given)]
 
-    def batches(self, first_step: int) -> Iterator[Batch]:
-        yield from map(self.train.batch, self.given[first_step:])
+    def batches(self, first_step: int) -> Iterator[Examples]:
+        yield from map(self.train.select, self.given[first_step:])
 
 
 class GivenBlanks(MaskedLanguageModelling):
     """The task of train.py over given sequences; nothing is evaluated."""
 
     def __init__(self, problem: Problem, tokenizer):
-        self.tokenizer, self.rate, self.summary_weight, self.yardstick = tokenizer, RATE, 0.0, ""
+        self.tokenizer, self.rate, self.summary_weight, self.baseline = tokenizer, RATE, 0.0, ""
         self.rows = [torch.tensor(ids) for ids in problem.ids]
         self.given, self.continuation = problem.grouped, None
 
-    def batches(self, first_step: int) -> Iterator[Cloze]:
+    def batches(self, first_step: int) -> Iterator[MaskedBatch]:
         generator = torch.Generator().manual_seed(0)
         for rows in self.given[first_step:]:
             yield self._mask([self.rows[row] for row in rows], self.rate, None, generator)
@@ -63,8 +65,8 @@ class GivenBlanks(MaskedLanguageModelling):
     def evaluation_due(self, step: int, steps: int) -> bool:
         return False
 
-    def evaluate(self, model: nn.Module, runtime: Runtime, quick: bool = False) -> dict:
-        return {"loss": 0.0}
+    def validation_batches(self, quick: bool) -> list[MaskedBatch]:
+        return []
 
 
 class Ours:
@@ -100,19 +102,17 @@ class Ours:
         """Loss and gradients of the first batch in float32, under BERT's names; or logits."""
         self.model.eval()
         if self.problem.job in ("label", "feature"):
-            batch, _ = self.examples.batch(np.array(self.problem.grouped[0])).to(
-                torch.device("cpu")
-            )
+            inputs, _ = self.examples.select(np.array(self.problem.grouped[0])).to(CPU)
             with torch.no_grad():
-                return {"logits": self.model(batch)}
+                return {"logits": self.model(*inputs)}
         if self.problem.job == "mlm":
             tokens, positions, labels = self.problem.blanks
             lengths = [len(self.problem.ids[row]) for row in self.problem.grouped[0]]
             batch = PackedBatch.from_sequences(list(tokens.split(lengths)))
-            loss = self.task.loss(self.model, Cloze(batch, positions, labels)) / len(positions)
+            batch = MaskedBatch(batch, positions, labels)
         else:
-            batch = self.examples.batch(np.array(self.problem.grouped[0]))
-            loss = self.task.loss(self.model, batch.to(torch.device("cpu"))) / len(batch)
+            batch = self.examples.select(np.array(self.problem.grouped[0]))
+        loss = self.task.loss(self.model, *batch.to(CPU))[0] / len(batch)
         loss.backward()
         gradients = {
             name: p.grad for name, p in self.model.named_parameters() if p.grad is not None

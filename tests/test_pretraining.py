@@ -1,0 +1,216 @@
+"""The task of pretraining: what is masked at each step, both losses, and the validation rows."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import minitune.corpus
+from minitune.batching import PackedBatch
+from minitune.corpus import Corpus
+from minitune.data import Dataset
+from minitune.model import BertConfig, BertForMaskedLM
+from minitune.pretraining import MaskedBatch, MaskedLanguageModelling, bag_of_words_loss
+
+CPU = torch.device("cpu")
+SPECIAL = torch.tensor([0, 1, 2, 3, 4])
+CLS, SEP, MASK = 2, 3, 4
+CONFIG = BertConfig(90, 64, 2, 2, 128)
+
+
+def masked_batch(lengths, seed=0) -> MaskedBatch:
+    """Random words in frames; of each sequence that has any word, some are masked."""
+    rng = torch.Generator().manual_seed(seed)
+    sequences = [torch.randint(5, 90, (n,), generator=rng) for n in lengths]
+    batch = PackedBatch.from_sequences(sequences)
+    first, end = batch.cu_seqlens[:-1].long(), batch.cu_seqlens[1:].long()
+    batch.tokens[end - 1], batch.tokens[first] = SEP, CLS
+    words = torch.ones(sum(lengths), dtype=torch.bool)
+    words[end - 1] = words[first] = False
+    positions = (words & (torch.rand(len(words), generator=rng) < 0.3)).nonzero().squeeze(1)
+    labels = batch.tokens[positions].clone()
+    batch.tokens[positions[::2]] = MASK
+    return MaskedBatch(batch, positions, labels)
+
+
+def restored(batch: MaskedBatch) -> torch.Tensor:
+    """The tokens before masking."""
+    tokens = batch.batch.tokens.clone()
+    tokens[batch.positions] = batch.labels
+    return tokens
+
+
+def sequences(batch: MaskedBatch) -> list[list[int]]:
+    """The tokens before masking, sequence by sequence."""
+    return [s.tolist() for s in restored(batch).split(batch.batch.cu_seqlens.diff().tolist())]
+
+
+# A batch in parts
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 7, 8, 9, 50])
+@pytest.mark.parametrize(
+    "lengths", [[5] * 8, [1, 2, 3, 4, 5, 6, 7, 8], [40, 1, 1, 1, 1, 1, 1, 1], [9]]
+)
+def test_parts_of_a_batch_are_whole_sequences_and_together_all_of_it(lengths, parts):
+    whole = masked_batch(lengths)
+    shares = whole.split(parts)
+    assert 1 <= len(shares) <= parts
+    found = [share.batch.cu_seqlens.diff().tolist() for share in shares]
+    assert sum(found, []) == lengths
+    assert all(found)  # none is empty
+    assert torch.equal(torch.cat([share.batch.tokens for share in shares]), whole.batch.tokens)
+    assert torch.equal(torch.cat([share.labels for share in shares]), whole.labels)
+    assert sum(len(share) for share in shares) == len(whole)
+    assert torch.equal(torch.cat([restored(share) for share in shares]), restored(whole))
+    for share in shares:
+        assert share.batch.cu_seqlens[0] == 0
+        assert share.batch.max_seqlen == max(share.batch.cu_seqlens.diff().tolist())
+
+
+def test_parts_are_about_equal_in_tokens():
+    shares = masked_batch([10] * 100).split(4)
+    assert [share.tokens for share in shares] == [250] * 4
+
+
+# The losses
+
+
+def test_one_distribution_guesses_every_word_of_a_sequence_but_the_special_ones():
+    masked = masked_batch((5, 9, 30, 2, 17, 12))
+    logits = torch.randn(6, 90, generator=torch.Generator().manual_seed(2))
+    expected = 0.0
+    for row, tokens in zip(logits, sequences(masked), strict=True):
+        expected -= sum((row[word] - row.exp().sum().log()).item() for word in tokens if word > 4)
+    loss = bag_of_words_loss(logits, restored(masked), masked.batch, SPECIAL)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("rate", "weight"), [(0.15, 1.0), (0.4, 0.5), (0.15, 0.0)])
+def test_what_is_minimised_is_both_losses_and_what_is_reported_that_of_the_masked_words(
+    rate, weight
+):
+    torch.manual_seed(0)
+    masked, model = masked_batch((5, 9, 30, 2, 17, 12)), BertForMaskedLM(CONFIG)
+    task = MaskedLanguageModelling.__new__(MaskedLanguageModelling)
+    task.rate, task.summary_weight = rate, weight
+    task.tokenizer = SimpleNamespace(special_ids=SPECIAL)
+    minimised, reported = task.loss(model, *masked.to(CPU))
+
+    with torch.no_grad():
+        logs = model(masked.batch, torch.arange(masked.tokens)).double().log_softmax(-1)
+    alone = -logs[masked.positions, masked.labels].sum().item()
+    of_cls = logs[masked.batch.cu_seqlens[:-1].long()]
+    bag = bag_of_words_loss(of_cls, restored(masked), masked.batch, SPECIAL).item()
+    assert bag > 100
+    assert reported.item() == pytest.approx(alone, rel=1e-5)
+    assert minimised.item() == pytest.approx(alone + rate * weight * bag, rel=1e-5)
+
+
+# A task over a corpus
+
+
+@pytest.fixture
+def task(tmp_path, monkeypatch):
+    """Makes the task over 300 texts, each of which begins with a word of its own."""
+    monkeypatch.setattr(minitune.corpus, "CACHE", tmp_path / "cache")
+    rng = np.random.default_rng(0)
+    words = ["".join("abcdefghij"[int(digit)] for digit in f"{i:04d}") + "z" for i in range(40)]
+    texts = [" ".join(rng.choice(words, rng.integers(2, 40))) for _ in range(300)]
+    (tmp_path / "texts.txt").write_text("\n".join(texts) + "\n")
+    # Too few entries for whole words.
+    corpus = Corpus.open(Dataset(str(tmp_path / "texts.txt")), None, 30)
+    defaults = {"max_len": 32, "batch_tokens": 128, "rate": 0.15, "whole_word": False, "seed": 0}
+    return lambda **options: MaskedLanguageModelling(corpus, **(defaults | options))
+
+
+def assert_same(first, second):
+    assert torch.equal(first.batch.tokens, second.batch.tokens)
+    assert torch.equal(first.batch.cu_seqlens, second.batch.cu_seqlens)
+    assert torch.equal(first.positions, second.positions)
+    assert torch.equal(first.labels, second.labels)
+
+
+def test_a_step_has_the_same_batch_wherever_training_was_taken_up(task):
+    from_start, from_step = task().batches(0), task().batches(37)
+    for _ in range(37):
+        next(from_start)
+    for _ in range(5):
+        assert_same(next(from_start), next(from_step))
+
+
+def test_another_epoch_masks_other_words(task):
+    epochs = task(max_len=16)
+    batches, seen = epochs.batches(0), 0
+    places = {}  # of each text: which tokens were masked, one set an epoch
+    while seen < 2 * len(epochs.train):
+        step = next(batches)
+        cu = step.batch.cu_seqlens.tolist()
+        seen += len(cu) - 1
+        for text, first, last in zip(sequences(step), cu, cu[1:], strict=False):
+            inside = step.positions[(step.positions >= first) & (step.positions < last)] - first
+            places.setdefault(tuple(text), []).append(inside.tolist())
+    twice = [sets for sets in places.values() if len(sets) == 2]
+    assert len(twice) > 100
+    assert np.mean([first == second for first, second in twice]) < 0.1
+
+
+def test_validation_is_the_same_for_every_run(task):
+    usual = task().validation_batches(quick=False)
+    for other in (task(seed=5), task(rate=0.4), task(whole_word=True)):
+        for first, second in zip(usual, other.validation_batches(quick=False), strict=True):
+            assert_same(first, second)
+
+
+def test_validation_reads_every_token_once_and_masks_15_percent_of_them(task):
+    several = task(max_len=12, rate=0.4)
+    chunks = [
+        chunk for batch in several.validation_batches(quick=False) for chunk in sequences(batch)
+    ]
+    words = sorted(word for chunk in chunks for word in chunk if word not in (CLS, SEP))
+    ends = np.load(several.corpus.directory / "validation.ends.npy")
+    assert max(np.diff(ends, prepend=0)) > 2 * 10  # so that a text is cut into several chunks
+    tokens = np.fromfile(several.corpus.directory / "validation.tokens", several.corpus.dtype)
+    assert words == sorted(tokens.tolist())
+    masked = sum(len(batch) for batch in several.validation_batches(quick=False))
+    assert masked / len(words) == pytest.approx(0.15, abs=0.02)
+
+
+def test_a_quick_evaluation_reads_every_eighth_batch(task):
+    many = task(batch_tokens=32)
+    batches = many.validation_batches(quick=False)
+    assert len(batches) > 16
+    assert many.validation_batches(quick=True) == batches[::8]
+
+
+def test_a_run_evaluates_twelve_times_but_not_at_its_end_where_all_rows_are_read(task):
+    due = task().evaluation_due
+    assert [step for step in range(1, 61) if due(step, 60)] == list(range(5, 60, 5))
+    assert [step for step in range(1, 4) if due(step, 3)] == [1, 2]
+
+
+@pytest.mark.parametrize("rate", [0.15, 0.3])
+def test_training_masks_this_share_of_the_words(task, rate):
+    batches = task(rate=rate).batches(0)
+    for _ in range(5):
+        step = next(batches)
+        words = ~torch.isin(restored(step), SPECIAL)
+        assert len(step) == round(rate * words.sum().item())
+
+
+def test_whole_words_are_masked_whole_in_training(task):
+    words = task(whole_word=True, rate=0.3)
+    continuation = words.tokenizer.continuation()
+    batches = words.batches(0)
+    followed = 0
+    for _ in range(20):
+        step = next(batches)
+        chosen = torch.zeros(step.tokens, dtype=torch.bool)
+        chosen[step.positions] = True
+        first = torch.zeros(step.tokens, dtype=torch.bool)
+        first[step.batch.cu_seqlens[:-1].long() + 1] = True  # a chunk may begin amid a word
+        goes_on = continuation[restored(step)] & ~first
+        assert torch.equal(chosen[goes_on], chosen[goes_on.roll(-1)])
+        followed += goes_on.sum().item()
+    assert followed > 100
