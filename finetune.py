@@ -11,6 +11,7 @@ the best by validation, and score the test rows once, at the end.
 """
 
 import argparse
+import contextlib
 import itertools
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from minitune.support.cli import (
 )
 from minitune.support.errors import UserError
 from minitune.support.results import summarise, table
-from minitune.support.runs import Run, check_strangers, write_json
+from minitune.support.runs import Run, read_json, refuse_foreign_files, write_json
 from minitune.support.runtime import (
     Runtime,
     return_freed_memory,
@@ -59,6 +60,7 @@ def parser() -> Parser:
     add("--seeds", "train with so many seeds, from --seed on", int_range(1, 100), 1, metavar="N")
     add("--out", "each method writes to OUT/METHOD", path, Path("runs/finetune"))
     add("--resume", "continue the runs in --out", bool)
+    add("--overwrite", "replace the runs in --out", bool)
     add("--save-minutes", "minutes between checkpoints", float_range(0, 1e6), 2)
     add = options.group("the recipe; what is not given is the method's own")
     add("--epochs", "how often the training rows are read", int_range(1, 10_000))
@@ -86,20 +88,25 @@ MAY_CHANGE = {"out", "method", "seed", "seeds", "train_examples", "lr",
               "job", "base", "dataset", "rates"}  # fmt: skip
 
 
-def read_arguments() -> tuple[argparse.Namespace, list[Job]]:
-    """The options and the runs they ask for; with --resume, options that are not given are the last run's."""
+def read_arguments() -> argparse.Namespace:
+    """The options; with --resume, those that are not given are the last run's."""
     options = parser()
     args = options.parse_args()
     if args.predict:
-        return args, []
+        return args
     if args.resume and (found := list(args.out.rglob("settings.json"))):
         latest = max(found, key=lambda path: path.stat().st_mtime)
-        args = options.resumed(Run(latest.parent).settings, MAY_CHANGE, args.out)
+        args = options.resumed(read_json(latest), MAY_CHANGE, args.out)
+    return args
+
+
+def open_runs(args: argparse.Namespace, stack: contextlib.ExitStack) -> list[Job]:
+    """The runs that the options ask for, each locked until the stack is closed."""
     methods = [name for name in METHODS if name in args.method]
     if len(methods) > 1 and "scratch" not in methods:
         methods.append("scratch")  # methods are compared with what they start from, nothing
     own = {*METHODS, "compare.json", "compare.json.partial", "compare.png"}
-    check_strangers(args.out, own, "run of finetune.py")
+    refuse_foreign_files(args.out, own, "run of finetune.py")
     sizes = list(dict.fromkeys(args.train_examples or [None]))
     jobs = []
     for method, size, k in itertools.product(methods, sizes, range(args.seeds)):
@@ -108,7 +115,7 @@ def read_arguments() -> tuple[argparse.Namespace, list[Job]]:
             directory /= str(size)
         if k:
             directory /= f"seed-{args.seed + k}"
-        run = Run.open(directory, args.resume, mark="job")
+        run = stack.enter_context(Run.open(directory, args.resume, args.overwrite, mark="job"))
         check_same(args, run.settings, MAY_CHANGE, directory)
         if run.settings and not run.settings.keys() >= {"base", "dataset", "rates", "soup"}:
             raise UserError(f"--resume: the settings of the run in {directory} are not whole")
@@ -118,18 +125,22 @@ def read_arguments() -> tuple[argparse.Namespace, list[Job]]:
                 f"--resume: the run in {directory} is another: {run.settings.get('job')}"
             )
         jobs.append(Job(**job, run=run))
-    return args, jobs
+    return jobs
 
 
 def main() -> None:
-    """The job, top to bottom."""
-    args, jobs = read_arguments()
+    """Label new reviews, or lock --out and train."""
+    args = read_arguments()
     if args.predict:
         label_new_reviews(args)
         return
+    with contextlib.ExitStack() as stack:
+        compare(args, open_runs(args, stack))
+
+
+def compare(args: argparse.Namespace, jobs: list[Job]) -> None:
+    """The job, top to bottom."""
     runtime = Runtime.start(args.device, args.precision)
-    if runtime.is_main:
-        jobs[0].run.check_writable()
 
     # 1. A pretrained model.
     name, why = (args.model, "as asked") if args.model else default_model()
@@ -162,7 +173,9 @@ def main() -> None:
 
     # 3. Train each method from the same weights, on the same rows.
     settings = {
-        k: v for k, v in vars(args).items() if k not in ("out", "resume", "predict", "json")
+        k: v
+        for k, v in vars(args).items()
+        if k not in ("out", "resume", "overwrite", "predict", "json")
     }
     settings |= {"base": base, "dataset": dataset.fingerprint()}
     common = Common(

@@ -47,7 +47,7 @@ from minitune.support.cli import (
 )
 from minitune.support.errors import UserError
 from minitune.support.results import ORDER, interval, prompt_summary, prompt_table
-from minitune.support.runs import check_strangers, read_json, write_json
+from minitune.support.runs import read_json, refuse_foreign_files, write_json
 from minitune.support.runtime import Runtime
 from minitune.tokenizer import Tokenizer
 
@@ -210,7 +210,7 @@ def evaluate(args: argparse.Namespace, prompts: list[Prompt], name: str) -> None
     """Every template with every calibration on the test rows: one table and one picture."""
     curves = read_curves(args.curves) if args.curves else []
     results = {"prompts.json", "prompts.png", "labels.png"}
-    check_strangers(
+    refuse_foreign_files(
         args.out, results | {f"{name}.partial" for name in results}, "result of prompt.py"
     )
     reviews = Reviews.load(Dataset(args.evaluate, option="--evaluate"))

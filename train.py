@@ -52,6 +52,7 @@ def parser() -> Parser:
     add("--vocab-size", "entries of a new vocabulary", int_range(64, 10**6), 8192)
     add("--out", "directory of the run", path, Path("runs/pretrain"))
     add("--resume", "continue the run in --out", bool)
+    add("--overwrite", "replace the run in --out", bool)
     add = options.group("how long")
     add("--minutes", "for all of it, tokenising included", float_range(0, 1e6), 17)
     add("--steps", "exactly so many optimizer steps instead", int_range(1, 10**9))
@@ -80,27 +81,23 @@ PEAK_LR = {"muon": 0.01, "adamw": 0.001}
 MAY_CHANGE = {"out", "lr", "adamw_lr", "device", "precision", "attention", "save_minutes"}
 
 
-def read_arguments() -> tuple[argparse.Namespace, Run]:
-    """The options and the run's directory; with --resume, options that are not given are the run's."""
+def main() -> None:
+    """Read the options, lock --out, train."""
     options = parser()
     args = options.parse_args()
-    run = Run.open(args.out, args.resume, mark="corpus")
-    args = options.resumed(run.settings, MAY_CHANGE, args.out)
-    return args, run
+    with Run.open(args.out, args.resume, args.overwrite, mark="corpus") as run:
+        pretrain(options.resumed(run.settings, MAY_CHANGE, args.out), run)
 
 
-def main() -> None:
-    """The job, top to bottom."""
-    args, run = read_arguments()
+def pretrain(args: argparse.Namespace, run: Run) -> None:
+    """The job, top to bottom. With --resume, options that are not given are the run's."""
     runtime = Runtime.start(args.device, args.precision)
     if run.is_finished:
         run.clean_up()  # killed between its last two lines
         runtime.log(f"{args.out} is finished; its figures are in {args.out}/metrics.json")
         return
     if args.resume and not run.settings:
-        runtime.log(f"nothing to resume in {args.out}: starting anew")
-    if runtime.is_main:
-        run.check_writable()
+        runtime.log(f"nothing to resume in {args.out}: starting again from step 0")
 
     # 1. The model: random, or real weights. Its tokenizer comes with it, or is learned.
     torch.manual_seed(args.seed)
@@ -122,7 +119,7 @@ def main() -> None:
     # 2. The text, as token ids. The main process tokenises, the others wait for it.
     dataset = Dataset(args.data)
     key = Corpus.key(dataset, tokenizer, args.vocab_size)
-    if run.state_path.is_file() and run.settings.get("corpus") != key:
+    if run.settings.get("corpus", key) != key:
         raise UserError(f"--data {args.data} has changed since the run in {args.out} began")
     corpus = Corpus.open(dataset, tokenizer, args.vocab_size) if runtime.is_main else None
     runtime.barrier()
@@ -171,7 +168,9 @@ def main() -> None:
     checkpoint = run.load()
     if runtime.is_main:
         settings = {
-            k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "resume"
+            k: str(v) if isinstance(v, Path) else v
+            for k, v in vars(args).items()
+            if k not in ("resume", "overwrite")
         }
         run.start(settings | {"corpus": key})
     if checkpoint:

@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import json
 import math
 from types import SimpleNamespace
 
@@ -234,33 +233,6 @@ def test_frozen_maps_give_the_numbers_that_autocast_gives(name):
     maps = ["attention.qkv", "attention.out", "feed_forward.up", "feed_forward.down"]
     frozen = {f"bert.layers.0.{path}.{kind}" for path in maps for kind in ("weight", "bias")}
     assert changed == (frozen if name == "bf16" else set())  # no LayerNorm, and nothing that trains
-
-
-def test_two_processes_cannot_train_in_one_directory(tmp_path):
-    first, second = Run(tmp_path), Run(tmp_path)
-    first.start({"corpus": "x"})
-    with pytest.raises(UserError, match="another process"):
-        second.start({"corpus": "y"})
-    assert first.settings == {"corpus": "x"}
-    assert Run.open(tmp_path, resume=True, mark="corpus").settings == {"corpus": "x"}
-
-
-def test_a_kill_before_the_settings_leaves_a_directory_that_can_be_used(tmp_path):
-    (tmp_path / "run.lock").touch()
-    (tmp_path / "settings.json.partial").write_text("{")
-    Run.open(tmp_path, resume=False, mark="corpus").start({"corpus": "x"})
-    assert Run(tmp_path).settings == {"corpus": "x"}
-
-
-def test_a_log_cut_short_by_a_kill_can_be_read(tmp_path):
-    run = Run(tmp_path)
-    for step in (1, 2, 3):
-        run.log({"step": step})
-    path = tmp_path / "log.jsonl"
-    path.write_text(path.read_text()[:-4])
-    assert [entry["step"] for entry in run.read_log()] == [1, 2]
-    run.rewind_log(1)
-    assert json.loads(path.read_text()) == {"step": 1}
 
 
 def test_the_plateau_is_found_where_the_loss_stays_at_the_unigram_entropy():

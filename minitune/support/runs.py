@@ -1,18 +1,19 @@
-"""A run's directory: what it may overwrite, what it logs, and how it survives a kill.
+"""A run's directory: who may use it, what it logs, and how it survives a kill.
 
     OUT/settings.json               the options the run was started with; marks OUT as a run's
     OUT/log.jsonl                   one line a logged step
     OUT/resume/state.safetensors    weights, optimizer and progress; one file, so never half of each
-    OUT/run.lock                    held by the process that trains, so that no second one does
     OUT/metrics.json                written last: a run with this file is finished
 
-Beside them the job writes what it was for, a model directory for example.
+Beside them the script writes its result, a model directory for example.
 """
 
+import contextlib
 import fcntl
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -21,79 +22,87 @@ from torch import Tensor
 
 from minitune.support.errors import UserError
 
-NOT_YET_A_RUN = (".partial", ".lock")  # all that a kill can leave before settings.json is there
+# What --overwrite deletes when the new run starts. Other files are replaced one by one, as they
+# are written; without its weights a half-replaced model directory cannot be loaded by mistake.
+OLD_RESULTS = ("metrics.json", "model.safetensors", "trained.safetensors", "log.jsonl")
 
 
-def check_strangers(out: Path, own: set[str], what: str) -> None:
-    """Raise UserError where --out holds anything but these names; `what` they belong to."""
-    if strangers := [path.name for path in out.glob("*") if path.name not in own]:
-        raise UserError(f"--out {out} holds what is no {what}: {strangers[0]}")
+def refuse_foreign_files(out: Path, names: set[str], what: str) -> None:
+    """Raise UserError where --out holds anything but these names, the files of `what`."""
+    if foreign := [path.name for path in out.glob("*") if path.name not in names]:
+        raise UserError(f"--out {out} holds what is no {what}: {foreign[0]}")
 
 
 class Run:
-    """One output directory. `Run.open` decides whether it may be used."""
+    """One output directory. `Run.open` decides whether it may be used, and locks it."""
 
     def __init__(self, directory: Path):
         self.directory = directory
         self.state_path = directory / "resume" / "state.safetensors"
-        self.lock_path = directory / "run.lock"
+        self.settings: dict = {}  # of the run to be resumed; empty for a new one
+        self.is_finished = False  # the run to be resumed came to its end
+        self.replaces = False  # an old run, which goes when this one starts
 
     @classmethod
-    def open(cls, directory: Path, resume: bool, mark: str) -> "Run":
-        """A new run, or with `resume` the one that is there; UserError where neither is safe.
+    @contextlib.contextmanager
+    def open(cls, directory: Path, resume: bool, overwrite: bool, mark: str) -> Iterator["Run"]:
+        """A context in which the directory is locked, with its run: a new one, or one to resume.
 
         `mark` is a key that the settings of this script's runs have, and those of no other.
+        Raises UserError where another process uses the directory, where it holds something else, or
+        a run that is neither to be resumed nor overwritten. If the run does not start, directories
+        made for it are removed again. Of several processes (torchrun) only the main one locks.
         """
-        run = cls(directory)
-        if directory.exists() and not directory.is_dir():
-            raise UserError(f"--out {directory} is a file")
-        names = {path.name for path in directory.glob("*") if path.suffix not in NOT_YET_A_RUN}
-        if names and mark not in run.settings:
-            raise UserError(f"--out {directory} holds something that is no run of this script")
-        if names and not resume:
-            state = "a finished" if run.is_finished else "an unfinished"
-            raise UserError(
-                f"--out {directory} holds {state} run: add --resume, or name a new --out"
-            )
-        return run
+        run, missing, lock = cls(directory), [], None
+        try:
+            if os.environ.get("RANK", "0") == "0":
+                missing = [p for p in (directory, *directory.parents) if not p.exists()]
+                lock = _make_and_open(directory)
+                _lock(lock, directory)
+            run._look(resume, overwrite, mark)
+            yield run
+        finally:
+            for path in missing:
+                with contextlib.suppress(OSError):  # it is no longer empty
+                    path.rmdir()
+            if lock is not None:
+                os.close(lock)  # and unlocks
 
-    @property
-    def is_finished(self) -> bool:
-        """Whether the run came to its end."""
-        return (self.directory / "metrics.json").is_file()
+    def _look(self, resume: bool, overwrite: bool, mark: str) -> None:
+        """Set what the directory's content says, or raise UserError where it may not be used."""
+        if resume and overwrite:
+            raise UserError("--resume and --overwrite exclude each other")
+        if not _holds_files(self.directory):
+            return
+        path = self.directory / "settings.json"
+        settings = read_json(path) if path.is_file() else {}
+        if mark not in settings:
+            raise UserError(f"--out {self.directory} holds something that is no run of this script")
+        is_finished = (self.directory / "metrics.json").is_file()
+        if resume:
+            self.settings, self.is_finished = settings, is_finished
+        elif overwrite:
+            self.replaces = True
+        else:
+            state = "a finished" if is_finished else "an unfinished"
+            raise UserError(
+                f"--out {self.directory} holds {state} run: "
+                "add --resume or --overwrite, or name a new --out"
+            )
 
     @property
     def metrics(self) -> dict:
         """What a finished run measured."""
         return read_json(self.directory / "metrics.json")
 
-    @property
-    def settings(self) -> dict:
-        """The options of the run that is there; empty for a new one."""
-        path = self.directory / "settings.json"
-        return read_json(path) if path.is_file() else {}
-
-    def check_writable(self) -> None:
-        """Fail before the work, not after: make the directory, and take away again what was made."""
-        missing = [path for path in (self.directory, *self.directory.parents) if not path.exists()]
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out {self.directory}: {error.strerror}") from error
-        for path in missing:
-            path.rmdir()
-
     def start(self, settings: dict) -> None:
-        """Claim the directory, and only then note the options, which mark it as a run's."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        # The system drops the lock with the process, however it ends.
-        self._lock = open(self.lock_path, "w")  # noqa: SIM115
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"--out {self.directory}: another process is training there") from None
+        """Remove an old run, if it is replaced, and write the options, which mark a run."""
+        if self.replaces:
+            self.clean_up()
+            for name in OLD_RESULTS:
+                (self.directory / name).unlink(missing_ok=True)
+        self.state_path.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.directory / "settings.json", settings)
-        self.state_path.parent.mkdir(exist_ok=True)
 
     def save(self, tensors: dict[str, Tensor], progress: dict) -> None:
         """Replace the checkpoint by this one, in one rename."""
@@ -101,7 +110,7 @@ class Run:
 
     def load(self) -> tuple[dict[str, Tensor], dict] | None:
         """The last checkpoint, or None before the first."""
-        if not self.state_path.is_file():
+        if self.replaces or not self.state_path.is_file():
             return None
         try:
             with safe_open(self.state_path, "pt") as file:
@@ -139,7 +148,35 @@ class Run:
     def clean_up(self) -> None:
         """Remove what only a run that goes on needs."""
         shutil.rmtree(self.state_path.parent, ignore_errors=True)
-        self.lock_path.unlink(missing_ok=True)
+
+
+def _make_and_open(directory: Path) -> int:
+    """A file descriptor of the directory, which is made if it is not there."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        return os.open(directory, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"--out {directory}: {error.strerror}") from error
+
+
+def _lock(descriptor: int, directory: Path) -> None:
+    """Lock an open directory against other processes; the lock goes with this one, however it ends."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Between our open and our lock a process that was refused may have removed it again.
+        free = os.path.samestat(os.fstat(descriptor), os.stat(directory))
+    except (BlockingIOError, FileNotFoundError):
+        free = False
+    except OSError:  # a file system without locks
+        free = True
+    if not free:
+        raise UserError(f"--out {directory}: another process is training there")
+
+
+def _holds_files(directory: Path) -> bool:
+    """Whether anything is in it or below but what a kill can leave before settings.json is there."""
+    files = (name for _, _, names in os.walk(directory) for name in names)
+    return any(not name.endswith(".partial") for name in files)
 
 
 def write_atomically(path: Path, content: bytes) -> None:

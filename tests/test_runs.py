@@ -1,0 +1,274 @@
+"""A run's directory: locked, left as it was where it is refused, and written so that a kill loses nothing."""
+
+import contextlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from minitune.support.errors import UserError
+from minitune.support.runs import (
+    DTYPES,
+    Run,
+    refuse_foreign_files,
+    write_atomically,
+    write_json,
+    write_tensors,
+)
+
+ROOT = Path(__file__).parents[1]
+
+
+def open_run(directory, resume=False, overwrite=False):
+    return Run.open(directory, resume, overwrite, mark="corpus")
+
+
+def contents(directory):
+    return {path: path.read_bytes() if path.is_file() else None for path in directory.rglob("*")}
+
+
+def finished(directory):
+    """A finished run of a script that leaves a model, with a file of the user's beside it."""
+    with open_run(directory) as run:
+        run.start({"corpus": "old"})
+        run.log({"step": 1})
+        run.save({"x": torch.ones(1)}, {"step": 1})
+        write_tensors(directory / "model.safetensors", {"x": torch.ones(1)}, {})
+        run.finish({"loss": 1.0})
+    (directory / "notes.txt").write_text("the user's")
+    return directory
+
+
+# Who may use a directory
+
+
+def test_a_second_run_in_a_directory_is_refused_before_it_looks(tmp_path):
+    """The first has written nothing yet: it may be tokenising for an hour."""
+    with open_run(tmp_path / "run"), pytest.raises(UserError, match="another process"):  # noqa: SIM117
+        with open_run(tmp_path / "run"):
+            pass
+    with open_run(tmp_path / "run"):
+        pass
+
+
+def test_a_live_run_cannot_be_resumed_or_overwritten(tmp_path):
+    with open_run(tmp_path) as run:
+        run.start({"corpus": "x"})
+        before = contents(tmp_path)
+        for options in ({"resume": True}, {"overwrite": True}, {}):
+            with pytest.raises(UserError, match="another process"), open_run(tmp_path, **options):
+                pass
+        assert contents(tmp_path) == before
+
+
+HOLD = """
+import sys, pathlib
+from minitune.support.runs import Run
+from minitune.support.errors import UserError
+try:
+    with Run.open(pathlib.Path(sys.argv[1]), False, False, mark="corpus") as run:
+        print("opened", flush=True)
+        if sys.stdin.readline():
+            run.start({"corpus": "x"})
+except UserError as error:
+    print(error, flush=True)
+"""
+
+
+def process_that_holds(directory):
+    """A process that opens a run, says so or why not, and starts it after a line on its stdin."""
+    command = [sys.executable, "-c", HOLD, str(directory)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    return subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
+
+
+def test_of_two_processes_that_race_one_trains_and_the_other_is_told(tmp_path):
+    racers = [process_that_holds(tmp_path / "run") for _ in range(2)]
+    lines = [racer.stdout.readline() for racer in racers]
+    for racer in racers:
+        with contextlib.suppress(BrokenPipeError):  # the refused one has ended
+            racer.communicate("start\n")
+    assert sorted("another process" in line for line in lines) == [False, True]
+    assert sorted(line == "opened\n" for line in lines) == [False, True]
+    assert json.loads((tmp_path / "run" / "settings.json").read_text()) == {"corpus": "x"}
+
+
+def test_the_lock_goes_with_a_killed_process(tmp_path):
+    process = process_that_holds(tmp_path / "run")
+    assert process.stdout.readline() == "opened\n"
+    with pytest.raises(UserError, match="another process"), open_run(tmp_path / "run"):
+        pass
+    process.kill()
+    process.communicate()
+    with open_run(tmp_path / "run") as run:
+        run.start({"corpus": "x"})
+
+
+def test_of_several_processes_of_one_run_only_the_main_one_locks(tmp_path, monkeypatch):
+    with open_run(tmp_path):
+        monkeypatch.setenv("RANK", "1")
+        with open_run(tmp_path):
+            pass
+        monkeypatch.setenv("RANK", "0")
+        with pytest.raises(UserError, match="another process"), open_run(tmp_path):
+            pass
+
+
+def test_a_file_system_without_locks_is_used_without(tmp_path, monkeypatch):
+    def no_locks(*arguments):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with open_run(tmp_path / "run") as run:
+        run.start({"corpus": "x"})
+
+
+@pytest.mark.parametrize("error", [None, UserError, KeyboardInterrupt])
+def test_what_was_created_for_a_run_that_does_not_start_is_removed(tmp_path, error):
+    """As after `--data missing.csv`, or Ctrl-C while a corpus is tokenised."""
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    with contextlib.suppress(*[error] if error else []), open_run(kept / "a" / "b"):
+        assert (kept / "a" / "b").is_dir()
+        if error:
+            raise error
+    assert list(tmp_path.rglob("*")) == [kept]
+
+
+def test_a_run_that_starts_is_kept(tmp_path):
+    with pytest.raises(KeyboardInterrupt), open_run(tmp_path / "a" / "b") as run:
+        run.start({"corpus": "x"})
+        raise KeyboardInterrupt
+    with open_run(tmp_path / "a" / "b", resume=True) as run:
+        assert run.settings == {"corpus": "x"} and not run.is_finished
+
+
+def test_runs_inside_runs_that_a_kill_left_empty_can_be_used(tmp_path):
+    """finetune.py --seeds 2, killed before its first step."""
+    (tmp_path / "full" / "seed-1" / "resume").mkdir(parents=True)
+    (tmp_path / "full" / "settings.json.partial").write_text("{")
+    with open_run(tmp_path / "full") as run:
+        run.start({"corpus": "x"})
+
+
+STRANGE = {
+    "a text": lambda out: (out / "chapter1.tex").write_text("Years of work."),
+    "a text deep below": lambda out: [
+        (out / "a" / "b").mkdir(parents=True),
+        (out / "a" / "b" / "chapter1.tex").write_text("Years of work."),
+    ],
+    "a file named as a lock": lambda out: (out / "run.lock").write_text("mine"),
+    "a link named as a lock": lambda out: (out / "run.lock").symlink_to(out.parent / "precious"),
+    "a run of another script": lambda out: write_json(out / "settings.json", {"job": {}}),
+    "a damaged run": lambda out: (out / "settings.json").write_text("{"),
+}
+
+
+@pytest.mark.parametrize("case", STRANGE)
+@pytest.mark.parametrize("options", [{}, {"resume": True}, {"overwrite": True}])
+def test_a_directory_that_holds_something_else_is_refused_and_left_alone(tmp_path, case, options):
+    (tmp_path / "precious").write_text("the user's")
+    (tmp_path / "out").mkdir()
+    STRANGE[case](tmp_path / "out")
+    before = contents(tmp_path)
+    with (
+        pytest.raises(UserError, match=str(tmp_path / "out")),
+        open_run(tmp_path / "out", **options),
+    ):
+        pass
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("options", [{}, {"resume": True, "overwrite": True}])
+def test_a_run_is_refused_with_the_ways_out(tmp_path, options):
+    before = contents(finished(tmp_path / "out"))
+    with (
+        pytest.raises(UserError, match="--resume.*--overwrite"),
+        open_run(tmp_path / "out", **options),
+    ):
+        pass
+    assert contents(tmp_path / "out") == before
+
+
+def test_overwriting_removes_the_old_run_when_the_new_one_starts_and_nothing_else(tmp_path):
+    out = finished(tmp_path / "out")
+    (out / "run.lock").write_text("the user's too")
+    before = contents(out)
+    with open_run(out, overwrite=True) as run:
+        assert contents(out) == before  # it may yet fail: no such file, no memory
+        assert run.settings == {} and not run.is_finished and run.load() is None
+        run.start({"corpus": "new"})
+        names = {path.name: path.read_text() for path in out.iterdir() if path.is_file()}
+        assert names.pop("notes.txt") == "the user's"
+        assert names.pop("run.lock") == "the user's too"
+        assert {name: json.loads(text) for name, text in names.items()} == {
+            "settings.json": {"corpus": "new"}
+        }
+        run.log({"step": 1})
+    with open_run(out, resume=True) as run:  # a kill here leaves an unfinished run
+        assert run.settings == {"corpus": "new"} and not run.is_finished
+
+
+def test_an_unfinished_run_is_overwritten_from_its_beginning(tmp_path):
+    with open_run(tmp_path) as run:
+        run.start({"corpus": "old"})
+        run.save({"x": torch.ones(1)}, {"step": 5})
+    with open_run(tmp_path, overwrite=True) as run:
+        run.start({"corpus": "new"})
+        assert not run.state_path.exists()
+
+
+def test_foreign_files_are_refused_by_name(tmp_path):
+    (tmp_path / "table.json").touch()
+    refuse_foreign_files(tmp_path, {"table.json"}, "result")
+    refuse_foreign_files(tmp_path / "missing", set(), "result")
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(UserError, match="no result: thesis.tex"):
+        refuse_foreign_files(tmp_path, {"table.json"}, "result")
+
+
+# The log
+
+
+def test_a_log_cut_short_by_a_kill_can_be_read(tmp_path):
+    run = Run(tmp_path)
+    for step in (1, 2, 3):
+        run.log({"step": step})
+    path = tmp_path / "log.jsonl"
+    path.write_text(path.read_text()[:-4])
+    assert [entry["step"] for entry in run.read_log()] == [1, 2]
+    run.rewind_log(1)
+    assert json.loads(path.read_text()) == {"step": 1}
+
+
+# Files
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_library_reads_what_was_written(tmp_path, dtype):
+    path = tmp_path / "model.safetensors"
+    matrix = (torch.arange(12).view(3, 4) % 2).to(dtype)
+    tensors = {"b.odd": torch.ones(3, dtype=torch.uint8), "matrix": matrix, "turned": matrix.t()}
+    tensors |= {"number": torch.tensor(1).to(dtype), "nothing": torch.empty(0, 4, dtype=dtype)}
+    write_tensors(path, tensors, {"progress": '{"step": "ü"}'})
+    found = load_file(path)
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == {"progress": '{"step": "ü"}'}
+
+
+def test_the_file_replaces_the_old_one_and_is_open_to_the_same_people_as_any_other(tmp_path):
+    path, other = tmp_path / "model.safetensors", tmp_path / "config.json"
+    path.write_bytes(b"old")
+    write_tensors(path, {"x": torch.ones(2, requires_grad=True)}, {})
+    write_atomically(other, b"{}")
+    assert sorted(tmp_path.iterdir()) == sorted([path, other])
+    assert path.stat().st_mode == other.stat().st_mode
+    assert load_file(path)["x"].tolist() == [1, 1]
