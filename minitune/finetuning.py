@@ -24,7 +24,7 @@ from minitune.classification import Classification, Examples
 from minitune.data import Reviews
 from minitune.features import FeatureClassifier, extract
 from minitune.model import BertForSequenceClassification, MeanPooler
-from minitune.optimizer import Optimizer, Rates
+from minitune.optimizer import LRMultipliers, Optimizer
 from minitune.support.errors import UserError
 from minitune.support.runs import Run, write_atomically
 from minitune.support.runtime import Runtime
@@ -79,7 +79,9 @@ def fine_tune(job: Job, common: Common) -> dict:
     model.to(runtime.device)
     runtime.cast_frozen(model.bert)
     # A run that goes on keeps its own.
-    own_rates = Rates(**run.settings["rates"]) if run.settings else rates(job.method, common.source)
+    own_rates = (
+        LRMultipliers(**run.settings["rates"]) if run.settings else rates(job.method, common.source)
+    )
     if runtime.is_main:
         described = {k: v for k, v in vars(job).items() if k != "run"}
         run.start(common.settings | {"job": described, "rates": asdict(own_rates)})
@@ -278,7 +280,7 @@ def for_all_weights(hidden_size: int) -> float:
     return 20 / hidden_size**2
 
 
-def rates(method: str, source: Path) -> Rates:
+def rates(method: str, source: Path) -> LRMultipliers:
     """What learns faster and what slower than the rest, measured in tests/benchmarks/LOG.md.
 
     Word vectors are young in random weights, and in a run of train.py that began with them. Those
@@ -288,10 +290,12 @@ def rates(method: str, source: Path) -> Rates:
     young = method == "scratch" or (method == "full" and began_at_random(source))
     # Of random layers none knows more than another. A third: 0.7 a layer in four of them, 0.8 in
     # six.
-    return Rates(embeddings=5.0 if young else 1.0, lowest_layer=1 / 3 if method == "full" else 1.0)
+    return LRMultipliers(
+        embeddings=5.0 if young else 1.0, lowest_layer=1 / 3 if method == "full" else 1.0
+    )
 
 
-def rates_in_words(recipe: Method, lr: float, rates: Rates) -> str:
+def rates_in_words(recipe: Method, lr: float, rates: LRMultipliers) -> str:
     """The optimizer and its learning rates, in a line; `lr` is the peak."""
     words = f"{recipe.optimizer} at {lr:.2g}"
     if recipe.optimizer == "muon":

@@ -123,9 +123,9 @@ class Trainer:
         set.
         """
         rehearsal = copy.copy(self)
-        rehearsal.model = copy.deepcopy(self.model).train()
-        rehearsal.optimizer = self.optimizer.for_copy(rehearsal.model)
-        rehearsal.scaler = copy.deepcopy(self.scaler)
+        originals = self.model, self.optimizer, self.scaler
+        rehearsal.model, rehearsal.optimizer, rehearsal.scaler = copy.deepcopy(originals)
+        rehearsal.model.train()
         rehearsal.steps, batches = 1, self.task.batches(0)
 
         def take_steps(count: int) -> tuple[float, int]:
@@ -157,7 +157,8 @@ class Trainer:
         self.load(parts["model"])
         self.best = progress["best"]
         self.best_weights = {n: t.to(self.runtime.device) for n, t in parts["best"].items()}
-        self.optimizer.load_state(parts["optimizer"])
+        for name, tensor in self.optimizer.state().items():
+            tensor.copy_(parts["optimizer"][name])
         if progress["scaler"]:
             self.scaler.load_state_dict(progress["scaler"])
         self.step, self.steps = progress["step"], progress["steps"]

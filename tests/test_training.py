@@ -13,7 +13,7 @@ from torch import nn
 from minitune.batching import PackedBatch
 from minitune.initialization import start_with_frequencies, start_with_neighbours
 from minitune.model import BertConfig, BertForMaskedLM
-from minitune.optimizer import Muon, Optimizer, Rates, one_cycle
+from minitune.optimizer import LRMultipliers, Muon, Optimizer, one_cycle
 from minitune.pretraining import MaskedBatch, MaskedLanguageModelling
 from minitune.support.errors import UserError
 from minitune.support.plots import plateau
@@ -103,7 +103,7 @@ def test_muon_has_the_hidden_matrices_and_only_matrices_decay():
 def test_embeddings_and_lower_layers_learn_at_rates_of_their_own(name, adamw_lr):
     sizes = {"hidden_size": 16, "num_hidden_layers": 4, "intermediate_size": 32}
     model = BertForMaskedLM(BertConfig(vocab_size=50, **sizes))
-    *_, adamw = Optimizer(model, name, 0.01, 0.001, 0.01, Rates(5, 1 / 8)).for_copy(model).parts
+    *_, adamw = Optimizer(model, name, 0.01, 0.001, 0.01, LRMultipliers(5, 1 / 8)).parts
     names = {id(p): name for name, p in model.named_parameters()}
     rates = {
         names[id(p)]: group["peak_lr"] for group in adamw.param_groups for p in group["params"]
@@ -166,8 +166,8 @@ def test_the_optimizer_goes_on_from_its_state(tmp_path):
 
     step(trainer), step(trainer)
     twin = trainer_for(copy.deepcopy(model), tmp_path)
-    state = {name: tensor.clone() for name, tensor in trainer.optimizer.state().items()}
-    twin.optimizer.load_state(state)
+    for name, tensor in twin.optimizer.state().items():
+        tensor.copy_(trainer.optimizer.state()[name])
     twin.step, twin.steps = 2, 4
     step(trainer), step(twin)
     for a, b in zip(trainer.model.parameters(), twin.model.parameters(), strict=True):
