@@ -19,7 +19,7 @@ from minitune.attention import BACKENDS, resolve_backend
 from minitune.checkpoint import default_model, find_model, load_tokenizer, read_config, weights_hash
 from minitune.classification import Examples, Sequences
 from minitune.data import SPLITS, Dataset, Reviews
-from minitune.finetuning import METHODS, Common, Job, fine_tune
+from minitune.finetuning import METHODS, Experiment, Setup, fine_tune
 from minitune.prediction import label_new_reviews
 from minitune.support.baselines import evaluate_baselines
 from minitune.support.cli import (
@@ -78,6 +78,7 @@ def parser() -> Parser:
     add = options.group("new reviews")
     predict = "label these texts, or a .txt .csv .tsv .jsonl file, or - for the lines of stdin"
     add("--predict", predict, nargs="+", metavar="TEXT")
+    add("--base", "the pretrained model of --model, if it was moved", metavar="DIR")
     add("--json", "print one JSON object a review instead of CSV", bool)
     add_machine_options(options, BACKENDS)
     return options
@@ -85,7 +86,7 @@ def parser() -> Parser:
 
 MAY_CHANGE = {"out", "method", "seed", "seeds", "train_examples", "lr",
               "device", "precision", "attention", "save_minutes",
-              "job", "base", "dataset", "rates"}  # fmt: skip
+              "experiment", "base_hash", "dataset"}  # fmt: skip
 
 
 def read_arguments() -> argparse.Namespace:
@@ -100,7 +101,7 @@ def read_arguments() -> argparse.Namespace:
     return args
 
 
-def open_runs(args: argparse.Namespace, stack: contextlib.ExitStack) -> list[Job]:
+def open_runs(args: argparse.Namespace, stack: contextlib.ExitStack) -> list[Experiment]:
     """The runs that the options ask for, each locked until the stack is closed."""
     methods = [name for name in METHODS if name in args.method]
     if len(methods) > 1 and "scratch" not in methods:
@@ -108,24 +109,24 @@ def open_runs(args: argparse.Namespace, stack: contextlib.ExitStack) -> list[Job
     own = {*METHODS, "compare.json", "compare.json.partial", "compare.png"}
     refuse_foreign_files(args.out, own, "run of finetune.py")
     sizes = list(dict.fromkeys(args.train_examples or [None]))
-    jobs = []
+    experiments = []
     for method, size, k in itertools.product(methods, sizes, range(args.seeds)):
         directory = args.out / method
         if len(sizes) > 1:
             directory /= str(size)
         if k:
             directory /= f"seed-{args.seed + k}"
-        run = stack.enter_context(Run.open(directory, args.resume, args.overwrite, mark="job"))
+        run = stack.enter_context(
+            Run.open(directory, args.resume, args.overwrite, mark="experiment")
+        )
         check_same(args, run.settings, MAY_CHANGE, directory)
-        if run.settings and not run.settings.keys() >= {"base", "dataset", "rates", "soup"}:
+        if run.settings and not run.settings.keys() >= {"base_hash", "dataset", "soup"}:
             raise UserError(f"--resume: the settings of the run in {directory} are not whole")
-        job = {"method": method, "train_examples": size, "seed": args.seed + k}
-        if run.settings and run.settings.get("job") != job:
-            raise UserError(
-                f"--resume: the run in {directory} is another: {run.settings.get('job')}"
-            )
-        jobs.append(Job(**job, run=run))
-    return jobs
+        own = {"method": method, "train_examples": size, "seed": args.seed + k}
+        if run.settings and (other := run.settings["experiment"]) != own:
+            raise UserError(f"--resume: the run in {directory} is another: {other}")
+        experiments.append(Experiment(**own, run=run))
+    return experiments
 
 
 def main() -> None:
@@ -134,19 +135,25 @@ def main() -> None:
     if args.predict:
         label_new_reviews(args)
         return
+    if args.base is not None:
+        raise UserError("--base goes with --predict; the model to start from is --model")
     with contextlib.ExitStack() as stack:
         compare(args, open_runs(args, stack))
 
 
-def compare(args: argparse.Namespace, jobs: list[Job]) -> None:
+def compare(args: argparse.Namespace, experiments: list[Experiment]) -> None:
     """The job, top to bottom."""
     runtime = Runtime.start(args.device, args.precision)
 
     # 1. A pretrained model.
-    name, why = (args.model, "as asked") if args.model else default_model()
-    source = find_model(name)
-    config, base = read_config(source), weights_hash(source)
-    runtime.log(f"model: {name} ({why}), {config.num_hidden_layers} layers of {config.hidden_size}")
+    why = "as asked"
+    if args.model is None:
+        args.model, why = default_model()
+    source = find_model(args.model)
+    config, base_hash = read_config(source), weights_hash(source)
+    runtime.log(
+        f"model: {args.model} ({why}), {config.num_hidden_layers} layers of {config.hidden_size}"
+    )
     tokenizer = load_tokenizer(source, config)
     attention = resolve_backend(args.attention, runtime.device, runtime.dtype, config.head_size)
     args.max_len = choose_max_len(args.max_len, config.max_position_embeddings, args.batch_tokens)
@@ -156,8 +163,8 @@ def compare(args: argparse.Namespace, jobs: list[Job]) -> None:
     reviews = Reviews.load(dataset)
     rows = ", ".join(f"{len(reviews.texts[split]):,} {split}" for split in SPLITS)
     runtime.log(f"data: {args.data}: {rows} rows; labels: {', '.join(reviews.names.values())}")
-    for job in jobs:  # too many asked for is an error now, not after the first run
-        reviews.choose("train", job.train_examples or 0, job.seed)
+    for experiment in experiments:  # too many asked for is an error now, not after the first run
+        reviews.choose("train", experiment.train_examples or 0, experiment.seed)
     examples = {
         split: Examples(
             Sequences(reviews.texts[split], tokenizer, args.max_len), reviews.labels[split]
@@ -175,24 +182,14 @@ def compare(args: argparse.Namespace, jobs: list[Job]) -> None:
     settings = {
         k: v
         for k, v in vars(args).items()
-        if k not in ("out", "resume", "overwrite", "predict", "json")
+        if k not in ("out", "resume", "overwrite", "predict", "base", "json")
     }
-    settings |= {"base": base, "dataset": dataset.fingerprint()}
-    common = Common(
-        args,
-        settings,
-        name,
-        source,
-        tokenizer,
-        reviews,
-        examples,
-        runtime,
-        attention,
-    )
+    settings |= {"base_hash": base_hash, "dataset": dataset.fingerprint()}
+    setup = Setup(args, settings, source, tokenizer, reviews, examples, runtime, attention)
     results = []
-    for job in jobs:
+    for experiment in experiments:
         return_freed_memory()  # each one's peak memory is its own
-        results.append(fine_tune(job, common))
+        results.append(fine_tune(experiment, setup))
 
     # 4. Compare, also with methods that need no network.
     runtime.close()
@@ -201,7 +198,8 @@ def compare(args: argparse.Namespace, jobs: list[Job]) -> None:
     # All rows are the same rows whatever the seed, and these methods have nothing else random in
     # them.
     for size, seed in dict.fromkeys(
-        (job.train_examples, job.train_examples and job.seed) for job in jobs
+        (experiment.train_examples, experiment.train_examples and experiment.seed)
+        for experiment in experiments
     ):
         chosen = reviews.choose("train", size, seed) if size else None
         baselines = evaluate_baselines(reviews.texts, reviews.labels, len(reviews.names), chosen)
@@ -211,7 +209,7 @@ def compare(args: argparse.Namespace, jobs: list[Job]) -> None:
     write_json(args.out / "compare.json", {"rows": rows, "runs": results})
     from minitune.support.plots import plot_comparison  # matplotlib takes a second to import
 
-    plot_comparison(rows, f"{name} on {args.data}", args.out / "compare.png")
+    plot_comparison(rows, f"{args.model} on {args.data}", args.out / "compare.png")
     print(f"wrote {args.out}: a directory for each method, compare.png, compare.json")
 
 

@@ -3,18 +3,20 @@
 The pretrained network is frozen. Inside each sublayer of each layer stands an adapter: down to a
 few units, a nonlinearity, up again, and a skip connection around it. It begins as almost the
 identity, so training starts from what the pretrained network computes. Trained are the adapters,
-the LayerNorms of the layers, and the head; nothing else. As no trained tensor lies below the first
-adapter, the backward pass stops there, and frozen matrices need no gradient of their own.
+the LayerNorms of the layers, and the classifier; nothing else. No trained tensor lies below the
+first adapter, so the backward pass stops there, and frozen matrices need no gradient.
 """
+
+from collections.abc import Iterable
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minitune.model import Bert, BertConfig, BertForSequenceClassification, LayerNorm, MeanPooler
+from minitune.model import Bert, BertForSequenceClassification
 
 
 class Adapter(nn.Module):
-    """x + up(gelu(down(x))), from C to `units` and back to C, for every token by itself."""
+    """x + up(gelu(down(x))): from C to `units` and back to C, for each token by itself."""
 
     def __init__(self, hidden_size: int, units: int):
         super().__init__()
@@ -29,70 +31,26 @@ class Adapter(nn.Module):
         return x + self.up(F.gelu(self.down(x)))
 
 
-def insert_adapters(bert: Bert, units: int) -> None:
-    """Put a new adapter of `units` units into both sublayers of every layer."""
+def insert_adapters(bert: Bert, adapter_size: int) -> None:
+    """Put a new adapter of `adapter_size` units into both sublayers of every layer."""
     for layer in bert.layers:
-        layer.attention_adapter = Adapter(bert.config.hidden_size, units)
-        layer.feed_forward_adapter = Adapter(bert.config.hidden_size, units)
+        layer.attention_adapter = Adapter(bert.config.hidden_size, adapter_size)
+        layer.feed_forward_adapter = Adapter(bert.config.hidden_size, adapter_size)
 
 
-def remove_adapters(bert: Bert) -> None:
-    """Take them out again. LayerNorms stay as trained; the base's own are in its directory."""
-    for layer in bert.layers:
-        layer.attention_adapter = nn.Identity()
-        layer.feed_forward_adapter = nn.Identity()
+def adapter_parameters(model: BertForSequenceClassification) -> list[str]:
+    """The names of what is trained with adapters; all other parameters are frozen."""
+    parts = ("attention_adapter", "attention_norm", "feed_forward_adapter", "feed_forward_norm")
+    layers = range(len(model.bert.layers))
+    return parameters_of(
+        model, ["classifier", *(f"bert.layers.{i}.{part}" for i in layers for part in parts)]
+    )
 
 
-def adapter_modules(model: BertForSequenceClassification) -> dict[str, nn.Module]:
-    """All that is trained with adapters, by its path in the model; the rest is frozen."""
-    paths = ["classifier"]
-    for i in range(len(model.bert.layers)):
-        parts = ["attention_adapter", "attention_norm", "feed_forward_adapter", "feed_forward_norm"]
-        paths += [f"bert.layers.{i}.{part}" for part in parts]
-    return {path: model.get_submodule(path) for path in paths}
-
-
-def new_adapter_modules(config: BertConfig, units: int, labels: int) -> dict[str, nn.Module]:
-    """The same modules with nothing in them yet, to be filled from a file."""
-    C = config.hidden_size
-    modules = {"classifier": nn.Linear(C, labels)}
-    for i in range(config.num_hidden_layers):
-        modules |= {
-            f"bert.layers.{i}.attention_adapter": Adapter(C, units),
-            f"bert.layers.{i}.attention_norm": LayerNorm(C, eps=config.layer_norm_eps),
-            f"bert.layers.{i}.feed_forward_adapter": Adapter(C, units),
-            f"bert.layers.{i}.feed_forward_norm": LayerNorm(C, eps=config.layer_norm_eps),
-        }
-    return modules
-
-
-class AdapterSwitch:
-    """One base model in memory, and several sets of adapters that take turns in it, by name.
-
-    A set is all that was trained together: adapters, LayerNorms and classifier. Switching puts
-    other modules into the same places and copies nothing. prediction.load_adapters makes one from
-    runs.
-    """
-
-    def __init__(self, model: BertForSequenceClassification):
-        self.model = model
-        self.model.pooler = MeanPooler()
-        self.sets: dict[str, tuple[dict[str, nn.Module], dict[int, str]]] = {}
-
-    def add(self, name: str, modules: dict[str, nn.Module], labels: dict[int, str]) -> None:
-        """Keep a set, and the names of its labels, under this name.
-
-        `modules` are what `adapter_modules` gives of a model with the same base, else ValueError.
-        """
-        if modules.keys() != adapter_modules(self.model).keys():
-            raise ValueError("these modules belong to a model with other layers")
-        self.sets[name] = modules, labels
-
-    def use(self, name: str) -> BertForSequenceClassification:
-        """The model with this set in place. Raises KeyError for an unknown name."""
-        modules, labels = self.sets[name]
-        device = self.model.bert.embeddings.word.weight.device
-        for path, module in modules.items():
-            self.model.set_submodule(path, module.to(device))
-        self.model.config.id2label = labels
-        return self.model
+def parameters_of(model: nn.Module, modules: Iterable[str]) -> list[str]:
+    """The names of all parameters of these modules, each given by its path in the model."""
+    return [
+        f"{path}.{name}"
+        for path in modules
+        for name, _ in model.get_submodule(path).named_parameters()
+    ]

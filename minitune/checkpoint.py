@@ -8,6 +8,7 @@ and written as safetensors only; a pickle can run code when it is opened.
 
 import hashlib
 import importlib.util
+import os
 import re
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -16,11 +17,10 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from minitune.adapters import AdapterSwitch, adapter_modules, new_adapter_modules
-from minitune.model import BertConfig, BertForMaskedLM, BertForSequenceClassification
+from minitune.data import MOST_LABELS
+from minitune.model import POOLERS, BertConfig, BertForMaskedLM, BertForSequenceClassification
 from minitune.support.errors import UserError
 from minitune.support.runs import read_json, write_atomically, write_json, write_tensors
 from minitune.tokenizer import Tokenizer
@@ -190,7 +190,10 @@ def save_model(
     """Write a directory that loads as the class of the same name in `transformers`."""
     for name, content in tokenizer.files().items():
         write_atomically(directory / name, content)
-    write_json(directory / "config.json", config_json(model.config, type(model).__name__))
+    config = config_json(model.config, type(model).__name__)
+    if getattr(model, "pooling", "cls") != "cls":  # which `transformers` does not know
+        config["pooling"] = model.pooling
+    write_json(directory / "config.json", config)
     write_tensors(directory / "model.safetensors", to_bert(model.state_dict()), {"format": "pt"})
 
 
@@ -210,13 +213,16 @@ def load_masked_lm(directory: Path, attention: str = "sdpa") -> tuple[BertForMas
 
 def load_for_classification(
     directory: Path, labels: dict[int, str], attention: str = "sdpa"
-) -> BertForSequenceClassification:
-    """The encoder in a BERT directory under a new classifier, and its pooler where it has one."""
+) -> tuple[BertForSequenceClassification, list[str]]:
+    """A classifier on the encoder in a BERT directory, and the names of its parameters that are new.
+
+    These are the classifier, and the pooler where the directory has none.
+    """
     config = replace(read_config(directory), id2label=labels)
     model = BertForSequenceClassification(config, attention)
     pretrained = nn.ModuleDict({"bert": model.bert, "pooler": model.pooler})
-    load_bert(pretrained, directory, optional=("pooler.",))
-    return model
+    missing = load_bert(pretrained, directory, optional=("pooler.",))
+    return model, ["classifier.weight", "classifier.bias", *missing]
 
 
 def load_classifier(directory: Path, attention: str = "sdpa") -> BertForSequenceClassification:
@@ -233,7 +239,13 @@ def load_classifier(directory: Path, attention: str = "sdpa") -> BertForSequence
         raise UserError(
             f"{directory}/config.json: id2label does not name two labels or more, from 0 on"
         )
+    raw = read_json(directory / "config.json")
+    if (kind := raw.get("problem_type")) not in (None, "single_label_classification"):
+        raise UserError(f"{directory}/config.json: problem_type is {kind}; here one label is right")
+    if (pooling := raw.get("pooling", "cls")) not in POOLERS:
+        raise UserError(f"{directory}/config.json: there is no pooling {pooling}")
     model = BertForSequenceClassification(config, attention)
+    model.use_pooling(pooling)
     load_bert(model, directory)
     return model.eval()
 
@@ -302,126 +314,96 @@ def find_model(name: str) -> Path:
         raise UserError(f"{name} is no directory here, and the hub gave none: {reason}") from error
 
 
-def save_trained(
-    directory: Path,
-    method: str,
-    model: nn.Module,
-    labels: dict[int, str],
-    base: str,
-    base_hash: str,
-    max_len: int,
-) -> Path:
-    """Write what an adapter or feature run trained, and return the weights' path.
-
-    `base` is the pretrained model's name or directory, `base_hash` the checkpoint.weights_hash of
-    it.
-    """
-    if method == "adapter":
-        modules = adapter_modules(model)
-        extra = {"adapter_size": model.bert.layers[0].attention_adapter.down.out_features}
-    else:
-        modules, extra = {"head": model.head}, {}
-    tensors = {
-        f"{path}.{name}": tensor
-        for path, module in modules.items()
-        for name, tensor in module.state_dict().items()
-    }
-    weights = directory / "trained.safetensors"
-    write_tensors(weights, tensors, {"format": "pt"})
-    description = {"method": method, "labels": list(labels.values()), "max_len": max_len, **extra}
-    path = (
-        str(Path(base).resolve()) if Path(base).is_dir() else base
-    )  # found again from any directory
-    write_json(
-        directory / "trained.json", description | {"base": {"path": path, "sha256": base_hash}}
-    )
-    return weights
+def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What a fine-tuning run changed, by name: parameters that train, and buffers, which it measured."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return dict(model.named_buffers()) | trained
 
 
 @dataclass
 class Trained:
-    """What `save_trained` wrote."""
+    """What a run trained where most of the model was frozen, and all that a prediction needs besides.
+
+    trained.json          these fields
+    trained.safetensors   `trained_tensors` of the model
+    """
 
     method: str
+    pooling: str
+    options: dict[str, int]  # of the method, adapter_size for example
     labels: dict[int, str]
     max_len: int
-    adapter_size: int | None
-    base: str
-    base_hash: str
-    tensors: dict[str, Tensor]
+    base: str  # the pretrained model as it was named
+    base_hash: str  # weights_hash of it
+    moved_base: str | None = None  # its path relative to the run, for a project that was moved
+
+    def save(self, model: nn.Module, directory: Path) -> Path:
+        """Write both files; returns the path of the weights."""
+        weights, path, relative = directory / "trained.safetensors", self.base, None
+        write_tensors(weights, trained_tensors(model), {"format": "pt"})
+        if Path(path).is_dir():  # found again from any directory
+            path = str(Path(path).resolve())
+            relative = os.path.relpath(path, directory.resolve())
+        description = {"method": self.method, "pooling": self.pooling, **self.options}
+        description |= {"labels": list(self.labels.values()), "max_len": self.max_len}
+        base = {"path": path, "relative": relative, "sha256": self.base_hash}
+        write_json(directory / "trained.json", description | {"base": base})
+        return weights
 
     @classmethod
     def read(cls, directory: Path) -> "Trained":
-        """Raises UserError where a file is missing or damaged."""
+        """From trained.json; raises UserError where it is damaged."""
         raw = read_json(directory / "trained.json")
         try:
-            tensors = load_file(directory / "trained.safetensors")
-            labels = {i: str(label) for i, label in enumerate(raw["labels"])}
-            base, base_hash = str(raw["base"]["path"]), str(raw["base"]["sha256"])
-            method, max_len = raw["method"], raw["max_len"]
-            if method not in ("adapter", "feature"):
-                raise ValueError(f"method {method}")
-            return cls(method, labels, max_len, raw.get("adapter_size"), base, base_hash, tensors)
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{directory}/trained.json is damaged: {error!r}") from error
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{directory}/trained.safetensors cannot be read: {error}") from error
-
-    def find_base(self, directory: Path) -> Path:
-        """The base model's directory, if it still holds the weights this was trained on."""
-        try:
-            source = find_model(self.base)
-            found = weights_hash(source)
-        except UserError as error:
-            raise UserError(f"{directory} needs its base model: {error}") from error
-        if found != self.base_hash:
-            raise UserError(
-                f"{directory} was trained on another base model than the one now in {source}"
+            method, pooling, names, max_len, base = (
+                raw.pop(key) for key in ("method", "pooling", "labels", "max_len", "base")
             )
-        return source
+            path, relative, base_hash = base["path"], base.get("relative"), base["sha256"]
+            strings = [method, pooling, path, base_hash, relative or "", *names]
+            if "\0" in "".join(strings) or len("".join(strings).encode()) > 100_000:
+                raise ValueError("a name is none")
+            if not 2 <= len(set(names)) == len(names) <= MOST_LABELS or not all(names):
+                raise ValueError(f"labels {names}")
+            if not all(type(value) is int and 0 < value <= 10_000 for value in raw.values()):
+                raise ValueError(f"options {raw}")
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{directory}/trained.json is damaged: {error!r}") from error
+        labels = dict(enumerate(names))
+        return cls(method, pooling, raw, labels, max_len, path, base_hash, relative)
 
-    def adapter_modules(self, config: BertConfig, directory: Path) -> dict[str, nn.Module]:
-        """The trained modules, for adapters.AdapterSwitch or to put into a model."""
+    def find_base(self, directory: Path, named: str | None = None) -> Path:
+        """The directory of the base model, wherever its weights still are the same.
+
+        That is `named` if it is given, else where it was, else where it lies relative to the run.
+        """
+        places, reasons = [self.base if named is None else named], []
+        if named is None and self.moved_base and (directory / self.moved_base).is_dir():
+            places.append(str(directory / self.moved_base))
+        for place in places:
+            try:
+                source = find_model(place)
+                if weights_hash(source) == self.base_hash:
+                    return source
+                reasons.append(f"it was trained on another base model than the one now in {source}")
+            except UserError as error:
+                reasons.append(str(error))
+        raise UserError(f"{directory} needs its base model (--base): {'; '.join(reasons)}")
+
+    def fill(self, model: nn.Module, directory: Path) -> None:
+        """Give a model on the same base, built by the same method, what was trained."""
+        path, expected = directory / "trained.safetensors", trained_tensors(model)
         try:
-            modules = new_adapter_modules(config, self.adapter_size, len(self.labels))
-            for path, module in modules.items():
-                fill(module, path, self.tensors)
-        except (RuntimeError, TypeError) as error:
-            raise UserError(
-                f"{directory}/trained.safetensors does not fit its description"
-            ) from error
-        return modules
-
-
-def load_adapters(runs: dict[str, str], attention: str = "sdpa") -> AdapterSwitch:
-    """One base model with the adapters of several runs, given as {name: directory}.
-
-    Raises UserError where a run holds no adapters, or they were trained on different bases.
-    """
-    switch, first = None, None
-    for name, run in runs.items():
-        directory = find_model(run)
-        trained = Trained.read(directory)
-        if trained.method != "adapter":
-            raise UserError(f"{directory} holds no adapters: it is a {trained.method} run")
-        if switch is None:
-            first, base = trained, trained.find_base(directory)
-            switch = AdapterSwitch(load_for_classification(base, trained.labels, attention).eval())
-        if trained.base_hash != first.base_hash:
-            raise UserError(f"{directory} was trained on another base model than the others")
-        switch.add(name, trained.adapter_modules(switch.model.config, directory), trained.labels)
-    return switch
+            with safe_open(path, "pt") as file:
+                shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+                if shapes != {name: list(tensor.shape) for name, tensor in expected.items()}:
+                    raise UserError(f"{path} does not fit its description in trained.json")
+                tensors = {name: file.get_tensor(name).float() for name in shapes}
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} cannot be read: {error}") from error
+        model.load_state_dict(tensors, strict=False, assign=True)
 
 
 def check_max_len(max_len: object, config: BertConfig, where: Path) -> None:
     """Raise UserError where a saved limit is none that the model has room for, [CLS] and [SEP] included."""
     if not isinstance(max_len, int) or not 3 <= max_len <= config.max_position_embeddings:
         raise UserError(f"{where} is damaged: max_len {max_len}")
-
-
-def fill(module: nn.Module, path: str, tensors: dict[str, Tensor]) -> None:
-    """Give a module its tensors out of those of a whole model."""
-    prefix = path + "."
-    module.load_state_dict(
-        {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-    )

@@ -1,8 +1,8 @@
-"""Feature extraction: a frozen encoder reads every text once, and a small head learns from what it said.
+"""Feature extraction: a frozen encoder reads each text once, and a linear classifier learns from that.
 
-A text becomes one vector: for each layer the mean of the hidden states over its tokens, and their
-standard deviation, side by side. Layers see different things, and which of them knows about
-sentiment is for the head to find out.
+A text becomes one vector, its features: for each layer the mean of the hidden states over the
+text's tokens, and their standard deviation, side by side. Layers represent different things; which
+of them knows about sentiment is for the classifier to find out.
 """
 
 import time
@@ -10,12 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from minitune.batching import PackedBatch, filled, reading_tokens
-from minitune.classification import Examples, Sequences
+from minitune.classification import Sequences
 from minitune.model import Bert, mean_of_tokens
 from minitune.support.errors import UserError
 from minitune.support.runs import write_tensors
@@ -25,7 +26,7 @@ BLOCK = 1024  # texts in a file of features; a kill loses the work on one
 
 
 class Features:
-    """What a frozen encoder said of each text, as the input of a head."""
+    """The features of each text, as the input of a FeatureHead: one row a text."""
 
     unit = "texts"
 
@@ -38,7 +39,7 @@ class Features:
         return Features(self.matrix[torch.from_numpy(indices)])
 
     def pack(self) -> Tensor:
-        """All rows."""
+        """All rows (N, F)."""
         return self.matrix
 
 
@@ -54,7 +55,7 @@ class FeatureHead(nn.Module):
         nn.init.zeros_(self.classifier.bias)
 
     def standardise(self, features: Tensor) -> None:
-        """Take mean and spread of every feature from the training rows."""
+        """Take mean and standard deviation of each feature from those (N, F) of the training rows."""
         self.mean.copy_(features.mean(0))
         self.std.copy_(features.std(0, correction=0).clamp_min(1e-6))
 
@@ -64,7 +65,9 @@ class FeatureHead(nn.Module):
 
 
 class FeatureClassifier(nn.Module):
-    """Frozen encoder and trained head as one: a packed batch in, logits (B, labels) out."""
+    """Frozen encoder and trained head as one model: a packed batch in, logits (B, labels) out."""
+
+    pooling = "layers"
 
     def __init__(self, bert: Bert, labels: int):
         super().__init__()
@@ -76,7 +79,7 @@ class FeatureClassifier(nn.Module):
 
 
 def feature_size(bert: Bert) -> int:
-    """F, the numbers in a text's vector."""
+    """F, the length of a text's vector."""
     return 2 * (len(bert.layers) + 1) * bert.config.hidden_size
 
 
@@ -96,52 +99,37 @@ def pooled_layers(bert: Bert, batch: PackedBatch) -> Tensor:
     return torch.cat(pooled, dim=1)
 
 
-def extract(
-    bert: Bert,
-    examples: dict[str, Examples],
-    directory: Path,
-    runtime: Runtime,
-) -> tuple[dict[str, Examples], float]:
-    """The examples of each split with features as inputs, and the seconds that the training rows took.
+@torch.no_grad()
+def extract(bert: Bert, inputs: Sequences, prefix: Path, runtime: Runtime) -> tuple[Tensor, float]:
+    """Features (N, F) of N texts, in their order, and the seconds that it took.
 
-    Blocks of texts that `directory` holds already are not done again: a killed run goes on.
+    Each block of texts becomes a file, "PREFIX-00000.safetensors" and so on. A block that is on
+    disk is not computed again, so a killed run continues. Several processes share the blocks.
+    Raises UserError for a damaged file.
     """
     bert.eval()
-    extracted, seconds = {}, {}
-    for split, own in examples.items():
-        prefix = directory / f"{split}-features"
-        matrix, seconds[split] = _extract(bert, own.inputs, prefix, runtime)
-        extracted[split] = Examples(Features(matrix), own.labels)
-    return extracted, seconds["train"]
-
-
-@torch.no_grad()
-def _extract(
-    bert: Bert, sequences: Sequences, prefix: Path, runtime: Runtime
-) -> tuple[Tensor, float]:
-    """(N, F) features, and the seconds. Processes take turns in doing a block; each reads all of them."""
-    order = np.argsort(sequences.lengths, kind="stable")
-    blocks = [order[i : i + BLOCK] for i in range(0, len(order), BLOCK)]
-    paths = [prefix.with_name(f"{prefix.name}-{i:05d}.safetensors") for i in range(len(blocks))]
-    mine = range(runtime.rank, len(blocks), runtime.world_size)
-    bar = tqdm(mine, desc=prefix.name, disable=None if runtime.is_main else True)
-    for i in bar:
-        if paths[i].is_file():
-            continue
-        started, parts = time.monotonic(), []
-        for indices in filled(blocks[i], sequences.lengths, reading_tokens(runtime.device)):
-            batch = sequences.select(indices).pack().to(runtime.device)
-            with runtime.autocast():
-                parts.append(pooled_layers(bert, batch).float().cpu())
-        seconds = str(time.monotonic() - started)
-        write_tensors(paths[i], {"features": torch.cat(parts)}, {"seconds": seconds})
-    runtime.barrier()  # now all blocks are there
+    order = np.argsort(inputs.lengths, kind="stable")  # so that batches have texts of like length
+    blocks = {
+        Path(f"{prefix}-{i // BLOCK:05d}.safetensors"): order[i : i + BLOCK]
+        for i in range(0, len(order), BLOCK)
+    }
+    mine = list(blocks)[runtime.rank :: runtime.world_size]
+    for path in tqdm(mine, desc=prefix.name, disable=None if runtime.is_main else True):
+        if not path.is_file():
+            started, rows = time.monotonic(), []
+            for indices in filled(blocks[path], inputs.lengths, reading_tokens(runtime.device)):
+                with runtime.autocast():
+                    batch = inputs.select(indices).pack().to(runtime.device)
+                    rows.append(pooled_layers(bert, batch).float().cpu())
+            seconds = torch.tensor(time.monotonic() - started)
+            write_tensors(path, {"features": torch.cat(rows), "seconds": seconds}, {})
+    runtime.barrier()  # now all blocks are on disk
     matrix, seconds = torch.empty(len(order), feature_size(bert)), 0.0
-    for path, block in zip(paths, blocks, strict=True):
+    for path, block in blocks.items():
         try:
-            with safe_open(path, "pt") as file:
-                matrix[torch.from_numpy(block)] = file.get_tensor("features")
-                seconds += float(file.metadata()["seconds"])
-        except (SafetensorError, OSError, RuntimeError) as error:
-            raise UserError(f"{path} is damaged: delete it, and --resume makes it anew") from error
+            saved = load_file(path)
+            matrix[torch.from_numpy(block)] = saved["features"]
+            seconds += saved["seconds"].item()
+        except (SafetensorError, OSError, KeyError, RuntimeError) as error:
+            raise UserError(f"{path} is damaged: delete it, then --resume") from error
     return matrix, seconds / runtime.world_size

@@ -1,4 +1,8 @@
-"""One fine-tuning method, from the pretrained weights to its accuracy on the test rows."""
+"""Fine-tuning: which parameters a method trains, and the way from pretrained weights to test accuracy.
+
+A method is a row of METHODS and a function that names its trained parameters. All else follows
+from the row: training, saving what was trained, loading it again, the table and the picture.
+"""
 
 import argparse
 import copy
@@ -6,24 +10,24 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from minitune.adapters import adapter_modules, insert_adapters
+from minitune.adapters import adapter_parameters, insert_adapters, parameters_of
 from minitune.checkpoint import (
+    Trained,
     began_at_random,
     load_for_classification,
     read_config,
     save_model,
-    save_trained,
 )
 from minitune.classification import Classification, Examples
 from minitune.data import Reviews
-from minitune.features import FeatureClassifier, extract
-from minitune.model import BertForSequenceClassification, MeanPooler
+from minitune.features import FeatureClassifier, Features, extract
+from minitune.model import BertForSequenceClassification
 from minitune.optimizer import LRMultipliers, Optimizer
 from minitune.support.errors import UserError
 from minitune.support.runs import Run, write_atomically
@@ -31,9 +35,158 @@ from minitune.support.runtime import Runtime
 from minitune.tokenizer import Tokenizer
 from minitune.training import Trainer, evaluate, train_or_say_how_to_go_on
 
+MOST_TOKENS = 4096  # in a batch
+LEAST_BATCHES = 8  # in an epoch
+LEAST_STEPS, MOST_EPOCHS = 400, 20  # in a training
+SOUP_SEEDS = 1000  # between the seeds of trainings that are averaged; --seeds counts by one
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a method trains and how. Numbers were chosen on validation rows (tests/benchmarks/LOG.md)."""
+
+    summary: str
+    trained: Callable[[nn.Module], list[str]]  # the names of the parameters that train
+    lr: Callable[[int], float]  # peak learning rate, for a hidden size
+    epochs: int  # where training rows are many
+    batch_rows: int  # texts in a batch on average, where training rows are many
+    optimizer: str = "adamw"  # "muon": for the matrices of the layers, and AdamW for the rest
+    adamw: float = 1.0  # the peak of AdamW beside Muon, in multiples of lr
+    lowest_layer: float = (
+        1.0  # the learning rate of the lowest layer, in multiples of the highest's
+    )
+    pooling: str = "cls"  # hidden states to one vector: a key of model.POOLERS, or "layers"
+    insert: Callable[..., None] = lambda bert: None  # puts new modules into the encoder
+    options: tuple[str, ...] = ()  # of the command line, that `insert` takes
+    pretrained: bool = True  # False: all weights start at random
+
+    def recipe(self, args: argparse.Namespace, train: Examples, size: int, young: bool) -> dict:
+        """The numbers of a training: what the options give, else what suits these rows.
+
+        `size` is the model's hidden size. `young` word embeddings began at random: they move only
+        where a step reads the word, so that a larger learning rate suits them.
+        """
+        rows = max(1, min(self.batch_rows, len(train) // LEAST_BATCHES))
+        longest, mean = int(train.inputs.lengths.max()), train.tokens / len(train)
+        batch_tokens = max(min(round(rows * mean), MOST_TOKENS), longest)
+        if args.batch_tokens and train.inputs.unit == "tokens":  # features are counted by the text
+            batch_tokens = args.batch_tokens
+        steps = -(-train.tokens // batch_tokens)  # in an epoch
+        epochs = args.epochs or max(self.epochs, min(-(-LEAST_STEPS // steps), MOST_EPOCHS))
+        lr = args.lr or self.lr(size)
+        rates = {"embeddings": 5.0 if young else 1.0, "lowest_layer": self.lowest_layer}
+        rates = {"lr": lr, "adamw_lr": self.adamw * lr, "lr_multipliers": rates}
+        numbers = {"epochs": epochs, "batch_tokens": batch_tokens}
+        return {"optimizer": self.optimizer, **numbers, **rates}
+
+
+def all_parameters(model: nn.Module) -> list[str]:
+    """The names of all parameters."""
+    return [name for name, _ in model.named_parameters()]
+
+
+def for_all_parameters(hidden_size: int) -> float:
+    """A peak learning rate: 3e-4 for a hidden size of 256, 1.4e-4 for 384, and 3.4e-5 for 768.
+
+    The last is among those recommended for BERT-base (Devlin et al. 2019, appendix A.3).
+    """
+    return 20 / hidden_size**2
+
+
+METHODS = {
+    "feature": Method(
+        "the encoder is frozen and reads each text once; a linear classifier learns from features",
+        trained=lambda model: parameters_of(model, ["head"]), pooling="layers",
+        lr=lambda _: 3e-4, epochs=20, batch_rows=256,
+    ),
+    "adapter": Method(
+        "bottlenecks inside the frozen encoder, the LayerNorms of its layers, and the classifier",
+        # In a frozen network [CLS] gathers little, since masked-language modelling does not need
+        # it; and BERT's pooler would be a fifth of all that a small model trains.
+        trained=adapter_parameters, insert=insert_adapters, options=("adapter_size",), pooling="mean",
+        lr=lambda _: 1e-2, epochs=1, batch_rows=32, optimizer="muon", adamw=0.2,
+    ),
+    "full": Method(
+        "all parameters",
+        trained=all_parameters,
+        # A third from bottom to top: 0.7 from layer to layer in four of them, 0.8 in six.
+        lr=for_all_parameters, epochs=1, batch_rows=32, lowest_layer=1 / 3,
+    ),
+    "scratch": Method(
+        "all parameters, from random weights: what pretraining was worth",
+        trained=all_parameters, pretrained=False,
+        lr=for_all_parameters, epochs=1, batch_rows=32,
+    ),
+}  # fmt: skip
+
+
+def build(
+    method: str,
+    source: Path,
+    labels: dict[int, str],
+    attention: str = "sdpa",
+    pooling: str | None = None,
+    new_on: str = "cpu",
+    **options: int,
+) -> BertForSequenceClassification | FeatureClassifier:
+    """The model of a method on the pretrained weights in `source`; what does not train is frozen.
+
+    `pooling` is by default the method's. `new_on` is the device of the parameters that the
+    pretrained model does not have: "meta" if they are loaded next, and need no memory before.
+    """
+    recipe = METHODS[method]
+    if recipe.pretrained:
+        model, new = load_for_classification(source, labels, attention)
+    else:
+        config = replace(read_config(source), id2label=labels)
+        model = BertForSequenceClassification(config, attention)
+        new = all_parameters(model)
+    known = set(all_parameters(model)) - set(new)
+    with torch.device(new_on):
+        if (pooling or recipe.pooling) == FeatureClassifier.pooling:
+            model = FeatureClassifier(model.bert, len(labels))
+        else:
+            model.use_pooling(pooling or recipe.pooling)
+        recipe.insert(model.bert, **options)
+    trained = set(recipe.trained(model))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
+        if name not in trained | known:
+            raise ValueError(f"{method}: {name} is neither pretrained nor trained")
+    return model
+
+
+def load_trained(
+    trained: Trained, directory: Path, source: Path, attention: str
+) -> BertForSequenceClassification | FeatureClassifier:
+    """The model of a run that saved what it trained, on the pretrained weights in `source`."""
+    try:
+        model = build(
+            trained.method, source, trained.labels, attention, trained.pooling, "meta",
+            **trained.options,
+        )  # fmt: skip
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{directory}/trained.json is damaged: {error!r}") from error
+    trained.fill(model, directory)
+    return model
+
 
 @dataclass
-class Job:
+class Setup:
+    """What all experiments of a command share."""
+
+    args: argparse.Namespace
+    settings: dict  # for settings.json
+    source: Path  # the directory of the pretrained model, which args.model names
+    tokenizer: Tokenizer
+    reviews: Reviews
+    examples: dict[str, Examples]  # by split
+    runtime: Runtime
+    attention: str  # the backend
+
+
+@dataclass
+class Experiment:
     """One method on one choice of training rows, and the directory of its run."""
 
     method: str
@@ -42,186 +195,164 @@ class Job:
     run: Run
 
 
-@dataclass
-class Common:
-    """What all methods share."""
-
-    args: argparse.Namespace
-    settings: dict
-    name: str  # of the pretrained model, as given
-    source: Path  # its directory
-    tokenizer: Tokenizer
-    reviews: Reviews
-    examples: dict[str, Examples]
-    runtime: Runtime
-    attention: str  # the backend that --attention stands for
-
-
-def fine_tune(job: Job, common: Common) -> dict:
-    """One method, from the pretrained weights to its accuracy on the test rows; returns the metrics."""
-    args, run, runtime = common.args, job.run, common.runtime
-    say, recipe = runtime.log, METHODS[job.method]
-    say(f"\n{job.method}: {recipe.summary}")
-    for key in ("base", "dataset"):
-        if run.settings and run.settings[key] != common.settings[key]:
-            raise UserError(f"the {key} of the run in {run.directory} has changed since it began")
+def fine_tune(experiment: Experiment, setup: Setup) -> dict:
+    """One experiment, from the pretrained weights to the accuracy on the test rows: its metrics."""
+    args, run, runtime, started = setup.args, experiment.run, setup.runtime, time.monotonic()
+    method = METHODS[experiment.method]
+    runtime.log(f"\n{experiment.method}: {method.summary}")
+    for key, what in (("base_hash", "base model"), ("dataset", "data")):
+        if run.settings and run.settings[key] != setup.settings[key]:
+            raise UserError(f"the {what} of the run in {run.directory} has changed since it began")
     if run.is_finished:
-        run.clean_up()  # killed between its last two lines
-        say(f"{run.directory} is finished")
+        run.clean_up()  # it may have been killed just before that
+        runtime.log(f"{run.directory} is finished")
         return run.metrics
-    started = time.monotonic()
     runtime.reset_peak_memory()
-    # The model comes first: where its file is damaged, no directory is left behind.
-    torch.manual_seed(job.seed)
-    model = build(
-        job.method, common.source, common.reviews.names, args.adapter_size, common.attention
-    )
+    torch.manual_seed(experiment.seed)
+    options = {name: getattr(args, name) for name in method.options}
+    labels = setup.reviews.names
+    # Before the run starts: where the model's file is damaged, no directory is left behind.
+    model = build(experiment.method, setup.source, labels, setup.attention, **options)
     model.to(runtime.device)
     runtime.cast_frozen(model.bert)
-    # A run that goes on keeps its own.
-    own_rates = (
-        LRMultipliers(**run.settings["rates"]) if run.settings else rates(job.method, common.source)
-    )
     if runtime.is_main:
-        described = {k: v for k, v in vars(job).items() if k != "run"}
-        run.start(common.settings | {"job": described, "rates": asdict(own_rates)})
-    runtime.barrier()  # the directory is there, and this job's
+        described = {key: value for key, value in vars(experiment).items() if key != "run"}
+        run.start(setup.settings | {"experiment": described})
+    runtime.barrier()  # the directory is there
 
-    # The rows it learns from. With few labels, as few choose the best epoch: no more would be at
-    # hand.
-    examples = dict(common.examples)
-    if count := job.train_examples:
-        for split in ("train", "validation"):
-            few = min(count, len(examples[split]))
-            examples[split] = examples[split].select(common.reviews.choose(split, few, job.seed))
-    tokens = examples["train"].tokens
+    learner, examples, reading = prepare_rows(model, experiment, setup)
+    young = not method.pretrained or began_at_random(setup.source)
+    young = young and method.trained is all_parameters
+    recipe = method.recipe(args, examples["train"], model.bert.config.hidden_size, young)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    sizes = {"trainable_params": sum(map(sizes.get, trained)), "total_params": sum(sizes.values())}
+    runtime.log("trains {:,} of {:,} parameters: {}".format(*sizes.values(), in_short(trained)))
+    best, cost = train(learner, examples, recipe, experiment, setup)
 
-    # The part of it that learns.
-    learner, extraction_seconds = model, 0.0
-    if job.method == "feature":
-        directory = run.state_path.parent
-        examples, extraction_seconds = extract(model.bert, examples, directory, runtime)
-        learner, runtime = model.head, replace(runtime, precision="fp32")
-        learner.standardise(examples["train"].inputs.matrix)
-    # The head of "feature" reads vectors, one a text, so that its budget counts texts.
-    asked = args.batch_tokens if learner is model else None
-    batch_tokens = asked or recipe.batch_tokens(examples["train"])
-    epochs = args.epochs or recipe.epochs(examples["train"], batch_tokens)
-    lr = args.lr or recipe.lr(model.bert.config.hidden_size)
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    total_params = sum(p.numel() for p in model.parameters())
-    trainable_params = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    say(f"trains {trainable_params:,} of {total_params:,} parameters: {summary(trained)}")
-    say(rates_in_words(recipe, lr, own_rates))
-
-    # Train, several times where a soup is wanted; of each training the best epoch by validation.
-    start = copy.deepcopy(learner.state_dict()) if args.soup > 1 else None
-    seconds, steps, read, log, candidates = extraction_seconds, 0, 0, [], []
-    for k in range(args.soup):
-        seed = job.seed + SOUP_SEEDS * k
-        task = Classification(
-            examples["train"],
-            examples["validation"],
-            batch_tokens=batch_tokens,
-            epochs=epochs,
-            seed=seed,
-        )
-        optimizer = Optimizer(
-            learner, recipe.optimizer, lr, recipe.adamw * lr, args.weight_decay, own_rates
-        )
-        part = Run(run.state_path.parent / f"training-{k + 1}") if args.soup > 1 else run
-        part.state_path.parent.mkdir(parents=True, exist_ok=True)
-        trainer = Trainer(
-            learner,
-            optimizer,
-            task,
-            part,
-            runtime,
-            seed=seed,
-            warmup=0.1,
-            accumulate=args.accumulate,
-            save_minutes=args.save_minutes,
-        )
-        if start:
-            learner.load_state_dict(start)
-        trainer.steps = task.steps
-        name = f"training {k + 1} of {args.soup}: " if args.soup > 1 else ""
-        say(f"{name}{epochs} epochs, {task.steps:,} steps of at most {batch_tokens:,} {task.unit}")
-        if checkpoint := part.load():
-            trainer.restore(*checkpoint)
-            say(f"resumed at step {trainer.step:,} of {trainer.steps:,}")
-        validation = train_or_say_how_to_go_on(trainer, args.out)
-        epoch = task.epoch_ends.index(trainer.best["step"]) + 1
-        found = {"best_epoch": epoch, "best_training": k + 1, "average_of": 1}
-        candidates.append((validation, trainer.best_weights, found))
-        seconds, steps, read = (
-            seconds + trainer.seconds,
-            steps + trainer.steps,
-            read + trainer.tokens,
-        )
-        log += [{"training": k + 1} | entry for entry in part.read_log()]
-    for count in range(2, args.soup + 1):
-        weights = average([weights for _, weights, _ in candidates[:count]])
-        trainer.load(weights)
-        validation = trainer.evaluate()
-        say(f"the average of {count} trainings: validation accuracy {validation['accuracy']:.2%}")
-        found = {"best_epoch": None, "best_training": None, "average_of": count}
-        candidates.append((validation, weights, found))
-    validation, weights, found = max(candidates, key=lambda candidate: task.score(candidate[0]))
-    trainer.load(weights)
-
-    # Score the test rows, this once, and keep what was trained.
-    test = evaluate(learner, examples["test"].batches(batch_tokens), runtime)
-    best = f"epoch {found['best_epoch']} of {epochs}" + (
-        f", training {found['best_training']}" if args.soup > 1 else ""
-    )
-    if found["average_of"] > 1:
-        best = f"the average of {found['average_of']} trainings"
-    say(f"best: {best}, validation accuracy {validation['accuracy']:.2%}")
-    say(f"test accuracy {test['accuracy']:.2%}")
-    metrics = {
-        "method": job.method,
-        **test,
-        "validation_accuracy": validation["accuracy"],
-        "validation_loss": validation["loss"],
-        **found,
-        "epochs": epochs,
-        "soup": args.soup,
-        "candidates": [figures | origin for figures, _, origin in candidates],
-        "steps": steps,
-        "lr": lr,
-        "rates": asdict(own_rates),
-        "trainable_params": trainable_params,
-        "total_params": total_params,
-        "train_seconds": round(seconds, 1),
-        "total_seconds": round(time.monotonic() - started, 1),
-        # A frozen encoder reads each text once, however many epochs its head trains.
-        "tokens_per_second": round((tokens if learner is not model else read) / seconds),
-        "peak_memory_bytes": common.runtime.peak_memory(),
-        "train_examples": len(examples["train"]),
-        "seed": job.seed,
-        "model": common.name,
-        "data": args.data,
-        "device": runtime.describe(),
-        "precision": common.runtime.precision,
-        "attention": common.attention,
-    }
+    batches = examples["test"].batches(recipe["batch_tokens"])
+    test = evaluate(learner, batches, runtime)  # of the test rows, this once
+    runtime.log(f"test accuracy {test['accuracy']:.2%}")
+    seconds = cost["seconds"] + reading.get("seconds", 0.0)
+    speed = round(reading.get("tokens", cost["tokens"]) / seconds)
+    metrics = {"method": experiment.method, **test, **best, **recipe, **sizes, "trained": trained}
+    metrics |= {"train_seconds": round(seconds, 1), "tokens_per_second": speed}
+    metrics |= {"total_seconds": round(time.monotonic() - started, 1), "steps": cost["steps"]}
+    metrics |= {"peak_memory_bytes": runtime.peak_memory(), "soup": args.soup}
+    metrics |= {"train_examples": len(examples["train"]), "seed": experiment.seed}
+    metrics |= {"model": args.model, "data": args.data, "device": runtime.describe()}
+    metrics |= {"precision": runtime.precision, "attention": setup.attention}
     if runtime.is_main:
-        if args.soup > 1:  # one log of all trainings
-            lines = "".join(json.dumps(entry) + "\n" for entry in log)
-            write_atomically(run.directory / "log.jsonl", lines.encode())
-        weights = save(model, job, common)
-        metrics |= {"saved_bytes": weights.stat().st_size, "trained": trained}
+        metrics["saved_bytes"] = save(model, experiment, setup).stat().st_size
         run.finish(metrics)
     return metrics
 
 
-SOUP_SEEDS = 1000  # between the seeds of trainings that are averaged; --seeds counts by one
+def prepare_rows(
+    model: nn.Module, experiment: Experiment, setup: Setup
+) -> tuple[nn.Module, dict[str, Examples], dict]:
+    """What trains, the rows of each split as it reads them, and what it took to read them once.
+
+    With few labels, as few choose the best epoch: in practice there would be no more.
+    """
+    examples = dict(setup.examples)
+    if count := experiment.train_examples:
+        for split in ("train", "validation"):
+            few = min(count, len(examples[split]))
+            rows = setup.reviews.choose(split, few, experiment.seed)
+            examples[split] = examples[split].select(rows)
+    if not isinstance(model, FeatureClassifier):
+        return model, examples, {}
+    reading = {"tokens": examples["train"].tokens}
+    for split, rows in examples.items():
+        prefix = experiment.run.state_path.with_name(f"{split}-features")
+        matrix, seconds = extract(model.bert, rows.inputs, prefix, setup.runtime)
+        examples[split] = Examples(Features(matrix), rows.labels)
+        if split == "train":
+            reading["seconds"] = seconds
+            model.head.standardise(matrix)
+    return model.head, examples, reading
+
+
+def train(
+    learner: nn.Module,
+    examples: dict[str, Examples],
+    recipe: dict,
+    experiment: Experiment,
+    setup: Setup,
+) -> tuple[dict, dict]:
+    """Train once, or --soup times from the same weights; the learner gets the best by validation.
+
+    That is the best epoch of a training, or the average of two trainings or more. Returns its
+    figures, and what all of it took.
+    """
+    args, run, runtime = setup.args, experiment.run, setup.runtime
+    rates = [
+        recipe["lr"],
+        recipe["adamw_lr"],
+        args.weight_decay,
+        LRMultipliers(**recipe["lr_multipliers"]),
+    ]
+    options = {"accumulate": args.accumulate, "save_minutes": args.save_minutes, "warmup": 0.1}
+    size, epochs, start = (
+        recipe["batch_tokens"],
+        recipe["epochs"],
+        copy.deepcopy(learner.state_dict()),
+    )
+    weights, candidates, log = [], [], []
+    cost = {"steps": 0, "tokens": 0, "seconds": 0.0}
+    for k in range(args.soup):
+        part = run if args.soup == 1 else Run(run.state_path.parent / f"training-{k + 1}")
+        part.state_path.parent.mkdir(parents=True, exist_ok=True)
+        learner.load_state_dict(start)
+        seed = experiment.seed + SOUP_SEEDS * k
+        rows = examples["train"], examples["validation"]
+        task = Classification(*rows, batch_tokens=size, epochs=epochs, seed=seed)
+        optimizer = Optimizer(learner, recipe["optimizer"], *rates)
+        trainer = Trainer(learner, optimizer, task, part, runtime, seed=seed, **options)
+        trainer.steps = task.steps
+        name = f"training {k + 1} of {args.soup}: " if args.soup > 1 else ""
+        steps = f"{epochs} epoch{'s' * (epochs > 1)}, {task.steps:,} steps of at most {size:,} {task.unit}"
+        runtime.log(f"{name}{steps}, {in_words(recipe)}")
+        if checkpoint := part.load():
+            trainer.restore(*checkpoint)
+            runtime.log(f"resumed at step {trainer.step:,} of {trainer.steps:,}")
+        validation = train_or_say_how_to_go_on(trainer, args.out)
+        epoch = task.epoch_ends.index(trainer.best["step"]) + 1
+        candidates.append(
+            {**validation, "best_training": k + 1, "best_epoch": epoch, "average_of": 1}
+        )
+        weights.append(trainer.best_weights)
+        log += [{"training": k + 1} | entry for entry in part.read_log()]
+        cost = {key: value + getattr(trainer, key) for key, value in cost.items()}
+    for count in range(2, args.soup + 1):
+        weights.append(average(weights[:count]))
+        trainer.load(weights[-1])
+        origin = {"best_training": None, "best_epoch": None, "average_of": count}
+        candidates.append(trainer.evaluate() | origin)
+        words = f"the average of {count} trainings: validation accuracy"
+        runtime.log(f"{words} {candidates[-1]['accuracy']:.2%}")
+    best = max(candidates, key=task.score)
+    trainer.load(weights[candidates.index(best)])
+    if args.soup > 1 and runtime.is_main:  # one log of all trainings
+        lines = "".join(json.dumps(entry) + "\n" for entry in log)
+        write_atomically(run.directory / "log.jsonl", lines.encode())
+    words = (
+        "best: epoch {best_epoch} of training {best_training}, validation accuracy {accuracy:.2%}"
+    )
+    if best["average_of"] > 1:
+        words = "best: the average of {average_of} trainings, validation accuracy {accuracy:.2%}"
+    runtime.log(words.format(**best))
+    figures = {
+        f"validation_{key}" if key in ("accuracy", "loss") else key: value
+        for key, value in best.items()
+    }
+    return figures | {"candidates": candidates}, cost
 
 
 @torch.no_grad()
 def average(trainings: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The mean of each tensor over several trainings that began with the same weights.
+    """A soup: the mean of each tensor over several trainings that began with the same weights.
 
     Each training reads the same rows in another order and ends somewhere else, but pretrained
     weights hardly leave the valley of the loss that they are in. The average lies in it too, as a
@@ -229,141 +360,33 @@ def average(trainings: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     soups: averaging weights of multiple fine-tuned models improves accuracy without increasing
     inference time").
     """
-    return {
-        name: torch.stack([weights[name] for weights in trainings]).mean(0) for name in trainings[0]
-    }
+    return {name: torch.stack([one[name] for one in trainings]).mean(0) for name in trainings[0]}
 
 
-def save(model: nn.Module, job: Job, common: Common) -> Path:
-    """Write the whole model where all of it was trained, else what was; returns the path of the weights."""
-    directory = job.run.directory
-    if job.method in ("full", "scratch"):
-        save_model(model, common.tokenizer, directory)
+def save(model: nn.Module, experiment: Experiment, setup: Setup) -> Path:
+    """Write the whole model where all of it was trained, else what was; returns the weights' path."""
+    directory, name, args = experiment.run.directory, experiment.method, setup.args
+    if all(p.requires_grad for p in model.parameters()):
+        save_model(model, setup.tokenizer, directory)
         return directory / "model.safetensors"
-    names, base_hash = common.reviews.names, common.settings["base"]
-    return save_trained(
-        directory, job.method, model, names, common.name, base_hash, common.args.max_len
-    )
+    options = {key: getattr(args, key) for key in METHODS[name].options}
+    labels, base = setup.reviews.names, setup.settings["base_hash"]
+    trained = Trained(name, model.pooling, options, labels, args.max_len, args.model, base)
+    return trained.save(model, directory)
 
 
-@dataclass(frozen=True)
-class Method:
-    """The defaults of a method, chosen on validation rows (tests/benchmarks/LOG.md)."""
-
-    summary: str
-    optimizer: str  # for the hidden matrices: "muon", or "adamw" for these and the rest
-    lr: Callable[[int], float]  # peak, of that optimizer, for a hidden size
-    passes: int  # over the training rows, where these are many
-    batch_rows: int  # average texts in a batch, where training rows are many
-    adamw: float = 1.0  # peak of AdamW for the rest, beside Muon, in multiples of lr
-
-    def batch_tokens(self, train: Examples) -> int:
-        """The token budget of a batch."""
-        rows = max(1, min(self.batch_rows, len(train) // LEAST_BATCHES))
-        longest, mean = int(train.inputs.lengths.max()), train.tokens / len(train)
-        return max(min(round(rows * mean), MOST_TOKENS), longest)
-
-    def epochs(self, train: Examples, batch_tokens: int) -> int:
-        """Passes over the training rows: more of them where rows are few, for enough steps."""
-        steps = -(-train.tokens // batch_tokens)
-        return max(self.passes, min(-(-LEAST_STEPS // steps), MOST_PASSES))
-
-
-MOST_TOKENS = 4096  # in a batch
-LEAST_BATCHES = 8  # in an epoch
-LEAST_STEPS, MOST_PASSES = 400, 20  # in a run
-
-
-def for_all_weights(hidden_size: int) -> float:
-    """A wider network wants less: 3e-4 for 256, 1.4e-4 for 384, and for the 768 of BERT-base 3.4e-5, amid
-    what its paper recommends (Devlin et al. 2019, appendix A.3)."""
-    return 20 / hidden_size**2
-
-
-def rates(method: str, source: Path) -> LRMultipliers:
-    """What learns faster and what slower than the rest, measured in tests/benchmarks/LOG.md.
-
-    Word vectors are young in random weights, and in a run of train.py that began with them. Those
-    of real weights lost a little by learning faster; where it is not known how a model began, or
-    where --init went on from another, they count as settled.
-    """
-    young = method == "scratch" or (method == "full" and began_at_random(source))
-    # Of random layers none knows more than another. A third: 0.7 a layer in four of them, 0.8 in
-    # six.
-    return LRMultipliers(
-        embeddings=5.0 if young else 1.0, lowest_layer=1 / 3 if method == "full" else 1.0
-    )
-
-
-def rates_in_words(recipe: Method, lr: float, rates: LRMultipliers) -> str:
-    """The optimizer and its learning rates, in a line; `lr` is the peak."""
-    words = f"{recipe.optimizer} at {lr:.2g}"
-    if recipe.optimizer == "muon":
-        words += f", adamw at {recipe.adamw * lr:.2g} for the rest"
-    if rates.embeddings != 1:
-        words += f", {rates.embeddings:g} times that for embeddings"
-    if rates.lowest_layer != 1:
-        words += f", less for lower layers, down to {rates.lowest_layer:.2g} times that"
-    return words
-
-
-METHODS = {
-    "feature": Method(
-        summary="the encoder is frozen and reads each text once; a linear head learns from what it says",
-        optimizer="adamw", lr=lambda _: 3e-4, passes=20, batch_rows=256,
-    ),
-    "adapter": Method(
-        summary="bottlenecks inside the frozen encoder, the LayerNorms of its layers, and the head",
-        optimizer="muon", lr=lambda _: 1e-2, adamw=0.2, passes=1, batch_rows=32,
-    ),
-    "full": Method(
-        summary="everything",
-        optimizer="adamw", lr=for_all_weights, passes=1, batch_rows=32,
-    ),
-    "scratch": Method(
-        summary="everything, from random weights: what pretraining was worth",
-        optimizer="adamw", lr=for_all_weights, passes=1, batch_rows=32,
-    ),
-}  # fmt: skip
-
-
-def build(
-    method: str, source: Path, labels: dict[int, str], adapter_size: int, attention: str
-) -> BertForSequenceClassification | FeatureClassifier:
-    """The pretrained model of a directory, ready for a method; what does not train is frozen."""
-    if method == "scratch":
-        model = BertForSequenceClassification(
-            replace(read_config(source), id2label=labels), attention
-        )
-    else:
-        model = load_for_classification(source, labels, attention)
-    if method == "feature":
-        model = FeatureClassifier(model.bert, len(labels))
-    elif method == "adapter":
-        insert_adapters(model.bert, adapter_size)
-        # In a frozen network [CLS] gathers little, since masked-language modelling asks nothing of
-        # it; and BERT's pooler would be a fifth of all that a small model trains.
-        model.pooler = MeanPooler()
-    chosen = set(choose_trained(model, method))
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in chosen)
-    return model
-
-
-def choose_trained(model: nn.Module, method: str) -> list[str]:
-    """The names of the parameters that train."""
-    if method == "feature":
-        return [f"head.{name}" for name, _ in model.head.named_parameters()]
-    if method == "adapter":
-        return [
-            f"{path}.{name}"
-            for path, module in adapter_modules(model).items()
-            for name, _ in module.named_parameters()
-        ]
-    return [name for name, _ in model.named_parameters()]
-
-
-def summary(names: Iterable[str]) -> str:
+def in_short(names: Iterable[str]) -> str:
     """Parameter names in a line: those of all layers as one, weight and bias as one."""
     short = [re.sub(r"\.\d+\.", ".*.", name) for name in names]
     return ", ".join(dict.fromkeys(re.sub(r"\.(weight|bias)$", "", name) for name in short))
+
+
+def in_words(recipe: dict) -> str:
+    """The optimizer and its peak learning rates."""
+    words = f"{recipe['optimizer']} at {recipe['lr']:.2g}"
+    if recipe["optimizer"] == "muon":
+        words += f", adamw at {recipe['adamw_lr']:.2g} for the rest"
+    for part, multiplier in recipe["lr_multipliers"].items():
+        if multiplier != 1:
+            words += f", {part.replace('_', ' ')} at {multiplier:.2g} times that"
+    return words

@@ -198,13 +198,19 @@ def mean_of_tokens(hidden: Tensor, batch: PackedBatch) -> Tensor:
 
 
 class MeanPooler(nn.Module):
-    """Another summary of a sequence: the mean of its tokens. BERT has none such, and no weights for it."""
+    """Another summary of a sequence: the mean of its tokens. It has no weights, and BERT does not use it."""
+
+    def __init__(self, config: BertConfig):
+        super().__init__()
 
     def positions(self, batch: PackedBatch) -> Tensor | None:
         return None
 
     def forward(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
         return mean_of_tokens(hidden, batch)  # (B, C)
+
+
+POOLERS = {"cls": Pooler, "mean": MeanPooler}  # by the name that is saved with a model
 
 
 class MaskedLMHead(nn.Module):
@@ -248,10 +254,16 @@ class BertForSequenceClassification(nn.Module):
         super().__init__()
         self.config = config
         self.bert = Bert(config, attention_backend)
-        self.pooler = Pooler(config)
+        self.pooling, self.pooler = "cls", Pooler(config)
         self.dropout = Dropout(config.hidden_dropout_prob)
         self.classifier = nn.Linear(config.hidden_size, len(config.id2label))
         self.apply(lambda module: initialize(module, config))
+
+    def use_pooling(self, name: str) -> None:
+        """Replace the pooler by a new one, a key of POOLERS; the one of this name is kept."""
+        if name != self.pooling:
+            self.pooling, self.pooler = name, POOLERS[name](self.config)
+            self.pooler.apply(lambda module: initialize(module, self.config))
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Logits (B, labels)."""

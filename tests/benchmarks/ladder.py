@@ -93,7 +93,7 @@ class Climber:
             )
         else:
             labels = {0: "negative", 1: "positive"}
-            self.model = load_for_classification(find_model("minilm"), labels, rung.attention)
+            self.model, _ = load_for_classification(find_model("minilm"), labels, rung.attention)
             self.loss = self.loss_of_labels
         self.model.train()
         for module in self.model.modules():

@@ -23,7 +23,7 @@ from minitune.checkpoint import (
 )
 from minitune.classification import Classification, Examples, Sequences
 from minitune.features import FeatureClassifier, extract
-from minitune.finetuning import choose_trained
+from minitune.finetuning import METHODS
 from minitune.model import MeanPooler
 from minitune.optimizer import Optimizer
 from minitune.prediction import Classifier
@@ -90,7 +90,8 @@ class Ours:
             insert_adapters(self.model.bert, ADAPTER_SIZE)
             adapters = load_file(problem.directory / "adapters.safetensors")
             self.model.load_state_dict(adapters, strict=False)
-        chosen = choose_trained(self.model, "adapter" if problem.job == "adapter" else "full")
+        method = METHODS["adapter" if problem.job == "adapter" else "full"]
+        chosen = set(method.trained(self.model))
         for name, p in self.model.named_parameters():
             p.requires_grad_(name in chosen)
         sequences = Sequences(problem.texts, self.tokenizer, problem.max_len)

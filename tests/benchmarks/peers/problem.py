@@ -77,7 +77,7 @@ def make(
         )
     else:
         source = find_model("minilm")
-        model = load_for_classification(source, LABELS)
+        model, _ = load_for_classification(source, LABELS)
         tokenizer = load_tokenizer(source, read_config(source))
         save_model(model, tokenizer, directory)
         insert_adapters(model.bert, ADAPTER_SIZE)
