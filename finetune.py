@@ -204,7 +204,8 @@ def compare(args: argparse.Namespace, experiments: list[Experiment]) -> None:
         chosen = reviews.choose("train", size, seed) if size else None
         baselines = evaluate_baselines(reviews.texts, reviews.labels, len(reviews.names), chosen)
         results += [row | {"seed": seed} for row in baselines]
-    rows = summarise(results, len(reviews.texts["test"]))
+    order = ["majority", "nb-svm", "scratch", *METHODS]
+    rows = summarise(results, len(reviews.texts["test"]), order)
     print(f"\n{len(reviews.texts['test']):,} test rows of {args.data}:\n{table(rows)}")
     write_json(args.out / "compare.json", {"rows": rows, "runs": results})
     from minitune.support.plots import plot_comparison  # matplotlib takes a second to import

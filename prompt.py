@@ -46,7 +46,7 @@ from minitune.support.cli import (
     text,
 )
 from minitune.support.errors import UserError
-from minitune.support.results import ORDER, interval, prompt_summary, prompt_table
+from minitune.support.results import interval, prompt_summary, prompt_table
 from minitune.support.runs import read_json, refuse_foreign_files, write_json
 from minitune.support.runtime import Runtime
 from minitune.tokenizer import Tokenizer
@@ -259,17 +259,27 @@ def evaluate(args: argparse.Namespace, prompts: list[Prompt], name: str) -> None
 
 def read_curves(path: Path) -> list[dict]:
     """The rows of finetune.py's compare.json, if they hold several numbers of training rows."""
-    rows = read_json(path).get("rows", [])
     try:
-        if len({row["train_examples"] for row in rows}) > 1 and all(
-            row["method"] in ORDER for row in rows
-        ):
-            numbers = (
-                ("train_examples", int),
-                ("accuracy", float),
-                ("spread", lambda x: float(x or 0)),
+        rows = []
+        for row in read_json(path)["rows"]:
+            method, count, accuracy = (
+                str(row["method"]),
+                int(row["train_examples"]),
+                float(row["accuracy"]),
             )
-            return [row | {key: kind(row[key]) for key, kind in numbers} for row in rows]
+            low, high = map(float, row["interval"])
+            if not (count > 0 and 0 <= accuracy <= 1 and -0.01 < low <= high < 1.01):
+                raise ValueError
+            rows.append(
+                {
+                    "method": method,
+                    "train_examples": count,
+                    "accuracy": accuracy,
+                    "interval": (low, high),
+                }
+            )
+        if len({row["train_examples"] for row in rows}) > 1:
+            return rows
     except (AttributeError, KeyError, TypeError, ValueError):
         pass
     raise UserError(

@@ -193,9 +193,6 @@ def pretrain(args: argparse.Namespace, run: Run) -> None:
     for line in fill_examples(model, task, runtime):
         print(line)
     save_model(model, corpus.tokenizer, args.out)
-    from minitune.support.plots import plot_pretraining  # matplotlib takes a second to import
-
-    plot_pretraining(run.read_log(), task.uniform, task.unigram, final, args.out / "loss.png")
     run.finish(
         {
             "method": "pretrain",
@@ -219,6 +216,9 @@ def pretrain(args: argparse.Namespace, run: Run) -> None:
             "attention": attention,
         }
     )
+    from minitune.support.plots import plot_pretraining  # matplotlib takes a second to import
+
+    plot_pretraining(run.read_log(), task.uniform, task.unigram, final, args.out / "loss.png")
     print(f"wrote {args.out}: the model, loss.png, metrics.json, log.jsonl")
 
 

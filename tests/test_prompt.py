@@ -481,10 +481,14 @@ def test_nothing_changes_a_weight(succeed, folder, monkeypatch):
         assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def curve():
+    """Rows of a compare.json of finetune.py."""
+    row = {"method": "full", "accuracy": 0.6, "interval": [0.5, 0.7], "spread": None}
+    return [row | {"train_examples": n} for n in (16, 64)]
+
+
 def test_the_prompt_beside_curves_is_of_all_templates(succeed, folder, tmp_path, monkeypatch):
-    rows = [
-        {"method": "full", "train_examples": n, "accuracy": 0.6, "spread": None} for n in (16, 64)
-    ]
+    rows = curve()
     (tmp_path / "compare.json").write_text(json.dumps({"rows": rows}))
     drawn = []
     monkeypatch.setattr(
@@ -509,9 +513,7 @@ def test_the_prompt_beside_curves_is_of_all_templates(succeed, folder, tmp_path,
 
 
 def test_curves_are_drawn_beside_the_prompt(succeed, ask, folder, tmp_path):
-    rows = [
-        {"method": "full", "train_examples": n, "accuracy": 0.6, "spread": None} for n in (16, 64)
-    ]
+    rows = curve()
     (tmp_path / "compare.json").write_text(json.dumps({"rows": rows}))
     succeed("--evaluate", folder / "data.csv", *ASK, "--out", "result", "--curves", "compare.json")
     assert matplotlib.image.imread(tmp_path / "result" / "labels.png").std() > 0.01
@@ -738,18 +740,20 @@ def test_an_error_about_evaluate_names_evaluate(refused, tmp_path, name):
 @pytest.mark.parametrize(
     "change",
     [
-        {"method": "magic"},
         {"accuracy": "high"},
         {"accuracy": None},
-        {"spread": "wide"},
+        {"accuracy": math.nan},
+        {"accuracy": 60.0},
+        {"interval": None},
+        {"interval": [0.5]},
+        {"interval": [0.5, math.inf]},
         {"train_examples": "many"},
         {"train_examples": None},
+        {"train_examples": 0},
     ],
 )
 def test_damaged_curves_are_refused_before_the_work(refused, folder, tmp_path, change):
-    rows = [
-        {"method": "full", "train_examples": n, "accuracy": 0.6, "spread": None} for n in (16, 64)
-    ]
+    rows = curve()
     (tmp_path / "compare.json").write_text(json.dumps({"rows": [rows[0] | change, rows[1]]}))
     options = ["--out", "result", "--curves", "compare.json"]
     refused("--evaluate", folder / "data.csv", *ASK, *options, naming=["--curves compare.json"])

@@ -32,7 +32,7 @@ from minitune.prompting import (
     generate,
 )
 from minitune.support.errors import UserError
-from minitune.support.results import expected_calibration_error, prompt_summary
+from minitune.support.results import expected_calibration_error
 from minitune.support.runtime import Runtime
 
 TEXTS = [f"the {noun} was {word} , all in all ." for noun in ("film", "cast", "plot")
@@ -307,38 +307,12 @@ def test_what_is_even_already_stays_as_it_is():
     torch.testing.assert_close(match_prior(scores), torch.zeros(2), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize(
-    "confident, right, expected",
-    [
-        ([1.0, 1.0], [True, True], 0),
-        ([1.0, 1.0], [False, False], 1),
-        ([1.0, 1.0], [True, False], 0.5),
-        ([0.5, 0.5], [True, False], 0),
-        ([0.75, 0.85], [False, True], (0.75 + 0.15) / 2),
-        ([0.72, 0.78], [False, True], abs(0.5 - 0.75)),
-        ([0.999], [True], 0.001),
-    ],
-)
-def test_expected_calibration_error_at_the_edges(confident, right, expected):
-    probabilities = torch.tensor([[p, 1 - p] for p in confident])
-    labels = torch.tensor([0 if answer else 1 for answer in right])
-    assert expected_calibration_error(probabilities, labels) == pytest.approx(expected, abs=1e-6)
-
-
 def test_agreement_is_the_normalised_geometric_mean():
     together = mean_log_probabilities(
         [torch.tensor([[0.9, 0.1]]).log() + 7, torch.tensor([[0.4, 0.6]]).log() - 2]
     ).exp()
     no, yes = math.sqrt(0.9 * 0.4), math.sqrt(0.1 * 0.6)
     torch.testing.assert_close(together, torch.tensor([[no / (no + yes), yes / (no + yes)]]))
-
-
-def test_expected_calibration_error_by_hand():
-    probabilities = torch.tensor([[0.95, 0.05], [0.91, 0.09], [0.35, 0.65], [1.0, 0.0]])
-    labels = torch.tensor([0, 1, 1, 0])
-    # Above 0.9: three answers, two of them right, mean confidence 0.95333; 0.6 to 0.7: one, right.
-    expected = (3 * abs(2 / 3 - (0.95 + 0.91 + 1.0) / 3) + abs(1 - 0.65)) / 4
-    assert expected_calibration_error(probabilities, labels) == pytest.approx(expected, abs=1e-6)
 
 
 def test_an_ensemble_is_the_mean_of_calibrated_log_probabilities(fill_mask):
@@ -411,25 +385,6 @@ def test_a_row_by_hand():
     assert (row["accuracy"], row["majority_answer"], row["majority_share"]) == (0.5, "yes", 0.75)
     assert row["calibration_error"] == pytest.approx((0.18 + 0.36 + 0.74 + 0.55) / 4)
     assert row["interval"] == pytest.approx((0.1500, 0.8500), abs=1e-4)  # Wilson's, of 2 in 4
-
-
-def test_the_summary_names_the_range_and_the_spread():
-    rows = [
-        {
-            "template": name,
-            "calibration": calibration,
-            "shots": shots,
-            "accuracy": accuracy + 0.01 * shots,
-        }
-        for calibration in CALIBRATIONS
-        for name, accuracy in (("a", 0.6), ("b", 0.5), ("c", 0.7), (TOGETHER, 0.8))
-        for shots in (0, 4)
-    ]
-    lines = prompt_summary(rows)
-    assert len(lines) == 2 * len(CALIBRATIONS)
-    spread = "standard deviation 8.2 points"
-    assert f"prior: templates from 50.0% to 70.0%, {spread}; together 80.0%" in lines
-    assert f"pmi: templates from 54.0% to 74.0%, {spread}; together 84.0%, with 4 shots" in lines
 
 
 # Demonstrations

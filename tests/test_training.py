@@ -5,7 +5,6 @@ import functools
 import math
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -16,7 +15,6 @@ from minitune.model import BertConfig, BertForMaskedLM
 from minitune.optimizer import LRMultipliers, Muon, Optimizer, one_cycle
 from minitune.pretraining import MaskedBatch, MaskedLanguageModelling
 from minitune.support.errors import UserError
-from minitune.support.plots import plateau
 from minitune.support.runs import Run
 from minitune.support.runtime import Runtime, multiplies_bf16
 from minitune.training import Trainer
@@ -233,11 +231,3 @@ def test_frozen_maps_give_the_numbers_that_autocast_gives(name):
     maps = ["attention.qkv", "attention.out", "feed_forward.up", "feed_forward.down"]
     frozen = {f"bert.layers.0.{path}.{kind}" for path in maps for kind in ("weight", "bias")}
     assert changed == (frozen if name == "bf16" else set())  # no LayerNorm, and nothing that trains
-
-
-def test_the_plateau_is_found_where_the_loss_stays_at_the_unigram_entropy():
-    minutes = list(np.linspace(0, 10, 101))
-    losses = [9 - 2.3 * m if m < 1 else 6.6 if m < 6 else 6.6 - (m - 6) for m in minutes]
-    start, stop = plateau(minutes, losses, unigram=6.68)
-    assert 0.5 < start < 2.5 and 6 < stop < 7.5
-    assert plateau(minutes, [3.0] * 101, unigram=6.68) == (0.0, 0.0)

@@ -1,25 +1,40 @@
-"""The pictures that runs leave behind."""
+"""The pictures that runs leave behind, drawn after their figures are on disk."""
 
 import io
+import warnings
+from collections.abc import Iterable
 from pathlib import Path
+from statistics import median
 
 import matplotlib
+import numpy as np
 
-from minitune.support.results import in_bytes
+from minitune.support.results import in_bytes, in_percent, in_seconds
 from minitune.support.runs import write_atomically
 
 matplotlib.use("Agg")  # a file, no window
 import matplotlib.pyplot as plt  # noqa: E402
 
-plt.rcParams.update(
-    {"axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False}
-)
+plt.rcParams.update({"axes.titlelocation": "left", "figure.constrained_layout.use": True})
+plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
+plt.rcParams["text.parse_math"] = False  # a $ in a name is a dollar
+
+BLUE, LIGHT_BLUE, ORANGE, GREY = "#08519c", "#9ecae1", "#e6550d", "#636363"
+SMALL = {"fontsize": 9, "color": GREY}
+ACCURACY = "test accuracy (%), with its 95% interval"
+COLOURS = {
+    "majority": "#bdbdbd", "nb-svm": "#969696", "scratch": "#fdae6b", "feature": "#9ecae1",
+    "adapter": "#3182bd", "full": "#08306b",
+    "none": "#bdbdbd", "contextual": "#9ecae1", "pmi": "#fdae6b", "prior": "#08306b",
+}  # fmt: skip
 
 
 def save(figure: plt.Figure, path: Path) -> None:
     """Write the picture, whole or not at all."""
     content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=150)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # an empty box stands for it
+        figure.savefig(content, format="png", dpi=150)
     plt.close(figure)
     write_atomically(path, content.getvalue())
 
@@ -27,168 +42,152 @@ def save(figure: plt.Figure, path: Path) -> None:
 def plot_pretraining(
     log: list[dict], uniform: float, unigram: float, final: dict, path: Path
 ) -> None:
-    """Loss over time beside what it should be compared with, and the plateau marked.
+    """Loss over time beside what it should be compared with, and the plateau where there is one.
 
     `log` holds the lines of log.jsonl, `uniform` is ln(vocabulary), `unigram` the entropy of the
     words' frequencies, both in nats; `final` the metrics of the whole validation set.
     """
-    minutes = [entry["seconds"] / 60 for entry in log]
-    losses = [entry["loss"] for entry in log]
-    evaluated = [entry for entry in log if "validation" in entry]
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    axes.plot(minutes, losses, color="#9ecae1", linewidth=0.8, label="training, one batch")
-    points = [(e["seconds"] / 60, e["validation"]["loss"]) for e in evaluated]
+    minutes = [entry["seconds"] / 60 for entry in log] or [0.0]
+    losses = [entry["loss"] for entry in log] or [final["loss"]]
+    points = [(e["seconds"] / 60, e["validation"]["loss"]) for e in log if "validation" in e]
     points.append((minutes[-1], final["loss"]))
-    axes.plot(*zip(*points, strict=True), "o-", color="#08519c", markersize=4, label="validation")
-    axes.axhline(uniform, color="#636363", linestyle=":")
-    axes.axhline(unigram, color="#636363", linestyle="--")
-    right = axes.get_xlim()[1]
-    labels = {"va": "bottom", "ha": "right", "fontsize": 9, "color": "#636363"}
-    axes.text(right, uniform, f"every word equally likely: ln V = {uniform:.2f}", **labels)
-    axes.text(right, unigram, f"words by their frequency alone: {unigram:.2f}", **labels)
-
-    start, stop = plateau(minutes, losses, unigram)
-    if stop > start:
-        axes.axvspan(start, stop, color="#fdd0a2", alpha=0.5, linewidth=0)
-        note = "the plateau:\ncontext is not\nused yet"
-        axes.text((start + stop) / 2, min(losses), note, ha="center", va="bottom", fontsize=9)
-    axes.annotate(
-        f"{final['loss']:.2f}",
-        points[-1],
-        xytext=(-2, -14),
-        textcoords="offset points",
-        ha="right",
-        color="#08519c",
-    )
+    figure, axes = plt.subplots(figsize=(8, 4.5))
+    axes.plot(minutes, losses, color=LIGHT_BLUE, linewidth=0.8, label="training, one batch")
+    axes.plot(*zip(*points, strict=True), "o-", color=BLUE, markersize=4, label="validation")
+    offset = {"xytext": (-2, -14), "textcoords": "offset points", "ha": "right"}
+    axes.annotate(f"{final['loss']:.2f}", points[-1], color=BLUE, **offset)
+    right, middle = axes.get_xlim()[1], (uniform + unigram) / 2
+    corner = {"va": "bottom", "ha": "right"} | SMALL
+    axes.axhline(uniform, color=GREY, linestyle=":")
+    axes.text(right, uniform, f"every word equally likely: ln V = {uniform:.2f}", **corner)
+    axes.axhline(unigram, color=GREY, linestyle="--")
+    axes.text(right, unigram, f"words by their frequency alone: {unigram:.2f}", **corner)
+    if span := plateau(minutes, losses, unigram):
+        axes.axvspan(*span, color="#fdd0a2", alpha=0.5, linewidth=0)
+        axes.text(
+            span[1], middle, " the plateau:\n context is not\n used yet", va="center", **SMALL
+        )
     axes.set(xlabel="minutes of training", ylabel="masked-LM loss (nats a token)")
     axes.set_title("Learning to fill blanks")
-    between = (right, (uniform + unigram) / 2)
-    axes.legend(
-        loc="center right", bbox_to_anchor=between, bbox_transform=axes.transData, frameon=False
-    )
+    place = {"bbox_to_anchor": (right, middle), "bbox_transform": axes.transData}
+    axes.legend(loc="center right", frameon=False, **place)
     save(figure, path)
 
 
-def plateau(minutes: list[float], losses: list[float], unigram: float) -> tuple[float, float]:
-    """When a smoothed loss came within 0.1 above, and then fell to 0.6 below, the unigram entropy."""
-    smooth, inside = losses[0], []
-    for minute, loss in zip(minutes, losses, strict=True):
-        smooth += 0.2 * (loss - smooth)
-        if unigram - 0.6 < smooth < unigram + 0.1:
-            inside.append(minute)
-    return (inside[0], inside[-1]) if inside else (0.0, 0.0)
+def plateau(
+    minutes: list[float], losses: list[float], unigram: float, margin: float = 0.1
+) -> tuple[float, float] | None:
+    """The longest time in which the loss stays within `margin` nats of the unigram entropy, or None.
 
-
-COLOURS = {"majority": "#bdbdbd", "nb-svm": "#969696", "scratch": "#fdae6b", "feature": "#9ecae1",
-           "adapter": "#3182bd", "full": "#08306b"}  # fmt: skip
+    That is the loss of a model that knows how frequent words are, and nothing else. Single batches
+    vary: what counts is the median of up to 21 in a row. A loss that only falls through the margin
+    has no plateau: a line fitted to the medians may fall by `margin` at most.
+    """
+    medians = np.array([median(losses[max(0, i - 10) : i + 11]) for i in range(len(losses))])
+    inside = np.abs(medians - unigram) <= margin
+    spans = []
+    for a, b in np.flatnonzero(np.diff(inside, prepend=False, append=False)).reshape(-1, 2):
+        if b - a >= 3 and abs(np.polyfit(range(a, b), medians[a:b], 1)[0]) * (b - a) <= margin:
+            spans.append((minutes[a], minutes[b - 1]))
+    return max(spans, key=lambda span: span[1] - span[0], default=None)
 
 
 def plot_comparison(rows: list[dict], title: str, path: Path) -> None:
-    """The rows of comparison.summarise: bars for one number of training rows, curves for several."""
-    counts = sorted({row["train_examples"] for row in rows})
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    if len(counts) > 1:
-        _label_curves(axes, rows, counts)
-    else:
-        _bars(axes, rows)
-    axes.set_title(title)
+    """The rows of results.summarise: bars for one number of training rows, curves for several."""
+    several = len({row["train_examples"] for row in rows}) > 1
+    figure, axes = plt.subplots(figsize=(8, 4.5 if several else 1.5 + 0.5 * len(rows)))
+    (_curves if several else _bars)(axes, rows)
+    axes.set_title(in_short(title, 70))
     save(figure, path)
 
 
-CALIBRATED = {"none": "#bdbdbd", "contextual": "#9ecae1", "pmi": "#fdae6b", "prior": "#08306b"}
+def plot_when_labels_pay(rows: list[dict], prompt: dict, title: str, path: Path) -> None:
+    """Accuracy against labels (rows of results.summarise) beside a prompt's, which needs none."""
+    figure, axes = plt.subplots(figsize=(8, 4.5))
+    axes.axhspan(*(100 * end for end in prompt["interval"]), color=ORANGE, alpha=0.15, linewidth=0)
+    axes.axhline(100 * prompt["accuracy"], color=ORANGE, label="prompt, no labels")
+    _curves(axes, rows)
+    axes.set_title(in_short(title, 70))
+    save(figure, path)
 
 
 def plot_prompts(rows: list[dict], baselines: list[dict], title: str, path: Path) -> None:
-    """The rows of prompt_comparison.compare_prompts: a line for each template, a dot for each calibration.
+    """The rows of calibration.compare_prompts: a line for each template, a dot for each calibration.
 
-    `baselines`: rows of baselines.evaluate_baselines, drawn as lines across.
+    With demonstrations and without, those with most of them. `baselines` are lines across.
     """
     shots = max(row["shots"] for row in rows)
     rows = [row for row in rows if row["shots"] == shots]
     templates = list(dict.fromkeys(row["template"] for row in rows))
-    figure, axes = plt.subplots(figsize=(8, 1.8 + 0.36 * len(templates)), layout="constrained")
-    for k, (name, colour) in enumerate(CALIBRATED.items()):
-        own = [row for row in rows if row["calibration"] == name]
-        y = [templates.index(row["template"]) + 0.15 * (k - 1.5) for row in own]
-        x = [100 * row["accuracy"] for row in own]
-        errors = [[100 * abs(row["accuracy"] - edge) for row, edge in zip(own, edges, strict=True)]
-                  for edges in zip(*(row["interval"] for row in own), strict=True)]  # fmt: skip
-        axes.errorbar(
-            x, y, xerr=errors, fmt="o", markersize=5, elinewidth=1, color=colour, label=name
-        )
-    for row in baselines:
-        x, words = 100 * row["accuracy"], row["method"]
-        axes.axvline(x, color="#636363", linestyle=":", linewidth=1)
-        axes.text(x, -0.9, words, ha="center", va="bottom", fontsize=9, color="#636363")
-    axes.set_yticks(range(len(templates)), templates, parse_math=False)
-    axes.set_ylim(len(templates) - 0.4, -1)
-    axes.set_xlabel("test accuracy (%), with its 95% interval")
-    axes.set_title(title + (f", {shots} shots" if shots else ""), pad=14)
+    figure, axes = plt.subplots(figsize=(8, min(50, 1.8 + 0.36 * len(templates))))
+    for k, (name, colour) in enumerate(_colours(row["calibration"] for row in rows).items()):
+        chosen = [row for row in rows if row["calibration"] == name]
+        y = [templates.index(row["template"]) + 0.15 * (k - 1.5) for row in chosen]
+        x, errors = _with_errors(chosen)
+        style = {"fmt": "o", "markersize": 5, "elinewidth": 1, "color": colour}
+        axes.errorbar(x, y, xerr=errors, label=name, **style)
+    for k, row in enumerate(sorted(baselines, key=lambda row: row["accuracy"])):
+        x, side = (
+            100 * row["accuracy"],
+            "left" if k else "right",
+        )  # of the line, or they may overlap
+        axes.axvline(x, color=GREY, linestyle=":", linewidth=1)
+        axes.text(x, -1.05, f" {in_short(row['method'], 30)} ", ha=side, va="bottom", **SMALL)
+    axes.set_yticks(range(len(templates)), [in_short(template, 45) for template in templates])
+    axes.set(ylim=(len(templates) - 0.4, -1), xlabel=ACCURACY)
+    axes.set_title(in_short(title, 60) + (f", {shots} shots" if shots else ""), pad=14)
     axes.legend(title="calibration", frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     save(figure, path)
 
 
-def plot_when_labels_pay(curves: list[dict], prompted: dict, title: str, path: Path) -> None:
-    """Accuracy against labels (rows of comparison.summarise), and that of a prompt, which needs none."""
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    _label_curves(axes, curves, sorted({row["train_examples"] for row in curves}))
-    axes.axhspan(
-        *(100 * edge for edge in prompted["interval"]), color="#e6550d", alpha=0.15, linewidth=0
-    )
-    axes.axhline(100 * prompted["accuracy"], color="#e6550d", label="prompt, no labels")
-    axes.legend(
-        frameon=False, loc="lower right", bbox_to_anchor=(1, 0.08)
-    )  # below the prompt's interval
-    axes.set_title(title)
-    save(figure, path)
+def in_short(text: str, width: int) -> str:
+    """The text in one line of at most `width` characters; a longer one loses its middle."""
+    text = "".join(c if c.isprintable() else " " for c in text)
+    half = (width - 1) // 2
+    return text if len(text) <= width else f"{text[:half]}…{text[-half:]}"
+
+
+def _colours(names: Iterable[str]) -> dict[str, str]:
+    """A colour for each different name, in order; a name without one in COLOURS gets a spare one."""
+    spare = iter(plt.cm.Dark2.colors * 100)
+    return {name: COLOURS.get(name) or next(spare) for name in dict.fromkeys(names)}
+
+
+def _with_errors(rows: list[dict]) -> tuple[np.ndarray, np.ndarray]:
+    """Accuracies in percent (N,), and how far their intervals reach below and above (2, N)."""
+    accuracy = 100 * np.array([row["accuracy"] for row in rows])
+    low, high = 100 * np.array([row["interval"] for row in rows]).T
+    return accuracy, np.stack([accuracy - low, high - accuracy]).clip(min=0)
 
 
 def _bars(axes: plt.Axes, rows: list[dict]) -> None:
     """Accuracy of each method with its interval, and what it cost."""
+    colours = _colours(row["method"] for row in rows)
+    x, errors = _with_errors(rows)
+    axes.barh(range(len(rows)), x, xerr=errors, color=list(colours.values()), ecolor="black")
     for y, row in enumerate(rows):
-        accuracy, (low, high) = 100 * row["accuracy"], row["interval"]
-        error = [[accuracy - 100 * low], [100 * high - accuracy]]
-        axes.barh(y, accuracy, color=COLOURS[row["method"]], xerr=error, error_kw={"elinewidth": 1})
-        cost = ""
+        words = [f"{row['accuracy']:.1%}"]
         if "saved_bytes" in row:
-            share, saved = (
-                row["trainable_params"] / row["total_params"],
-                in_bytes(row["saved_bytes"]),
-            )
-            cost = f"   trains {share:.1%}, saves {saved}, {_time(row['train_seconds'])}"
-        elif "train_seconds" in row:
-            cost = f"   {_time(row['train_seconds'])}"
-        axes.text(100 * high + 0.5, y, f"{accuracy:.1f}%{cost}", va="center", fontsize=9)
-    axes.set_yticks(range(len(rows)), [row["method"] for row in rows])
-    axes.set(
-        xlim=(min(45, 100 * min(row["accuracy"] for row in rows) - 5), 135),
-        xticks=range(50, 101, 10),
-    )
-    axes.set_xlabel("test accuracy (%), with its 95% interval")
+            share = row["trainable_params"] / row["total_params"]
+            words += [f"trains {in_percent(share)}", f"saves {in_bytes(row['saved_bytes'])}"]
+        if "train_seconds" in row:
+            words.append(in_seconds(row["train_seconds"]))
+        axes.text(102, y, "   ".join(words), va="center", fontsize=9)
+    axes.set_yticks(range(len(rows)), [in_short(name, 30) for name in colours])
+    axes.set(xlim=(0, 100), xlabel=ACCURACY)
 
 
-def _label_curves(axes: plt.Axes, rows: list[dict], counts: list[int]) -> None:
-    """Accuracy against the number of labels; bars show the spread between seeds."""
-    for method in dict.fromkeys(row["method"] for row in rows):
-        own = [row for row in rows if row["method"] == method]
-        x = [row["train_examples"] for row in own]
-        y = [100 * row["accuracy"] for row in own]
-        spread = [100 * (row["spread"] or 0) for row in own]
-        axes.errorbar(
-            x,
-            y,
-            yerr=spread,
-            marker="o",
-            markersize=4,
-            capsize=2,
-            color=COLOURS[method],
-            label=method,
-        )
+def _curves(axes: plt.Axes, rows: list[dict]) -> None:
+    """Accuracy against the number of labels, with its interval."""
+    for k, (method, colour) in enumerate(_colours(row["method"] for row in rows).items()):
+        chosen = [row for row in rows if row["method"] == method]
+        x = [row["train_examples"] * 1.02**k for row in chosen]  # side by side, or they would hide
+        y, errors = _with_errors(chosen)
+        style = {"fmt": "o-", "markersize": 4, "capsize": 2, "color": colour}
+        axes.errorbar(x, y, yerr=errors, label=in_short(method, 30), **style)
     axes.set_xscale("log", base=4)
+    counts = sorted({row["train_examples"] for row in rows})
     axes.set_xticks(counts, [f"{count:,}" for count in counts])
-    axes.set(xlabel="labelled reviews to train on", ylabel="test accuracy (%)")
-    axes.legend(frameon=False)
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds / 60:.1f} min" if seconds >= 90 else f"{seconds:.0f} s"
+    axes.minorticks_off()
+    axes.set(xlabel="labelled reviews to train on", ylabel=ACCURACY)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))

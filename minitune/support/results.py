@@ -1,83 +1,65 @@
-"""Fine-tuning runs side by side, with simple methods for company: their figures and their table."""
+"""Results as figures and text: intervals, calibration error, and the tables that scripts print.
 
+Everything here takes rows, which are dictionaries of figures, and gives rows or text.
+"""
+
+import contextlib
 import math
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 from statistics import mean, pstdev, stdev
 
-import torch
-from torch import Tensor
-
-ORDER = ("majority", "nb-svm", "scratch", "feature", "adapter", "full")
+import numpy as np
 
 
-def summarise(runs: list[dict], test_rows: int) -> list[dict]:
-    """One row a method and number of training rows: means over seeds, and how sure the accuracy is."""
+def interval(accuracy: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """95% confidence interval of an accuracy measured on n rows (Wilson 1927).
+
+    The accuracy is always inside: where all rows are right or all are wrong, one end is equal to
+    it, and rounding would put that end on the wrong side as often as not.
+    """
+    center = (accuracy + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(accuracy * (1 - accuracy) / n + z * z / (4 * n * n))
+    return max(0.0, min(center - half, accuracy)), min(1.0, max(center + half, accuracy))
+
+
+def expected_calibration_error(
+    probabilities: np.ndarray, labels: np.ndarray, bins: int = 10
+) -> float:
+    """How far the probability of an answer is from its chance to be right, on average.
+
+    `probabilities` (N, L), `labels` (N,). Answers are put into bins by their probability; each bin
+    adds |accuracy - mean probability|, weighted by its share of the answers (Guo et al. 2017, "On
+    Calibration of Modern Neural Networks").
+    """
+    probabilities = np.asarray(probabilities, dtype=np.float64)
+    confidence, right = probabilities.max(1), probabilities.argmax(1) == np.asarray(labels)
+    bin_of = np.minimum((confidence * bins).astype(int), bins - 1)
+    return float(np.abs(np.bincount(bin_of, weights=right - confidence)).sum() / len(confidence))
+
+
+def summarise(runs: list[dict], test_rows: int, order: Sequence[str] = ()) -> list[dict]:
+    """One row for each method and number of training rows: the means over the runs' seeds.
+
+    Two figures say how sure the accuracy is: `interval`, for which test rows there happen to be,
+    and `spread`, the sample standard deviation between seeds (None for one seed). Methods come in
+    this `order`, others after them.
+    """
     groups = defaultdict(list)
     for run in runs:
         groups[run["train_examples"], run["method"]].append(run)
     rows = []
-    for (count, method), group in sorted(
-        groups.items(), key=lambda g: (g[0][0], ORDER.index(g[0][1]))
-    ):
+    for count, method in sorted(groups, key=lambda g: (g[0], [*order, g[1]].index(g[1]))):
+        group = groups[count, method]
         row = {"method": method, "train_examples": count, "seeds": len(group)}
-        for key in group[0]:
-            if isinstance(group[0][key], int | float) and key not in row and key != "seed":
+        for key, value in group[0].items():
+            if isinstance(value, int | float) and key not in row and key != "seed":
                 row[key] = mean(run[key] for run in group)
+        row["interval"] = interval(row["accuracy"], test_rows)
         accuracies = [run["accuracy"] for run in group]
-        row["interval"] = interval(row["accuracy"], test_rows)  # which test rows there happen to be
-        row["spread"] = stdev(accuracies) if len(group) > 1 else None  # which seed
+        row["spread"] = stdev(accuracies) if len(group) > 1 else None
         rows.append(row)
     return rows
-
-
-HEADER = (
-    "method",
-    "labels",
-    "test accuracy",
-    "95% interval",
-    "trained",
-    "share",
-    "seconds",
-    "tokens/s",
-    "memory",
-    "saved",
-)
-
-
-def table(rows: list[dict]) -> str:
-    """The rows as text, one line each."""
-    return aligned([HEADER, *(_cells(row) for row in rows)])
-
-
-def aligned(lines: list[tuple[str, ...]], left: int = 1) -> str:
-    """Cells in columns, the first `left` of which begin at the left."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    align = [str.ljust] * left + [str.rjust] * (len(widths) - left)
-    padded = [[f(*cell) for f, *cell in zip(align, line, widths, strict=True)] for line in lines]
-    return "\n".join("  ".join(line) for line in padded)
-
-
-def _cells(row: dict) -> tuple[str, ...]:
-    low, high = row["interval"]
-    accuracy = f"{row['accuracy']:.1%}"
-    if row["spread"] is not None:
-        accuracy += f" ± {100 * row['spread']:.1f}"
-    cells = [
-        row["method"],
-        f"{row['train_examples']:,}",
-        accuracy,
-        f"{100 * low:.1f} to {100 * high:.1f}",
-    ]
-    if "trainable_params" in row:
-        share = row["trainable_params"] / row["total_params"]
-        cells += [f"{row['trainable_params']:,.0f}", f"{share:.1%}"]
-    else:
-        cells += ["", ""]
-    cells.append(f"{row['train_seconds']:,.0f}" if "train_seconds" in row else "")
-    cells.append(f"{row['tokens_per_second']:,.0f}" if "tokens_per_second" in row else "")
-    for key in ("peak_memory_bytes", "saved_bytes"):
-        cells.append(in_bytes(row[key]) if key in row else "")
-    return tuple(cells)
 
 
 def in_bytes(number: float) -> str:
@@ -85,69 +67,89 @@ def in_bytes(number: float) -> str:
     return f"{number / 1e6:,.1f} MB" if number >= 1e5 else f"{number / 1e3:,.0f} kB"
 
 
-def interval(accuracy: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95% confidence interval of an accuracy measured on n rows (Wilson 1927)."""
-    center = (accuracy + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(accuracy * (1 - accuracy) / n + z * z / (4 * n * n))
-    return center - half, center + half
+def in_percent(share: float) -> str:
+    """A share in words, with two digits of whatever is not zero: 4.8%, 0.047%."""
+    digits = 1 - math.floor(math.log10(100 * share)) if share > 0 else 1
+    return f"{share:.{max(1, digits)}%}"
 
 
-def expected_calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 10) -> float:
-    """How far the probability (N, L) of an answer is from its chance to be right, on average.
+def in_seconds(seconds: float) -> str:
+    """A time in words."""
+    return f"{seconds / 60:.1f} min" if seconds >= 90 else f"{seconds:.2g} s"
 
-    Answers are put in bins by their probability: Guo et al. 2017, "On Calibration of Modern Neural
-    Networks".
+
+def _accuracy(row: dict) -> str:
+    spread = "" if row["spread"] is None else f" ± {100 * row['spread']:.1f}"
+    return f"{row['accuracy']:.1%}{spread}"
+
+
+def _interval(row: dict) -> str:
+    return "{:.1f} to {:.1f}".format(*(100 * end for end in row["interval"]))
+
+
+COLUMNS: dict[str, Callable[[dict], str]] = {
+    "method": lambda row: row["method"],
+    "labels": lambda row: f"{row['train_examples']:,}",
+    "test accuracy": _accuracy,
+    "95% interval": _interval,
+    "trained": lambda row: f"{row['trainable_params']:,.0f}",
+    "share": lambda row: in_percent(row["trainable_params"] / row["total_params"]),
+    "seconds": lambda row: f"{row['train_seconds']:,.0f}",
+    "tokens/s": lambda row: f"{row['tokens_per_second']:,.0f}",
+    "memory": lambda row: in_bytes(row["peak_memory_bytes"]),
+    "saved": lambda row: in_bytes(row["saved_bytes"]),
+}
+PROMPT_COLUMNS: dict[str, Callable[[dict], str]] = {
+    "shots": lambda row: str(row["shots"]),
+    "template": lambda row: row["template"],
+    "calibration": lambda row: row["calibration"],
+    "accuracy": lambda row: f"{row['accuracy']:.1%}",
+    "95% interval": _interval,
+    "most frequent answer": lambda row: f"{row['majority_share']:.0%} {row['majority_answer']}",
+    "ECE": lambda row: f"{row['calibration_error']:.3f}",
+}
+
+
+def table(rows: list[dict], columns: dict = COLUMNS, left: int = 1) -> str:
+    """The rows of `summarise` as text, a line each; the first `left` columns begin at the left.
+
+    A cell whose figure a row lacks stays empty.
     """
-    confidence, answers = probabilities.double().max(-1)
-    right = (answers == labels).double()
-    bin_of = (confidence * bins).long().clamp_max(bins - 1)
-    gaps = torch.zeros(bins, dtype=torch.float64).index_add(0, bin_of, right - confidence)
-    return (gaps.abs().sum() / len(labels)).item()
+    lines = [list(columns), *([_cell(row, cell) for cell in columns.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    align = [str.ljust] * left + [str.rjust] * (len(widths) - left)
+    return "\n".join(
+        "  ".join(f(*cell) for f, *cell in zip(align, line, widths, strict=True)) for line in lines
+    )
 
 
-TOGETHER = "all of them together"
+def _cell(row: dict, cell: Callable[[dict], str]) -> str:
+    with contextlib.suppress(KeyError):
+        return cell(row)
+    return ""
 
 
-PROMPT_HEADER = (
-    "shots",
-    "template",
-    "calibration",
-    "accuracy",
-    "95% interval",
-    "most frequent answer",
-    "ECE",
-)
+TOGETHER = "all of them together"  # stands for a template in the rows of an ensemble
 
 
 def prompt_table(rows: list[dict], baselines: list[dict]) -> str:
-    """The rows as text; `baselines`: rows of baselines.evaluate_baselines, which learned from labels."""
-    lines = [PROMPT_HEADER]
-    for row in rows + baselines:
-        low, high = row["interval"]
-        figures = (f"{row['accuracy']:.1%}", f"{100 * low:.1f} to {100 * high:.1f}")
-        if "method" in row:
-            words = f"{row['method']}, from {row['train_examples']:,} labels"
-            lines.append(("", words, "", *figures, "", ""))
-            continue
-        answer = f"{row['majority_share']:.0%} {row['majority_answer']}"
-        shots, error = str(row["shots"]), f"{row['calibration_error']:.3f}"
-        lines.append((shots, row["template"], row["calibration"], *figures, answer, error))
-    return aligned(lines, left=3)
+    """The rows of `compare_prompts` as text, and those of baselines, which learned from labels."""
+    words = "{method}, from {train_examples:,} labels"
+    named = [row | {"template": words.format(**row)} for row in baselines]
+    return table(rows + named, PROMPT_COLUMNS, left=3)
 
 
 def prompt_summary(rows: list[dict]) -> list[str]:
-    """What the table says about templates, their ensemble and demonstrations, a line for each calibration."""
+    """A line for each calibration and number of shots: the templates' range, and their ensemble."""
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row["calibration"], row["shots"]].append(row)
     lines = []
-    for name in dict.fromkeys(row["calibration"] for row in rows):
-        for shots in sorted({row["shots"] for row in rows}):
-            own = [row for row in rows if (row["calibration"], row["shots"]) == (name, shots)]
-            own = {row["template"]: row["accuracy"] for row in own}
-            together = own.pop(TOGETHER, None)
-            each = list(own.values())
-            line = f"{name}: templates from {min(each):.1%} to {max(each):.1%}"
-            if together is not None:
-                line += (
-                    f", standard deviation {100 * pstdev(each):.1f} points; together {together:.1%}"
-                )
-            lines.append(line + (f", with {shots} shots" if shots else ""))
+    for (name, shots), group in groups.items():
+        each = [row["accuracy"] for row in group if row["template"] != TOGETHER]
+        line = f"{name}: templates from {min(each):.1%} to {max(each):.1%}"
+        for together in (row for row in group if row["template"] == TOGETHER):
+            line += f", standard deviation {100 * pstdev(each):.1f} points"
+            line += f"; together {together['accuracy']:.1%}"
+        lines.append(line + (f", with {shots} shots" if shots else ""))
     return lines
