@@ -4,6 +4,7 @@ WordPiece (Schuster & Nakajima 2012; BERT's lower-cased variant) keeps frequent 
 spells rare ones in pieces: "unforgettable" may become "un", "##forget", "##table".
 """
 
+import functools
 import json
 import re
 from collections.abc import Iterable
@@ -118,8 +119,9 @@ class Tokenizer:
         """The vocabulary entry with this id."""
         return self.backend.id_to_token(index)
 
+    @functools.cached_property
     def continuation(self) -> torch.Tensor:
-        """Bool (vocab_size,): which entries go on a word that an earlier token began."""
+        """Bool (vocab_size,): which entries continue a word that an earlier token began."""
         return torch.tensor([self.token(i).startswith("##") for i in range(self.vocab_size)])
 
 

@@ -104,7 +104,7 @@ def test_the_saved_files_hold_the_same_tokenizer(tokenizer, tmp_path):
 
 
 def test_continuations_are_the_entries_that_go_on_a_word(tokenizer):
-    continuation = tokenizer.continuation()
+    continuation = tokenizer.continuation
     [ids] = tokenizer.encode([f"{WORDS[0]}q {WORDS[0]}{WORDS[1]}"])
     words = [i for i in ids if not continuation[i]]
     assert len(continuation) == tokenizer.vocab_size

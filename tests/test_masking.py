@@ -1,5 +1,8 @@
 """80/10/10 masking: the shares, what is never touched, and what a seed fixes."""
 
+from types import SimpleNamespace
+from typing import NamedTuple
+
 import pytest
 import torch
 
@@ -11,16 +14,21 @@ VOCABULARY = 1000
 MILLION = 1_000_000
 
 
-def mask(tokens, seed=0, rate=0.15, continuation=None):
-    return mask_tokens(
-        tokens,
-        torch.Generator().manual_seed(seed),
-        rate=rate,
-        mask_id=MASK,
-        special_ids=SPECIAL,
-        vocab_size=VOCABULARY,
-        continuation=continuation,
+CONTINUATION = torch.arange(VOCABULARY) >= 500  # half of the vocabulary continues a word
+
+
+class Masked(NamedTuple):
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    labels: torch.Tensor
+
+
+def mask(tokens, seed=0, rate=0.15, whole_word=False):
+    tokenizer = SimpleNamespace(
+        mask_id=MASK, special_ids=SPECIAL, vocab_size=VOCABULARY, continuation=CONTINUATION
     )
+    generator = torch.Generator().manual_seed(seed)
+    return Masked(*mask_tokens(tokens, tokenizer, generator, rate, whole_word))
 
 
 def random_tokens(count, lowest=0, seed=1):
@@ -66,8 +74,7 @@ def test_random_words_are_any_ordinary_word_and_never_a_special_one():
 def test_special_tokens_are_never_chosen(whole_words):
     tokens = random_tokens(100_000)
     special = torch.isin(tokens, SPECIAL)
-    continuation = torch.arange(VOCABULARY) >= 500 if whole_words else None
-    masked = mask(tokens, rate=0.9, continuation=continuation)
+    masked = mask(tokens, rate=0.9, whole_word=whole_words)
     assert special.sum() > 100
     assert not special[masked.positions].any()
     assert torch.equal(masked.tokens[special], tokens[special])
@@ -92,8 +99,7 @@ def test_positions_are_sorted_and_unique():
 def test_the_input_is_left_as_it_is(whole_words):
     tokens = random_tokens(10_000)
     before = tokens.clone()
-    continuation = torch.arange(VOCABULARY) >= 500 if whole_words else None
-    masked = mask(tokens, rate=0.9, continuation=continuation)
+    masked = mask(tokens, rate=0.9, whole_word=whole_words)
     assert torch.equal(tokens, before)
     assert not torch.equal(masked.tokens, before)
     assert torch.equal(SPECIAL, torch.tensor([0, 1, 2, 3, MASK]))
@@ -118,13 +124,12 @@ def test_nothing_chosen_is_fine(count):
 
 
 def test_whole_words_are_chosen_whole_at_the_same_token_rate():
-    continuation = torch.arange(VOCABULARY) >= 500  # half of the tokens go on a word
     tokens = random_tokens(MILLION, lowest=5)
     tokens[0] = 5
-    masked = mask(tokens, continuation=continuation)
+    masked = mask(tokens, whole_word=True)
     chosen = torch.zeros(MILLION, dtype=torch.bool)
     chosen[masked.positions] = True
-    goes_on = continuation[tokens]
+    goes_on = CONTINUATION[tokens]
     assert torch.equal(chosen[1:][goes_on[1:]], chosen[:-1][goes_on[1:]])
     assert_share(chosen[~goes_on], 0.15)  # words
     assert chosen.double().mean().item() == pytest.approx(0.15, abs=0.005)  # tokens
@@ -133,10 +138,9 @@ def test_whole_words_are_chosen_whole_at_the_same_token_rate():
 
 def test_a_word_does_not_go_on_over_a_separator():
     cls, sep, begins, goes_on = 2, 3, 10, 600
-    continuation = torch.arange(VOCABULARY) >= 500
     sequence = torch.tensor([cls, goes_on, begins, goes_on, sep])
     tokens = sequence.repeat(20_000)
-    masked = mask(tokens, rate=0.5, continuation=continuation)
+    masked = mask(tokens, rate=0.5, whole_word=True)
     chosen = torch.zeros(len(tokens), dtype=torch.bool)
     chosen[masked.positions] = True
     chosen = chosen.view(-1, 5)

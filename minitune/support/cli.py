@@ -5,7 +5,7 @@ import contextlib
 import io
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +131,15 @@ def choose_max_len(given: int | None, positions: int, batch_tokens: int | None =
     if given > positions:
         raise UserError(f"--max-len {given}: the model has {positions} positions")
     return given
+
+
+@contextlib.contextmanager
+def drawing(picture: Path) -> Iterator[Path]:
+    """Draw this file in the context. Where that fails a warning says so: the figures are saved."""
+    try:
+        yield picture
+    except Exception as error:
+        print(f"warning: {picture} was not drawn: {error}", file=sys.stderr)
 
 
 def run_script(main: Callable[[], None]) -> None:

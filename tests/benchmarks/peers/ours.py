@@ -55,12 +55,14 @@ class GivenBlanks(MaskedLanguageModelling):
     def __init__(self, problem: Problem, tokenizer):
         self.tokenizer, self.rate, self.summary_weight, self.baseline = tokenizer, RATE, 0.0, ""
         self.rows = [torch.tensor(ids) for ids in problem.ids]
-        self.given, self.continuation = problem.grouped, None
+        self.given = problem.grouped
 
     def batches(self, first_step: int) -> Iterator[MaskedBatch]:
         generator = torch.Generator().manual_seed(0)
         for rows in self.given[first_step:]:
-            yield self._mask([self.rows[row] for row in rows], self.rate, None, generator)
+            yield self.mask(
+                [self.rows[row] for row in rows], generator, self.rate, whole_word=False
+            )
 
     def evaluation_due(self, step: int, steps: int) -> bool:
         return False
