@@ -16,8 +16,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from minitune.support.errors import UserError
@@ -175,53 +175,43 @@ def _lock(descriptor: int, directory: Path) -> None:
 
 def _holds_files(directory: Path) -> bool:
     """Whether anything is in it or below but what a kill can leave before settings.json is there."""
-    files = (name for _, _, names in os.walk(directory) for name in names)
-    return any(not name.endswith(".partial") for name in files)
+    return any(names and not root.endswith(".partial") for root, _, names in os.walk(directory))
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Temporary file, fsync, rename: `path` holds the old content or all of the new."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    _publish(partial, path)
+    """Write a file so that at any moment it holds all of the old content or all of the new."""
+    with _new_content(path) as partial:
+        partial.write_bytes(content)
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """A safetensors file (github.com/huggingface/safetensors, "Format"), atomically, from any device.
+    """Write a safetensors file, atomically, from tensors on any device."""
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with _new_content(path) as partial:
+        try:
+            save_file(on_cpu, partial, metadata)
+        except SafetensorError as error:  # the disk is full, for example
+            raise OSError(f"{path} cannot be written: {error}") from error
+        partial.chmod(partial.parent.stat().st_mode & 0o666)  # the library lets only us read it
 
-    The library's `save` puts the whole file together in memory, as large again as all tensors, and
-    its `save_file` writes under a name of its own choice that a kill leaves behind.
+
+@contextlib.contextmanager
+def _new_content(path: Path) -> Iterator[Path]:
+    """A name for the new content of a file. Written and fsynced, it takes the file's place.
+
+    It lies in a directory of its own, `path`.partial, which is all that a kill can leave: safetensors
+    writes to a name of its own choice beside the one that it is given.
     """
-    header, offset = {"__metadata__": metadata}, 0
-    # The widest numbers first, so that all of them begin at a multiple of their size.
-    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
-    for name, tensor in ordered.items():
-        place = [offset, offset := offset + tensor.nbytes]
-        header[name] = {
-            "dtype": DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": place,
-        }
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in ordered.values():
-            file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    _publish(partial, path)
-
-
-DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
-
-
-def _publish(partial: Path, final: Path) -> None:
-    with open(partial, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, final)
+    folder = path.with_name(path.name + ".partial")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder / path.name
+        with open(folder / path.name, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(folder / path.name, path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_json(path: Path, value: dict) -> None:
