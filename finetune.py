@@ -161,10 +161,9 @@ def compare(args: argparse.Namespace, experiments: list[Experiment]) -> None:
     # 2. Labelled reviews, as token ids.
     dataset = Dataset(args.data, args.test)
     reviews = Reviews.load(dataset)
-    rows = ", ".join(f"{len(reviews.texts[split]):,} {split}" for split in SPLITS)
-    runtime.log(f"data: {args.data}: {rows} rows; labels: {', '.join(reviews.names.values())}")
+    runtime.log(f"data: {args.data}: {reviews.describe()}")
     for experiment in experiments:  # too many asked for is an error now, not after the first run
-        reviews.choose("train", experiment.train_examples or 0, experiment.seed)
+        reviews.balanced_subset("train", experiment.train_examples or 0, experiment.seed)
     examples = {
         split: Examples(
             Sequences(reviews.texts[split], tokenizer, args.max_len), reviews.labels[split]
@@ -201,7 +200,7 @@ def compare(args: argparse.Namespace, experiments: list[Experiment]) -> None:
         (experiment.train_examples, experiment.train_examples and experiment.seed)
         for experiment in experiments
     ):
-        chosen = reviews.choose("train", size, seed) if size else None
+        chosen = reviews.balanced_subset("train", size, seed) if size else None
         baselines = evaluate_baselines(reviews.texts, reviews.labels, len(reviews.names), chosen)
         results += [row | {"seed": seed} for row in baselines]
     order = ["majority", "nb-svm", "scratch", *METHODS]

@@ -189,7 +189,7 @@ def some_reviews(
 def demonstrate(args: argparse.Namespace, prompts: list[Prompt], reviews: Reviews) -> None:
     """Put --shots labelled training reviews in front of every question."""
     labels = matching_labels(prompts[0].words.names, reviews, args.evaluate or args.data)
-    chosen = reviews.choose("train", args.shots, args.seed)
+    chosen = reviews.balanced_subset("train", args.shots, args.seed)
     texts = prompts[0].fill_mask.tokenizer.encode([reviews.texts["train"][i] for i in chosen])
     for prompt in prompts:
         prompt.demonstrate(texts, labels[reviews.labels["train"][chosen]].tolist())

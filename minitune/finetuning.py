@@ -259,7 +259,7 @@ def prepare_rows(
     if count := experiment.train_examples:
         for split in ("train", "validation"):
             few = min(count, len(examples[split]))
-            rows = setup.reviews.choose(split, few, experiment.seed)
+            rows = setup.reviews.balanced_subset(split, few, experiment.seed)
             examples[split] = examples[split].select(rows)
     if not isinstance(model, FeatureClassifier):
         return model, examples, {}

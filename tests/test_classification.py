@@ -486,28 +486,28 @@ def counts(reviews, chosen):
 
 
 def test_a_choice_is_as_even_as_the_labels_allow(reviews):
-    assert counts(reviews, reviews.choose("train", 9, 0)) == [3, 3, 3]
-    assert counts(reviews, reviews.choose("train", 12, 0)) == [4, 4, 4]
-    assert counts(reviews, reviews.choose("train", 24, 0)) == [10, 10, 4]
-    assert counts(reviews, reviews.choose("train", 84, 0)) == [50, 30, 4]
+    assert counts(reviews, reviews.balanced_subset("train", 9, 0)) == [3, 3, 3]
+    assert counts(reviews, reviews.balanced_subset("train", 12, 0)) == [4, 4, 4]
+    assert counts(reviews, reviews.balanced_subset("train", 24, 0)) == [10, 10, 4]
+    assert counts(reviews, reviews.balanced_subset("train", 84, 0)) == [50, 30, 4]
     for count in range(1, 12):
-        found = counts(reviews, reviews.choose("train", count, 0))
+        found = counts(reviews, reviews.balanced_subset("train", count, 0))
         assert max(found) - min(found) <= 1 and sum(found) == count
 
 
 def test_a_smaller_choice_is_the_beginning_of_a_larger_one(reviews):
-    whole = reviews.choose("train", 84, 3).tolist()
+    whole = reviews.balanced_subset("train", 84, 3).tolist()
     assert sorted(whole) == list(range(84))
     for count in (0, 1, 2, 16, 64, 83):
-        assert reviews.choose("train", count, 3).tolist() == whole[:count]
+        assert reviews.balanced_subset("train", count, 3).tolist() == whole[:count]
 
 
 def test_a_choice_is_random_by_seed(reviews):
-    first, again, other = (reviews.choose("train", 9, seed).tolist() for seed in (0, 0, 1))
+    first, again, other = (reviews.balanced_subset("train", 9, seed).tolist() for seed in (0, 0, 1))
     assert first == again and set(first) != set(other)
     assert first[:3] != [0, 50, 80]  # not the first of each label
 
 
 def test_more_than_there_are_cannot_be_chosen(reviews):
     with pytest.raises(UserError, match="84 train rows, not 1,000"):
-        reviews.choose("train", 1000, 0)
+        reviews.balanced_subset("train", 1000, 0)
