@@ -205,12 +205,12 @@ def compare(args: argparse.Namespace, experiments: list[Experiment]) -> None:
         results += [row | {"seed": seed} for row in baselines]
     order = ["majority", "nb-svm", "scratch", *METHODS]
     rows = summarise(results, len(reviews.texts["test"]), order)
-    print(f"\n{len(reviews.texts['test']):,} test rows of {args.data}:\n{table(rows)}")
+    runtime.log(f"\n{len(reviews.texts['test']):,} test rows of {args.data}:\n{table(rows)}")
     write_json(args.out / "compare.json", {"rows": rows, "runs": results})
     from minitune.support.plots import plot_comparison  # matplotlib takes a second to import
 
     plot_comparison(rows, f"{args.model} on {args.data}", args.out / "compare.png")
-    print(f"wrote {args.out}: a directory for each method, compare.png, compare.json")
+    runtime.log(f"wrote {args.out}: a directory for each method, compare.png, compare.json")
 
 
 if __name__ == "__main__":

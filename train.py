@@ -31,10 +31,15 @@ from minitune.support.cli import float_range, int_range
 from minitune.support.errors import UserError, plural
 from minitune.support.runs import Run
 from minitune.support.runtime import Runtime
-from minitune.training import Trainer, train_or_say_how_to_go_on
+from minitune.training import Trainer
 
 STARTED = time.monotonic()
 PEAK_LR = {"muon": 0.01, "adamw": 0.001}
+FEW_STEPS = 200  # in a run that is planned by time
+TOO_FEW_STEPS = (
+    "warning: so few steps teach a model next to nothing; give it more --minutes, "
+    "stop what else runs on this machine, or take a smaller --batch-tokens or --preset"
+)
 MAY_CHANGE = {"out", "lr", "adamw_lr", "device", "precision", "attention", "save_minutes"}
 
 
@@ -105,9 +110,10 @@ def pretrain(args: argparse.Namespace, run: Run) -> None:
     key = Corpus.key(dataset, tokenizer, args.vocab_size)
     if run.settings.get("corpus", key) != key:
         raise UserError(f"--data {args.data} has changed since the run in {args.out} began")
-    corpus = Corpus.open(dataset, tokenizer, args.vocab_size) if runtime.is_main else None
+    opening = dataset, tokenizer, args.vocab_size, runtime.log
+    corpus = Corpus.open(*opening) if runtime.is_main else None
     runtime.barrier()
-    corpus = corpus or Corpus.open(dataset, tokenizer, args.vocab_size)
+    corpus = corpus or Corpus.open(*opening)
     if not source:
         model = BertForMaskedLM(replace(config, vocab_size=corpus.tokenizer.vocab_size), attention)
         start_with_neighbours(model.bert)
@@ -133,6 +139,7 @@ def pretrain(args: argparse.Namespace, run: Run) -> None:
     optimizer = Optimizer(model, args.optimizer, lr, args.adamw_lr, args.weight_decay)
     options = {"accumulate": args.accumulate, "save_minutes": args.save_minutes}
     trainer = Trainer(model, optimizer, task, run, runtime, seed=args.seed, **options)
+    trainer.started, trainer.steps = STARTED, args.steps or 0
     checkpoint = run.load()
     if runtime.is_main:
         given = {k: v for k, v in vars(args).items() if k not in ("resume", "overwrite")}
@@ -140,13 +147,12 @@ def pretrain(args: argparse.Namespace, run: Run) -> None:
     if checkpoint:
         trainer.restore(*checkpoint)
         runtime.log(f"resumed at step {trainer.step:,} of {trainer.steps:,}")
-    elif args.steps:
-        trainer.steps = args.steps
-    else:
-        trainer.steps = trainer.plan(STARTED + 60 * args.minutes)
-        verb = "fits" if trainer.steps == 1 else "fit"
-        runtime.log(f"{plural(trainer.steps, 'step')} {verb} into {args.minutes:g} minutes")
-    final = train_or_say_how_to_go_on(trainer, args.out)
+    elif not args.steps:
+        trainer.plan(STARTED + 60 * args.minutes)
+        runtime.log(f"plan: {plural(trainer.steps, 'step')} in {args.minutes:g} minutes")
+        if trainer.steps < FEW_STEPS:
+            runtime.log(TOO_FEW_STEPS)
+    final = trainer.train()
 
     # 5. Write the result, and only then look at it.
     guessed = f"{final['accuracy']:.1%} of the masked tokens right"
@@ -159,9 +165,10 @@ def pretrain(args: argparse.Namespace, run: Run) -> None:
     metrics |= {"uniform_loss": task.uniform, "unigram_loss": task.unigram, "seed": args.seed}
     metrics |= {"trainable_params": parameters, "total_params": parameters}
     metrics |= {"steps": trainer.steps, "tokens": trainer.tokens, "train_examples": len(task.train)}
+    metrics |= {"validation_every": trainer.validation_every}
     metrics |= {
         "train_seconds": round(trainer.seconds, 1),
-        "total_seconds": round(time.monotonic() - STARTED, 1),
+        "total_seconds": round(trainer.earlier_seconds + time.monotonic() - STARTED, 1),
         "tokens_per_second": round(trainer.tokens / trainer.seconds),
         "peak_memory_bytes": runtime.peak_memory(),
         "saved_bytes": (args.out / "model.safetensors").stat().st_size,
@@ -175,6 +182,8 @@ def pretrain(args: argparse.Namespace, run: Run) -> None:
 
         plot_pretraining(run.read_log(), task.uniform, task.unigram, final, picture)
     runtime.log(f"wrote {args.out}: the model, loss.png, metrics.json, log.jsonl")
+    if trainer.steps < FEW_STEPS and not args.steps:
+        runtime.log(TOO_FEW_STEPS)
 
 
 def fill_examples(fill_mask: FillMask, chunks: Chunks, count: int = 3) -> list[str]:

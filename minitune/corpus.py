@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -46,7 +46,13 @@ class Corpus:
         self.dtype = _dtype(self.tokenizer)
 
     @classmethod
-    def open(cls, dataset: Dataset, tokenizer: Tokenizer | None, vocab_size: int) -> "Corpus":
+    def open(
+        cls,
+        dataset: Dataset,
+        tokenizer: Tokenizer | None,
+        vocab_size: int,
+        log: Callable[[str], None] = print,
+    ) -> "Corpus":
         """The cached corpus, tokenised now if it is not there yet.
 
         `tokenizer` None: one of `vocab_size` entries is learned from the training rows, and no
@@ -54,7 +60,7 @@ class Corpus:
         """
         directory = CACHE / cls.key(dataset, tokenizer, vocab_size)
         if not directory.is_dir():
-            print(f"tokenising {dataset.name} (once; kept in {directory})", flush=True)
+            log(f"tokenising {dataset.name} (once; kept in {directory})")
             _remove_leftovers(directory)
             partial = directory.with_name(f"{directory.name}.partial-{os.getpid()}")
             partial.mkdir(parents=True)

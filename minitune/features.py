@@ -13,7 +13,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from minitune.batching import PackedBatch, filled, reading_tokens
 from minitune.classification import Sequences
@@ -114,7 +113,7 @@ def extract(bert: Bert, inputs: Sequences, prefix: Path, runtime: Runtime) -> tu
         for i in range(0, len(order), BLOCK)
     }
     mine = list(blocks)[runtime.rank :: runtime.world_size]
-    for path in tqdm(mine, desc=prefix.name, disable=None if runtime.is_main else True):
+    for path in runtime.progress(mine, desc=prefix.name):
         if not path.is_file():
             started, rows = time.monotonic(), []
             for indices in filled(blocks[path], inputs.lengths, reading_tokens(runtime.device)):

@@ -33,7 +33,7 @@ from minitune.support.errors import UserError
 from minitune.support.runs import Run, write_atomically
 from minitune.support.runtime import Runtime
 from minitune.tokenizer import Tokenizer
-from minitune.training import Trainer, evaluate, train_or_say_how_to_go_on
+from minitune.training import Trainer, evaluate
 
 MOST_TOKENS = 4096  # in a batch
 LEAST_BATCHES = 8  # in an epoch
@@ -228,7 +228,7 @@ def fine_tune(experiment: Experiment, setup: Setup) -> dict:
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     sizes = {"trainable_params": sum(map(sizes.get, trained)), "total_params": sum(sizes.values())}
     runtime.log("trains {:,} of {:,} parameters: {}".format(*sizes.values(), in_short(trained)))
-    best, cost = train(learner, examples, recipe, experiment, setup)
+    best, cost = train(learner, examples, recipe, experiment, setup, started)
 
     batches = examples["test"].batches(recipe["batch_tokens"])
     test = evaluate(learner, batches, runtime)  # of the test rows, this once
@@ -237,7 +237,8 @@ def fine_tune(experiment: Experiment, setup: Setup) -> dict:
     speed = round(reading.get("tokens", cost["tokens"]) / seconds)
     metrics = {"method": experiment.method, **test, **best, **recipe, **sizes, "trained": trained}
     metrics |= {"train_seconds": round(seconds, 1), "tokens_per_second": speed}
-    metrics |= {"total_seconds": round(time.monotonic() - started, 1), "steps": cost["steps"]}
+    total_seconds = cost["earlier_seconds"] + time.monotonic() - started
+    metrics |= {"total_seconds": round(total_seconds, 1), "steps": cost["steps"]}
     metrics |= {"peak_memory_bytes": runtime.peak_memory(), "soup": args.soup}
     metrics |= {"train_examples": len(examples["train"]), "seed": experiment.seed}
     metrics |= {"model": args.model, "data": args.data, "device": runtime.describe()}
@@ -280,11 +281,12 @@ def train(
     recipe: dict,
     experiment: Experiment,
     setup: Setup,
+    started: float,
 ) -> tuple[dict, dict]:
     """Train once, or --soup times from the same weights; the learner gets the best by validation.
 
     That is the best epoch of a training, or the average of two trainings or more. Returns its
-    figures, and what all of it took.
+    figures, and what all of it took; `started` is when this process began with it.
     """
     args, run, runtime = setup.args, experiment.run, setup.runtime
     rates = [
@@ -300,7 +302,7 @@ def train(
         copy.deepcopy(learner.state_dict()),
     )
     weights, candidates, log = [], [], []
-    cost = {"steps": 0, "tokens": 0, "seconds": 0.0}
+    cost = {"steps": 0, "tokens": 0, "seconds": 0.0, "earlier_seconds": 0.0}
     for k in range(args.soup):
         part = run if args.soup == 1 else Run(run.state_path.parent / f"training-{k + 1}")
         part.state_path.parent.mkdir(parents=True, exist_ok=True)
@@ -311,14 +313,16 @@ def train(
         optimizer = Optimizer(learner, recipe["optimizer"], *rates)
         trainer = Trainer(learner, optimizer, task, part, runtime, seed=seed, **options)
         trainer.steps = task.steps
+        if k == 0:
+            trainer.started = started
         name = f"training {k + 1} of {args.soup}: " if args.soup > 1 else ""
         steps = f"{epochs} epoch{'s' * (epochs > 1)}, {task.steps:,} steps of at most {size:,} {task.unit}"
         runtime.log(f"{name}{steps}, {in_words(recipe)}")
         if checkpoint := part.load():
             trainer.restore(*checkpoint)
             runtime.log(f"resumed at step {trainer.step:,} of {trainer.steps:,}")
-        validation = train_or_say_how_to_go_on(trainer, args.out)
-        epoch = task.epoch_ends.index(trainer.best["step"]) + 1
+        validation = trainer.train()
+        epoch = task.epoch_ends.index(trainer.best_step) + 1
         candidates.append(
             {**validation, "best_training": k + 1, "best_epoch": epoch, "average_of": 1}
         )

@@ -67,7 +67,8 @@ class MaskedBatch:
 class MaskedLanguageModelling:
     """Guess the masked tokens of a corpus."""
 
-    unit = "tokens"
+    unit, evaluations = "tokens", EVALUATIONS
+    score = None  # the last weights are kept: the learning rate has come down to zero with them
 
     def __init__(
         self,
@@ -97,8 +98,6 @@ class MaskedLanguageModelling:
             self.mask(self.held_out.read(indices), generator, VALIDATION_RATE, whole_word=False)
             for indices in filled(order, lengths, batch_tokens)
         ]
-        tokens = sum(batch.tokens for batch in self.validation)
-        self.validation_tokens = tokens * (1 + EVALUATIONS / QUICK)
 
     def batches(self, first_step: int) -> Iterator[MaskedBatch]:
         """The batch of each step from `first_step` on; a step has the same one in every run."""
@@ -136,6 +135,3 @@ class MaskedLanguageModelling:
     def validation_batches(self, quick: bool) -> list[MaskedBatch]:
         """All of them; if `quick`, every 8th."""
         return self.validation[:: QUICK if quick else 1]
-
-    def score(self, metrics: dict) -> None:
-        """None: the last weights are kept, since the learning rate ends at zero with them."""

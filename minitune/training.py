@@ -1,8 +1,8 @@
-"""The one training loop: precision, accumulation, clipping, schedule, resume.
+"""The one training loop: accumulation, precision, clipping, schedule, evaluation, checkpoints.
 
-A task brings its batches and its loss (pretraining.py); the loop does not look inside them. What a
-step computes depends on the seed and the step's number alone, so a run that was killed and resumed
-ends with the same bits as one that was not.
+A task brings its batches and its loss (pretraining.py, classification.py); the loop does not look
+inside them. What a step computes depends on the seed and the step's number alone, so a run that was
+killed and resumed ends with the same bits as one that was not.
 """
 
 import contextlib
@@ -10,16 +10,15 @@ import copy
 import itertools
 import math
 import signal
-import sys
 import time
-from collections.abc import Iterator
-from pathlib import Path
+from collections import deque
+from collections.abc import Callable, Iterator
+from statistics import median
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from minitune.optimizer import Optimizer, one_cycle
 from minitune.support.errors import UserError
@@ -28,33 +27,28 @@ from minitune.support.runtime import Runtime
 
 MAX_GRADIENT_NORM = 1.0
 LOG_EVERY = 10  # steps
-REHEARSAL_STEPS = 4  # at least
-REHEARSAL_SHARE = 0.02  # of the time that is left, twice: to warm up, and to measure
-
-
-class Batch(Protocol):
-    """pretraining.MaskedBatch, classification.Examples."""
-
-    tokens: int  # that are read
-
-    def __len__(self) -> int:
-        """How many predictions the loss is a mean over."""
-
-    def split(self, parts: int) -> list["Batch"]:
-        """At most so many shares of it, for accumulation and for several processes."""
-
-    def to(self, device: torch.device) -> tuple[tuple, Tensor]:
-        """(inputs, labels) on a device: `model(*inputs)` gives one row of logits a label."""
+REPORT_EVERY = 10  # seconds: evaluations of small tasks come faster than anyone reads
+PROBE_STEPS, PROBE_SHARE = 100, 0.05  # to measure the speed: steps, or share of the time, at most
+EVALUATION_SHARE = 0.2  # of the time, at most
+TOLERANCE = 0.05  # share of its steps by which a plan may be off before it is changed
 
 
 class Task(Protocol):
-    """What the loop needs of a task. A batch has `len`, `tokens`, `split` and `to` (see Batch)."""
+    """What the loop needs of a task: MaskedLanguageModelling, Classification.
 
-    validation_tokens: int  # read by one full evaluation and all quick ones of a run
-    baseline: str  # what a loss is to be compared with
+    Its batches (MaskedBatch, Examples) have `tokens`, how many are read; `len`, the predictions that
+    the loss is a mean over; `split(parts)`, at most so many shares; and `to(device)`, which gives
+    (inputs, labels) such that `model(*inputs)` has one row of logits a label.
+    """
+
     unit: str  # of a batch's size, "tokens" as a rule
+    baseline: str  # what a loss is to be compared with
+    evaluations: int  # quick ones, in a run
+    # What the weights to be kept have the most of, {"loss", "accuracy"} given; None keeps the last.
+    # A task with a score evaluates all rows each time: what was best is not evaluated again.
+    score: Callable[[dict], Any] | None
 
-    def batches(self, first_step: int) -> Iterator[Batch]:
+    def batches(self, first_step: int) -> Iterator[Any]:
         """The batch of each step, from `first_step` on."""
 
     def loss(self, model: nn.Module, inputs: tuple, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,19 +57,17 @@ class Task(Protocol):
     def evaluation_due(self, step: int, steps: int) -> bool:
         """Whether to evaluate, quickly, after this many of so many steps."""
 
-    def validation_batches(self, quick: bool) -> list[Batch]:
+    def validation_batches(self, quick: bool) -> list[Any]:
         """The validation rows; if `quick`, a part of them is enough."""
 
-    def score(self, metrics: dict) -> Any:
-        """If the weights with the best score are to be kept at the end, that; None keeps the last.
 
-        A task that scores evaluates all rows each time, quickly or not: what was best is not
-        evaluated again.
-        """
+# What training changes beside tensors: attributes of Trainer, and what a checkpoint has to hold.
+PROGRESS = {"step": int, "steps": int, "tokens": int, "seconds": float, "validation_every": int}
+PROGRESS |= {"best_step": int, "best_loss": float, "best_accuracy": float}
 
 
 class Trainer:
-    """Trains `model` on `task` for a fixed number of steps, saving to `run` now and then."""
+    """Trains `model` on `task` for `steps` steps, saving checkpoints to `run`."""
 
     def __init__(
         self,
@@ -90,213 +82,114 @@ class Trainer:
         accumulate: int = 1,
         save_minutes: float = 2.0,
     ):
-        self.model, self.optimizer, self.task, self.run = model, optimizer, task, run
-        self.runtime = runtime
+        """`warmup` is a share of all steps; each batch is computed in `accumulate` parts."""
+        self.model, self.optimizer, self.task = model, optimizer, task
+        self.run, self.runtime = run, runtime
         self.seed, self.warmup, self.accumulate = seed, warmup, accumulate
-        self.save_seconds = 60 * save_minutes
-        # float16 gradients underflow to zero unless the loss is scaled up (Micikevicius et al.
-        # 2018).
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        # float16 gradients underflow to 0 unless the loss is scaled up (Micikevicius et al. 2018).
         self.scaler = torch.amp.GradScaler(enabled=runtime.precision == "fp16")
-        self.step, self.steps, self.seconds, self.tokens = 0, 0, 0.0, 0
-        self.last_save = (
-            -math.inf
-        )  # so a checkpoint is written at the first step, to go back to after a NaN
-        self.interrupts = Interrupts()
-        self.reporter = Reporter(task.unit, task.baseline, speaks=runtime.is_main)
-        # Of the best evaluation so far: {"score", "step", "metrics"}, and what was trained.
-        self.best: dict = {}
-        self.best_weights: dict[str, Tensor] = {}
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        """What is trained."""
-        return list(self.trained().values())
-
-    def trained(self) -> dict[str, nn.Parameter]:
-        """What is trained, by name. Frozen weights are in no checkpoint."""
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-
-    def plan(self, deadline: float) -> int:
-        """How many steps fit in before `deadline` (of time.monotonic), evaluations included.
-
-        Measured on a copy that is thrown away, so that a run of N steps is the same however N was
-        set.
-        """
-        rehearsal = copy.copy(self)
-        originals = self.model, self.optimizer, self.scaler
-        rehearsal.model, rehearsal.optimizer, rehearsal.scaler = copy.deepcopy(originals)
-        rehearsal.model.train()
-        rehearsal.steps, batches = 1, self.task.batches(0)
-
-        def take_steps(count: int) -> tuple[float, int]:
-            """Train for so many steps: (seconds a step, tokens a step)."""
-            started, tokens = time.monotonic(), 0
-            for batch in itertools.islice(batches, count):
-                _, norm, _ = rehearsal._gradients(batch)
-                rehearsal._apply(norm)
-                tokens += batch.tokens
-            return (time.monotonic() - started) / count, tokens / count
-
-        # The first steps allocate memory, and compile kernels for batches of many shapes.
-        seconds, _ = take_steps(REHEARSAL_STEPS)
-        count = max(REHEARSAL_STEPS, int(REHEARSAL_SHARE * (deadline - time.monotonic()) / seconds))
-        count = self.runtime.broadcast(count)
-        take_steps(count)
-        seconds, tokens = take_steps(count)
-        # Evaluation is a forward pass, a third of the work of a step.
-        evaluations = self.task.validation_tokens * seconds / tokens / 3
-        steps = (deadline - time.monotonic() - evaluations) / seconds
-        return self.runtime.broadcast(max(int(steps), 1))
-
-    def restore(self, tensors: dict[str, Tensor], progress: dict) -> None:
-        """Go on from a checkpoint of `save`."""
-        parts = {"model": {}, "optimizer": {}, "best": {}}
-        for name, tensor in tensors.items():
-            part, _, name = name.partition("/")
-            parts[part][name] = tensor
-        self.load(parts["model"])
-        self.best = progress["best"]
-        self.best_weights = {n: t.to(self.runtime.device) for n, t in parts["best"].items()}
-        for name, tensor in self.optimizer.state().items():
-            tensor.copy_(parts["optimizer"][name])
-        if progress["scaler"]:
-            self.scaler.load_state_dict(progress["scaler"])
-        self.step, self.steps = progress["step"], progress["steps"]
-        self.seconds, self.tokens = progress["seconds"], progress["tokens"]
-        self.last_save = time.monotonic()
-
-    def save(self) -> None:
-        """Write a checkpoint from which `restore` goes on to the same bits."""
-        if self.runtime.is_main:
-            tensors = {f"model/{name}": tensor for name, tensor in self.trained().items()}
-            state = self.optimizer.state().items()
-            tensors |= {f"optimizer/{name}": tensor for name, tensor in state}
-            tensors |= {f"best/{name}": tensor for name, tensor in self.best_weights.items()}
-            progress = {"step": self.step, "steps": self.steps, "seconds": self.seconds}
-            progress |= {
-                "tokens": self.tokens,
-                "scaler": self.scaler.state_dict(),
-                "best": self.best,
-            }
-            self.run.save(tensors, progress)
-        self.last_save = time.monotonic()
-
-    @torch.no_grad()
-    def load(self, weights: dict[str, Tensor]) -> None:
-        """Give everything that is trained these values."""
-        for name, parameter in self.trained().items():
-            parameter.copy_(weights[name])
+        self.step, self.steps, self.tokens, self.seconds = 0, 0, 0, 0.0
+        self.validation_every = 1  # 2: of the validation batches every second one, and so on
+        self.best_step, self.best_loss, self.best_accuracy = 0, 0.0, 0.0  # of all evaluations
+        trained = self.trained.items() if task.score else ()
+        self.best_weights = {name: p.detach().clone() for name, p in trained}
+        self.started, self.earlier_seconds = time.monotonic(), 0.0  # in processes before this one
+        self.deadline: float | None = None  # of time.monotonic(), where steps are planned by time
+        self.recent: deque[float] = deque(maxlen=50)  # `seconds` after each of the last steps
+        self.save_seconds, self.last_save = 60 * save_minutes, -math.inf  # also at the first step
+        self.last_report = -math.inf
+        self.signals: list[int] = []  # to stop
 
     def train(self) -> dict:
-        """From the current step to the last; returns the metrics on all validation rows.
+        """From the current step to the last; returns loss and accuracy on all validation rows.
 
         Leaves the model with its best weights if the task has a score for them, else with the last.
-
-        Raises Interrupted after Ctrl-C, and UserError when the loss is no number any more.
+        Raises KeyboardInterrupt after Ctrl-C, when a checkpoint is saved, and UserError when the
+        loss is no longer a number.
         """
-        with self.interrupts, self.reporter.bar(self.step, self.steps):
+        if self.runtime.is_main:
+            self.run.rewind_log(self.step)
+        options = {"total": self.steps, "initial": self.step, "unit": "step"}
+        with catch_signals(self.signals), self.runtime.progress(**options) as bar:
             self.model.train()
             batches = self.task.batches(self.step)
             while self.step < self.steps:
-                self._step(batches)
-        if self.best:
-            self.load(self.best_weights)
-        final = self.best.get("metrics") or self.evaluate()
-        self._check(final["loss"])
-        self.save()
-        if self.runtime.sum(torch.tensor([float(self.interrupts.asked)])) > 0:
-            raise Interrupted  # asked for during the last step; nothing is left but to write the results
+                loss = self._step(next(batches))
+                bar.total = self.steps
+                bar.set_postfix_str(f"loss {loss:.3f} ({self.task.baseline})")
+                bar.update()
+            if self.best_step:
+                self.load(self.best_weights)
+                final = {"loss": self.best_loss, "accuracy": self.best_accuracy}
+            else:
+                self.runtime.log(f"step {self.step:>6,}: evaluating on all validation rows")
+                final = self.evaluate()
+            self._check_finite(final["loss"])
+            self.save()
+            self._stop(self.runtime.sum(torch.tensor(len(self.signals))).item())
         return final
 
-    def _step(self, batches: Iterator[Any]) -> None:
+    def _step(self, batch: Any) -> float:
+        """One step, and what is due after it; returns the loss."""
         with self._clock():
-            batch = next(batches)
-            loss, norm, stop = self._gradients(batch)
+            loss, norm, signals = self._gradients(batch)
         # Saved between gradients and update: these weights have just given a finite loss.
-        if stop or time.monotonic() - self.last_save > self.save_seconds:
+        if signals or time.monotonic() - self.last_save > self.save_seconds:
             self.save()
-        if stop:
-            raise Interrupted
+        self._stop(signals)
         with self._clock():
-            self._apply(norm)
-        self.step += 1
-        self.tokens += batch.tokens
-        entry = {
-            "step": self.step,
-            "loss": loss,
-            "gradient_norm": norm if math.isfinite(norm) else None,
-        }
+            self._update(norm)
+        self._count(batch)
+        if self.deadline and self.step % LOG_EVERY == 0:
+            self._keep_deadline()
+        entry = {"step": self.step, "steps": self.steps, "loss": loss}
+        entry["gradient_norm"] = norm if math.isfinite(norm) else None
         entry |= {"tokens": self.tokens, "seconds": round(self.seconds, 2)}
-        if self.task.evaluation_due(self.step, self.steps):
-            self._validate(entry)
-        due = self.step % LOG_EVERY == 0 or "validation" in entry or self.step == self.steps
+        if evaluated := self.task.evaluation_due(self.step, self.steps):
+            entry["validation"] = self._validate()
+        due = evaluated or self.step % LOG_EVERY == 0 or self.step == self.steps
         if due and self.runtime.is_main:
             self.run.log(entry)
-        self.reporter.advance(loss, self.tokens / self.seconds)
+        return loss
 
-    def _gradients(self, batch: Any) -> tuple[float, float, bool]:
-        """Fill p.grad: (mean loss, gradient norm before clipping, whether to stop here)."""
+    def _gradients(self, batch: Any) -> tuple[float, float, int]:
+        """Fill p.grad: (mean loss, gradient norm before clipping, number of signals to stop)."""
         # Dropout must not depend on where the run was resumed.
         torch.manual_seed((self.seed * 1_000_003 + self.step) * 1009 + self.runtime.rank)
-        total = torch.zeros(2)  # loss, and how many processes were asked to stop
-        self.scaler.scale(
-            torch.zeros((), device=self.runtime.device)
-        )  # wakes a scaler without parts
+        total = torch.tensor([0.0, len(self.signals)])
+        self.scaler.scale(torch.zeros((), device=self.runtime.device))  # a process may have no part
         parts = batch.split(self.runtime.world_size * self.accumulate)
         for part in parts[self.runtime.rank :: self.runtime.world_size]:
             inputs, labels = part.to(self.runtime.device)
             with self.runtime.autocast():
                 minimised, reported = self.task.loss(self.model, inputs, labels)
-            # Over the predictions of the whole batch: parts differ in how many they have, and
-            # a mean of their means would weigh them wrongly.
+            # Divided by the predictions of the whole batch: parts differ in how many they have.
             self.scaler.scale(minimised / max(len(batch), 1)).backward()
             total[0] += (reported.detach() / max(len(batch), 1)).cpu()
-        total[1] = self.interrupts.asked
-        self.runtime.sum_gradients(self.parameters)
-        loss, stop = self.runtime.sum(total).tolist()
+        parameters = list(self.trained.values())
+        self.runtime.sum_gradients(parameters)
+        loss, signals = self.runtime.sum(total).tolist()
         for optimizer in self.optimizer.parts:
             self.scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(self.parameters, MAX_GRADIENT_NORM).item()
-        # Scaled float16 gradients may overflow now and then; the step is skipped and the scale
-        # lowered.
-        self._check(loss if self.scaler.is_enabled() else loss + norm)
-        return loss, norm, stop > 0
+        norm = nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM).item()
+        # Scaled float16 gradients may overflow now and then; `_update` skips such a step.
+        self._check_finite(loss if self.scaler.is_enabled() else loss + norm)
+        return loss, norm, int(signals)
 
-    def _check(self, loss: float) -> None:
-        """Stop where there is nothing left to train."""
-        if not math.isfinite(loss):
-            saved = self.run.state_path.is_file()
-            where = (
-                f"the last good checkpoint is in {self.run.state_path.parent}"
-                if saved
-                else "none saved"
-            )
-            what = f"loss or gradient became {loss} after step {self.step}"
-            raise UserError(f"{what}; {where}; try --resume with a lower --lr")
-
-    def _apply(self, norm: float) -> None:
+    def _update(self, norm: float) -> None:
         """Update the weights from p.grad, and clear it."""
         self.optimizer.set_rate(one_cycle(self.step, self.steps, self.warmup))
-        if math.isfinite(norm):  # else float16 overflowed: skip every part, not only the one it hit
+        if math.isfinite(norm):
             for optimizer in self.optimizer.parts:
                 self.scaler.step(optimizer)
-        self.scaler.update()
+        self.scaler.update()  # lowers the scale after an overflow
         self.optimizer.zero_grad()
 
-    def evaluate(self, quick: bool = False) -> dict:
-        """The task's metrics on validation rows."""
-        batches = self.task.validation_batches(quick)
-        return evaluate(self.model, batches, self.runtime)
-
-    def _validate(self, entry: dict) -> None:
-        """Evaluate, add that to an entry of the log, and keep these weights if they are the best."""
-        entry["validation"] = metrics = self.evaluate(quick=True)
-        minutes_left = (self.steps - self.step) * self.seconds / self.step / 60
-        self.reporter.report(self.step, metrics, self.tokens / self.seconds, minutes_left)
-        score = self.task.score(metrics)
-        if score is not None and (not self.best or list(score) > self.best["score"]):
-            self.best = {"score": list(score), "step": self.step, "metrics": metrics}
-            self.best_weights = {name: p.detach().clone() for name, p in self.trained().items()}
+    def _count(self, batch: Any) -> None:
+        """One more step is done."""
+        self.step, self.tokens = self.step + 1, self.tokens + batch.tokens
+        self.recent.append(self.seconds)
 
     @contextlib.contextmanager
     def _clock(self) -> Iterator[None]:
@@ -305,15 +198,162 @@ class Trainer:
         yield
         self.seconds += time.monotonic() - started
 
+    def _check_finite(self, loss: float) -> None:
+        """Raise UserError where nothing can be trained any more."""
+        if not math.isfinite(loss):
+            saved, folder = self.run.state_path.is_file(), self.run.state_path.parent
+            where = f"the last good checkpoint is in {folder}" if saved else "none saved"
+            what = f"loss or gradient became {loss} after step {self.step}"
+            raise UserError(f"{what}; {where}; try --resume with a lower --lr")
+
+    def _stop(self, signals: int) -> None:
+        """Raise KeyboardInterrupt if there was a signal; a checkpoint has been saved."""
+        if signals:
+            what = f"interrupted: saved at step {self.step:,}"
+            self.runtime.log(f"\n{what}; the same command with --resume continues")
+            raise KeyboardInterrupt
+
+    def evaluate(self, quick: bool = False) -> dict:
+        """`loss` and `accuracy` on validation rows."""
+        batches = self.task.validation_batches(quick)[:: self.validation_every]
+        return evaluate(self.model, batches, self.runtime)
+
+    def _validate(self) -> dict:
+        """Evaluate quickly, keep the weights if they are the best, and report; returns the metrics."""
+        metrics, score = self.evaluate(quick=True), self.task.score
+        best = {"loss": self.best_loss, "accuracy": self.best_accuracy}
+        if score and (not self.best_step or score(metrics) > score(best)):
+            self.best_step, self.best_loss = self.step, metrics["loss"]
+            self.best_accuracy = metrics["accuracy"]
+            self.best_weights = {name: p.detach().clone() for name, p in self.trained.items()}
+        if time.monotonic() - self.last_report > REPORT_EVERY or self.step == self.steps:
+            self.last_report = time.monotonic()
+            values = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
+            minutes = (self.steps - self.step) * self.seconds / self.step / 60
+            speed = f"{self.tokens / self.seconds:,.0f} {self.task.unit}/s"
+            self.runtime.log(
+                f"step {self.step:>6,} of {self.steps:,}   validation {values} "
+                f"({self.task.baseline})   {speed}   {minutes:.1f} min left"
+            )
+        return metrics
+
+    def plan(self, deadline: float) -> None:
+        """Set `steps` so that they and all evaluations end by `deadline`, of time.monotonic().
+
+        Measured on a copy, so that a run of N steps is the same however N was set. Evaluations that
+        would take over EVALUATION_SHARE of the time read an evenly spread part of the rows.
+        """
+        self.deadline, started = deadline, time.monotonic()
+        mine = self.model.train(), self.trained, self.optimizer, self.scaler
+        probe, probe.steps = copy.copy(self), 10**9
+        probe.model, probe.trained, probe.optimizer, probe.scaler = copy.deepcopy(mine)
+        for batch in itertools.islice(self.task.batches(0), PROBE_STEPS):
+            with probe._clock():
+                _, norm, _ = probe._gradients(batch)
+                probe._update(norm)
+            probe._count(batch)
+            late = time.monotonic() - started > PROBE_SHARE * (deadline - started)
+            if self.runtime.broadcast(late and probe.step > 1):
+                break
+        share = probe._evaluation_seconds() / max(deadline - time.monotonic(), 1e-6)
+        every = self.runtime.broadcast(math.ceil(share / EVALUATION_SHARE))
+        self.validation_every = probe.validation_every = max(every, 1)
+        if every > 1:
+            self.runtime.log(f"little time to evaluate: 1 of {every:,} validation batches is read")
+        self.steps = probe._steps_left()
+        self.recent.clear()
+
+    def _keep_deadline(self) -> None:
+        """Move the end of the run, and of the schedule, where the speed is not what was planned."""
+        steps = self.step + self._steps_left()
+        if abs(steps - self.steps) > TOLERANCE * self.steps:
+            self.runtime.log(f"the speed has changed: {steps:,} steps instead of {self.steps:,}")
+            self.steps = steps
+
+    def _steps_left(self) -> int:
+        """How many more steps fit in before the deadline; one at least."""
+        seconds = self.deadline - time.monotonic() - self._evaluation_seconds()
+        return self.runtime.broadcast(max(1, int(seconds / self._pace())))
+
+    def _evaluation_seconds(self) -> float:
+        """Of all evaluations to come: forward passes, a third of the work of a step."""
+        full, quick = (self.task.validation_batches(quick) for quick in (False, True))
+        quick_ones = self.task.evaluations * (1 - self.step / self.steps)
+        tokens = sum(b.tokens for b in full) + quick_ones * sum(b.tokens for b in quick)
+        return tokens / self.validation_every / (self.tokens / self.step) * self._pace() / 3
+
+    def _pace(self) -> float:
+        """Seconds a step: the median of the last ones, without the very first."""
+        return median(after - before for before, after in itertools.pairwise(self.recent))
+
+    def save(self) -> None:
+        """Write a checkpoint, from which a run is resumed to the same bits."""
+        if self.runtime.is_main:
+            progress = {name: getattr(self, name) for name in PROGRESS}
+            now, scaler = time.monotonic(), self.scaler.state_dict()
+            progress["total_seconds"] = self.earlier_seconds + now - self.started
+            self.run.save(self._tensors(), progress | {"scaler": scaler})
+        self.last_save = time.monotonic()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """All that training changes, by name; what is frozen is in no checkpoint."""
+        parts = {"model": self.trained, "optimizer": self.optimizer.state()}
+        parts["best"] = self.best_weights
+        return {f"{part}/{name}": t for part, state in parts.items() for name, t in state.items()}
+
+    @torch.no_grad()
+    def restore(self, tensors: dict[str, Tensor], progress: dict) -> None:
+        """Continue from a checkpoint. Raises UserError where it cannot be one of this run."""
+        fault = "" if self._is_possible(progress) else "its numbers are not those of this run"
+        mine, theirs = (
+            {(name, tensor.dtype, tensor.shape) for name, tensor in state.items()}
+            for state in (self._tensors(), tensors)
+        )
+        for name, *_ in sorted(mine ^ theirs, key=str):
+            fault = f"its tensor {name[:99]} is not that of this run"
+        if fault:
+            raise UserError(f"{self.run.state_path} is damaged: {fault}")
+        for name, tensor in self._tensors().items():
+            tensor.copy_(tensors[name])
+        for name in PROGRESS:
+            setattr(self, name, progress[name])
+        if progress["scaler"].keys() == self.scaler.state_dict().keys():  # else another --precision
+            self.scaler.load_state_dict(progress["scaler"])
+        self.earlier_seconds = progress["total_seconds"]
+        self.last_save = time.monotonic()
+
+    def _is_possible(self, progress: dict) -> bool:
+        """Whether `save` can have written this in this run."""
+        kinds = PROGRESS | {"total_seconds": float, "scaler": dict}
+        if type(progress) is not dict or kinds != {k: type(v) for k, v in progress.items()}:
+            return False
+        numbers = [*(progress | {"scaler": 0}).values(), *progress["scaler"].values()]
+        if not all(type(x) in (int, float) and 0 <= x < 2**60 for x in numbers):
+            return False
+        step, steps, best, seconds, every = (
+            progress[k] for k in ("step", "steps", "best_step", "seconds", "validation_every")
+        )
+        if not (step <= steps and seconds and every) or steps != (self.steps or steps):
+            return False
+        evaluated = range(1, step + 1) if self.task.score else ()
+        return best in ([s for s in evaluated if self.task.evaluation_due(s, steps)] or [0])
+
+    @torch.no_grad()
+    def load(self, weights: dict[str, Tensor]) -> None:
+        """Give everything that is trained these values."""
+        for name, parameter in self.trained.items():
+            parameter.copy_(weights[name])
+
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: list[Batch], runtime: Runtime) -> dict:
+def evaluate(model: nn.Module, batches: list[Any], runtime: Runtime) -> dict:
     """Mean `loss` in nats and `accuracy` over all predictions; processes share the batches."""
     was_training = model.training
     model.eval()
     totals = torch.zeros(3, dtype=torch.float64)  # loss, right answers, answers
+    mine = batches[runtime.rank :: runtime.world_size]
     with runtime.autocast():  # one context, so that it casts weights only once
-        for batch in batches[runtime.rank :: runtime.world_size]:
+        for batch in runtime.progress(mine, desc="evaluation", leave=False):
             inputs, labels = batch.to(runtime.device)
             logits = model(*inputs).float()
             loss = F.cross_entropy(logits, labels, reduction="sum")
@@ -324,77 +364,17 @@ def evaluate(model: nn.Module, batches: list[Batch], runtime: Runtime) -> dict:
     return {"loss": loss / max(answers, 1), "accuracy": right / max(answers, 1)}
 
 
-def train_or_say_how_to_go_on(trainer: Trainer, out: Path) -> dict:
-    """`trainer.train()`, with the log as it was at the trainer's step; `out` is the script's --out."""
-    if trainer.runtime.is_main:
-        trainer.run.rewind_log(trainer.step)
-    try:
-        return trainer.train()
-    except Interrupted:
-        done = f"saved at step {trainer.step:,}"
-        trainer.runtime.log(f"\ninterrupted: {done}; go on with --resume --out {out}")
-        raise
+@contextlib.contextmanager
+def catch_signals(caught: list[int]) -> Iterator[None]:
+    """Put the first Ctrl-C, or SIGTERM, into the list; a second one ends the program at once."""
 
-
-REPORT_EVERY = 10  # seconds: small tasks have evaluations faster than anyone reads
-
-
-class Reporter:
-    """A bar where there is a terminal, and lines with the validation metrics, which a log file gets too."""
-
-    def __init__(self, unit: str, baseline: str, speaks: bool):
-        """`unit` of a batch's size; `baseline`, what a loss is to be compared with; one process speaks."""
-        self.unit, self.baseline, self.speaks = unit, baseline, speaks
-        self.last_report = -math.inf
-
-    @contextlib.contextmanager
-    def bar(self, step: int, steps: int) -> Iterator[None]:
-        """Show a bar over so many steps, the first ones of which are done."""
-        self.steps = steps
-        # None: only where there is a terminal.
-        disable = None if self.speaks else True
-        with tqdm(
-            total=steps, initial=step, unit="step", dynamic_ncols=True, disable=disable
-        ) as self._bar:
-            yield
-
-    def advance(self, loss: float, speed: float) -> None:
-        """One step is done; `speed` in units a second."""
-        self._bar.update()
-        self._bar.set_postfix_str(f"loss {loss:.3f} ({self.baseline}), {speed:,.0f} {self.unit}/s")
-
-    def report(self, step: int, metrics: dict, speed: float, minutes_left: float) -> None:
-        """A line for people, not more often than they can read, and one at the end."""
-        due = time.monotonic() - self.last_report > REPORT_EVERY or step == self.steps
-        if not due or not self.speaks:
-            return
-        self.last_report = time.monotonic()
-        values = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
-        line = f"step {step:>6,} of {self.steps:,}   validation {values} ({self.baseline})"
-        line += f"   {speed:,.0f} {self.unit}/s   {minutes_left:.1f} min left"
-        self._bar.write(line, file=sys.stdout)
-        sys.stdout.flush()
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, after the checkpoint was saved."""
-
-
-class Interrupts:
-    """Within this context the first Ctrl-C only sets `asked`; the second ends the program at once."""
-
-    def __init__(self):
-        self.asked = False
-
-    def __enter__(self) -> "Interrupts":
-        handled = (signal.SIGINT, signal.SIGTERM)
-        self.before = {number: signal.signal(number, self._ask) for number in handled}
-        return self
-
-    def _ask(self, number: int, frame: object) -> None:
-        self.asked = True
+    def note(number: int, frame: object) -> None:
+        caught.append(number)
         signal.signal(number, signal.default_int_handler)
 
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)

@@ -264,7 +264,7 @@ def test_the_weights_of_the_best_epoch_stay(tmp_path):
     # The threshold goes 1, 2, 2.75, 3.25, 3.5: between the two rows in the third epoch only.
     trainer, metrics = train_threshold(tmp_path, numbers((2.5, 1), (3, 0)))
     assert trainer.model.w.item() == trainer.model.seen[2] and 2.5 < trainer.model.w.item() < 3
-    assert trainer.best["step"] == 3 and metrics["accuracy"] == 1.0
+    assert trainer.best_step == 3 and metrics["accuracy"] == 1.0
     logged = {e["step"]: e["validation"] for e in trainer.run.read_log() if "validation" in e}
     assert [logged[step]["accuracy"] for step in (1, 2, 3, 4, 5)] == [0.5, 0.5, 1.0, 0.5, 0.5]
     assert metrics == logged[3]
@@ -277,15 +277,13 @@ def test_among_epochs_of_equal_accuracy_the_surest_is_the_best(tmp_path):
     trainer, metrics = train_threshold(tmp_path, numbers((1.5, 1), (4, 0)))
     logged = [e["validation"] for e in trainer.run.read_log() if "validation" in e]
     assert [e["accuracy"] for e in logged] == [0.5, 1, 1, 1, 1]
-    assert (
-        metrics == min(logged, key=lambda e: e["loss"]) == logged[2] and trainer.best["step"] == 3
-    )
+    assert metrics == min(logged, key=lambda e: e["loss"]) == logged[2] and trainer.best_step == 3
     assert trainer.model.w.item() == trainer.model.seen[2]
 
 
 def test_the_first_of_equals_is_the_best(tmp_path):
     trainer, _ = train_threshold(tmp_path, numbers((-1e6, 1), (1e6, 0)))
-    assert trainer.best["step"] == 1 and trainer.model.w.item() == trainer.model.seen[0]
+    assert trainer.best_step == 1 and trainer.model.w.item() == trainer.model.seen[0]
 
 
 # The first four are in Newcombe (1998), "Two-sided confidence intervals for the single proportion",

@@ -633,7 +633,7 @@ def test_ctrl_c_saves_and_resume_goes_on_with_all_methods(compared, folder, tmp_
         patch.setattr(Run, "log", log_and_interrupt)
         stopped = run(*options(folder, out, "--method", *METHODS))
     assert stopped.status == 130 and "Traceback" not in stopped.err
-    assert f"--resume --out {out}" in stopped.out
+    assert "the same command with --resume continues" in stopped.out
     assert (out / "feature" / "metrics.json").exists()
     assert (out / "adapter" / "resume" / "state.safetensors").exists()
     assert not (out / "adapter" / "metrics.json").exists() and not (out / "full").exists()

@@ -125,7 +125,9 @@ def test_ctrl_c_saves_and_exits_with_130(text, tmp_path):
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate()
     assert process.returncode == 130
-    step = int(re.search(rb"saved at step (\d+); go on with --resume", output)[1])
+    step = int(
+        re.search(rb"saved at step (\d+); the same command with --resume continues", output)[1]
+    )
     assert step > 0 and not (stopped / "metrics.json").exists()
     resumed = train(text, stopped, "--resume")
     assert resumed.returncode == 0 and f"resumed at step {step} of {STEPS}" in resumed.stdout

@@ -1,14 +1,21 @@
 """The loop's parts: what is optimised how, what a batch in parts weighs, where training starts."""
 
 import copy
+import dataclasses
 import functools
+import itertools
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+import minitune.training
 from minitune.batching import PackedBatch
 from minitune.initialization import start_with_frequencies, start_with_neighbours
 from minitune.model import BertConfig, BertForMaskedLM
@@ -19,6 +26,7 @@ from minitune.support.runs import Run
 from minitune.support.runtime import Runtime, multiplies_bf16
 from minitune.training import Trainer
 
+ROOT = Path(__file__).parents[1]
 FP32 = Runtime.start("cpu", "fp32")
 SPECIAL = torch.tensor([0, 1, 2, 3, 4])
 CONFIG = BertConfig(
@@ -46,7 +54,7 @@ def trainer_for(model, tmp_path, accumulate=1) -> Trainer:
         rate=0.15, summary_weight=1.0, tokenizer=SimpleNamespace(special_ids=SPECIAL)
     )
     loss = functools.partial(MaskedLanguageModelling.loss, options)
-    task = SimpleNamespace(loss=loss, baseline="", unit="")
+    task = SimpleNamespace(loss=loss, baseline="", unit="", score=None)
     optimizer = Optimizer(model, "muon", 0.01, 0.001, 0.01)
     run = Run(tmp_path)
     return Trainer(model, optimizer, task, run, FP32, seed=0, accumulate=accumulate)
@@ -159,7 +167,7 @@ def test_the_optimizer_goes_on_from_its_state(tmp_path):
 
     def step(trainer):
         _, norm, _ = trainer._gradients(some_batch())
-        trainer._apply(norm)
+        trainer._update(norm)
         trainer.step += 1
 
     step(trainer), step(trainer)
@@ -231,3 +239,405 @@ def test_frozen_maps_give_the_numbers_that_autocast_gives(name):
     maps = ["attention.qkv", "attention.out", "feed_forward.up", "feed_forward.down"]
     frozen = {f"bert.layers.0.{path}.{kind}" for path in maps for kind in ("weight", "bias")}
     assert changed == (frozen if name == "bf16" else set())  # no LayerNorm, and nothing that trains
+
+
+# The loop, on a task whose every number can be computed by hand
+
+
+class Rows:
+    """Some rows of numbers (N, 3) with labels (N,), as a batch."""
+
+    def __init__(self, x, y):
+        self.x, self.y, self.tokens = x, y, len(y)
+
+    def __len__(self):
+        return len(self.y)
+
+    def split(self, parts):
+        return [Rows(x, y) for x, y in zip(self.x.chunk(parts), self.y.chunk(parts), strict=True)]
+
+    def to(self, device):
+        return (self.x,), self.y
+
+
+class Toy:
+    """Three classes of random rows; 120 validation rows in 24 batches."""
+
+    unit, baseline, evaluations, score = "rows", "chance", 12, None
+
+    def __init__(self, clock=None):
+        self.clock, self.read = clock, 0
+
+    def batches(self, first_step):
+        for step in itertools.count(first_step):
+            rng = torch.Generator().manual_seed(step)
+            yield Rows(3 * torch.randn(8, 3, generator=rng), torch.randint(3, (8,), generator=rng))
+
+    def loss(self, model, x, y):
+        loss = nn.functional.cross_entropy(model(*x), y, reduction="sum")
+        return loss, loss
+
+    def evaluation_due(self, step, steps):
+        return step % max(1, steps // 12) == 0 and step < steps
+
+    def validation_batches(self, quick):
+        rng = torch.Generator().manual_seed(99)
+        x, y = torch.randn(24, 5, 3, generator=rng), torch.randint(3, (24, 5), generator=rng)
+        return [Rows(x, y) for x, y in zip(x, y, strict=True)][:: 8 if quick else 1]
+
+
+class Linear(nn.Linear):
+    """A model in which a row costs time of the clock: a unit to train, a third of it to read."""
+
+    clock = None
+
+    def forward(self, x):
+        if self.clock:
+            self.clock.now += len(x) * self.clock.seconds_a_row / (1 if self.training else 3)
+        return super().forward(x)
+
+
+class Clock:
+    """Stands for the module `time`."""
+
+    def __init__(self):
+        self.now, self.seconds_a_row = 1000.0, 0.125  # a second a step
+
+    def monotonic(self):
+        return self.now
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The time that the loop sees."""
+    clock = Clock()
+    monkeypatch.setattr(minitune.training, "time", clock)
+    return clock
+
+
+def toy_trainer(directory, clock=None, *, lr=0.1, decay=0.0, **options) -> Trainer:
+    torch.manual_seed(0)
+    model = Linear(3, 3)
+    model.clock = clock
+    directory.mkdir(exist_ok=True)
+    run = Run(directory)
+    run.start({})
+    optimizer = Optimizer(model, "adamw", lr, 0.0, decay)
+    return Trainer(model, optimizer, Toy(), run, FP32, seed=0, **options)
+
+
+def bits(trainer) -> list[float]:
+    return [x for p in trainer.model.parameters() for x in p.flatten().tolist()]
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_training_is_clipped_adamw_with_warmup_and_linear_decay(tmp_path, accumulate):
+    trainer = toy_trainer(tmp_path, decay=0.3, warmup=0.25, accumulate=accumulate)
+    trainer.steps = 40
+    twin = copy.deepcopy(trainer.model)
+    trainer.train()
+
+    norms, moments = [], [(torch.zeros_like(p), torch.zeros_like(p)) for p in twin.parameters()]
+    for step, rows in enumerate(itertools.islice(Toy().batches(0), 40)):
+        grads = torch.autograd.grad(
+            nn.functional.cross_entropy(twin(rows.x), rows.y), list(twin.parameters())
+        )
+        norms.append(sum(g.square().sum() for g in grads).sqrt().item())
+        rate = 0.1 * ((step + 1) / 10 if step < 10 else (40 - step) / 30)
+        for p, g, (m, v) in zip(twin.parameters(), grads, moments, strict=True):
+            g = g / max(1, norms[-1])
+            m.mul_(0.9).add_(g, alpha=0.1)
+            v.mul_(0.98).addcmul_(g, g, value=0.02)
+            update = m / (1 - 0.9 ** (step + 1))
+            update /= (v / (1 - 0.98 ** (step + 1))).sqrt() + 1e-8
+            with torch.no_grad():
+                p -= rate * (0.3 * p * (p.ndim == 2) + update)
+    assert max(norms) > 2 and min(norms) < 1  # some are clipped, some are not
+    for p, q in zip(trainer.model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+    logged = {entry["step"]: entry["gradient_norm"] for entry in trainer.run.read_log()}
+    assert {step: pytest.approx(norms[step - 1], rel=1e-3) for step in logged} == logged
+
+
+def test_a_gradient_that_is_no_number_stops_training_before_it_does_harm(tmp_path):
+    trainer = toy_trainer(tmp_path)
+    trainer.steps, before = 3, bits(trainer)
+
+    def loss(model, x, y):
+        value = nn.functional.cross_entropy(model(*x), y) + (model.bias - model.bias).sum().sqrt()
+        return value, value  # finite, but its gradient is inf - inf
+
+    trainer.task.loss = loss
+    with pytest.raises(UserError, match="became nan after step 0; none saved"):
+        trainer.train()
+    assert bits(trainer) == before
+
+
+def test_evaluations_are_logged_at_their_steps_and_all_rows_are_read_at_the_end(tmp_path):
+    trainer = toy_trainer(tmp_path)
+    trainer.steps = 24
+    final = trainer.train()
+    evaluated = [e["step"] for e in trainer.run.read_log() if "validation" in e]
+    assert evaluated == list(range(2, 24, 2))
+    x, y = zip(*((b.x, b.y) for b in Toy().validation_batches(quick=False)), strict=True)
+    logits, labels = trainer.model(torch.cat(x)), torch.cat(y)
+    assert final["accuracy"] == (logits.argmax(-1) == labels).double().mean().item()
+    loss = nn.functional.cross_entropy(logits, labels).item()
+    assert final["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+# A run that is planned by time. A step takes a second, all evaluations 24 rows of a third.
+
+EVALUATIONS = (120 + 12 * 15) / 8 / 3  # seconds: one full one, twelve quick ones
+
+
+def test_a_plan_fills_the_time_and_leaves_the_model_alone(tmp_path, clock):
+    planned, given = toy_trainer(tmp_path / "a", clock), toy_trainer(tmp_path / "b", clock)
+    before, started = bits(planned), clock.now
+    planned.plan(started + 300)
+    probe = clock.now - started
+    assert probe == pytest.approx(16)  # 5% of the time, and the step in which it was over
+    assert planned.steps == int(300 - probe - EVALUATIONS)
+    assert bits(planned) == before and planned.step == planned.tokens == planned.seconds == 0
+    planned.train()
+    assert 298 <= clock.now - started <= 300
+    given.steps = planned.steps
+    given.train()
+    assert bits(given) == bits(planned)
+
+
+def test_slow_first_steps_do_not_count_in_a_plan(tmp_path, clock):
+    trainer = toy_trainer(tmp_path, clock)
+    calls, loss = itertools.count(), trainer.task.loss
+
+    def slow_at_first(model, x, y):
+        clock.now += 1 if next(calls) < 3 else 0
+        return loss(model, x, y)
+
+    trainer.task.loss = slow_at_first
+    started = clock.now
+    trainer.plan(started + 300)
+    assert trainer.steps == int(300 - (clock.now - started) - EVALUATIONS)
+
+
+@pytest.mark.parametrize(("seconds", "every"), [(100, 1), (60, 2), (30, 3)])
+def test_evaluation_takes_at_most_a_fifth_of_the_time(tmp_path, clock, capsys, seconds, every):
+    trainer, started = toy_trainer(tmp_path, clock), clock.now
+    trainer.plan(started + seconds)
+    left = seconds - (clock.now - started)
+    assert every == trainer.validation_every == math.ceil(EVALUATIONS / (left / 5))
+    said = "1 of" in capsys.readouterr().out
+    assert said == (every > 1)
+    read = []
+    trainer.model.register_forward_hook(
+        lambda model, x, out: None if model.training else read.append(len(x[0]))
+    )
+    trainer.evaluate()
+    assert len(read) == 24 // every
+    trainer.train()
+    assert clock.now - started <= seconds + 1
+
+
+@pytest.mark.parametrize("factor", [3, 1 / 3])
+def test_a_run_ends_in_time_when_the_speed_changes(tmp_path, clock, capsys, factor):
+    trainer, started, loss = toy_trainer(tmp_path, clock), clock.now, Toy().loss
+
+    def change(model, x, y):
+        if trainer.step == 50:
+            clock.seconds_a_row = 0.125 * factor
+        return loss(model, x, y)
+
+    trainer.plan(started + 300)
+    planned, trainer.task.loss = trainer.steps, change
+    trainer.save_seconds = 30
+    trainer.train()
+    assert clock.now - started == pytest.approx(300, rel=0.06)
+    log = trainer.run.read_log()
+    assert log[0]["steps"] == planned and log[-1]["steps"] == log[-1]["step"] == trainer.steps
+    assert "the speed has changed" in capsys.readouterr().out
+    assert trainer.run.load()[1]["steps"] == trainer.steps
+    assert (trainer.steps > planned) == (factor < 1)
+
+
+def test_a_resumed_run_keeps_the_changed_plan_and_ends_with_the_same_bits(tmp_path, clock):
+    trainer, loss = toy_trainer(tmp_path, clock), Toy().loss
+    trainer.plan(clock.now + 100)
+    planned, saved = trainer.steps, []
+
+    def change(model, x, y):
+        if trainer.step == 30:
+            clock.seconds_a_row = 0.375
+        if trainer.step > 45:
+            trainer.save()
+            saved[:] = trainer.run.load()
+        return loss(model, x, y)
+
+    trainer.task.loss = change
+    trainer.train()
+    resumed = toy_trainer(tmp_path, clock)
+    resumed.restore(*saved)
+    assert resumed.steps == trainer.steps < planned and resumed.step == trainer.steps - 1
+    resumed.train()
+    assert bits(resumed) == bits(trainer)
+
+
+def test_a_time_that_is_over_gives_one_step(tmp_path, clock):
+    trainer = toy_trainer(tmp_path, clock)
+    trainer.plan(clock.now - 5)
+    assert trainer.steps == 1
+    trainer.train()
+    assert [entry["step"] for entry in trainer.run.read_log()] == [1]
+
+
+def test_the_report_says_how_many_minutes_are_left(tmp_path, clock, capsys):
+    trainer = toy_trainer(tmp_path, clock)
+    trainer.steps = 240
+    trainer.train()
+    lines = [line for line in capsys.readouterr().out.splitlines() if "min left" in line]
+    assert lines[0].startswith("step     20 of 240   validation loss ")
+    assert [line.split()[-3:] for line in lines[:2]] == [
+        ["3.7", "min", "left"],
+        ["3.3", "min", "left"],
+    ]
+    assert all("8 rows/s" in line and "(chance)" in line for line in lines)
+
+
+# Checkpoints
+
+
+def test_a_checkpoint_counts_the_time_of_all_processes(tmp_path, clock):
+    first = toy_trainer(tmp_path, clock)
+    first.steps = 5
+    clock.now += 60
+    first.train()
+    evaluations = (120 + 4 * 15) / 8 / 3
+    assert first.run.load()[1]["total_seconds"] == pytest.approx(60 + 5 + evaluations)
+    clock.now += 10_000  # nobody trains
+    second = toy_trainer(tmp_path, clock)
+    second.restore(*first.run.load())
+    clock.now += 7
+    second.save()
+    progress = second.run.load()[1]
+    assert progress["total_seconds"] == pytest.approx(60 + 5 + evaluations + 7)
+    assert progress["seconds"] == first.seconds == pytest.approx(5)
+
+
+def changed(name, value):
+    return lambda tensors, progress: progress.update({name: value})
+
+
+def removed(start):
+    def remove(tensors, progress):
+        for state in (tensors, progress):
+            for name in [name for name in state if name.startswith(start)]:
+                del state[name]
+
+    return remove
+
+
+def tensor(name, value):
+    return lambda tensors, progress: tensors.update({name: value})
+
+
+MOMENT = "optimizer/weight/exp_avg"
+CRAFTED = {
+    "a negative step": changed("step", -5),
+    "a step beyond the end": changed("step", 7),
+    "a step that is text": changed("step", "3"),
+    "a step that is true": changed("step", True),
+    "a step with a fraction": changed("step", 3.5),
+    "no step": removed("step"),
+    "another number of steps": changed("steps", 60),
+    "no steps": changed("steps", 0),
+    "400 digits": changed("steps", 10**400),
+    "negative time": changed("seconds", -1.0),
+    "no time": changed("seconds", 0.0),
+    "time that is no number": changed("seconds", math.nan),
+    "endless time": changed("total_seconds", math.inf),
+    "no validation": changed("validation_every", 0),
+    "a best step without evaluation": changed("best_step", 3),
+    "a best step to come": changed("best_step", 8),
+    "no best step": changed("best_step", 0),
+    "an accuracy that is text": changed("best_accuracy", "high"),
+    "a scaler that is a list": changed("scaler", []),
+    "a scaler with text": changed("scaler", {"scale": "x"}),
+    "an unknown entry": changed("rank", 0),
+    "no optimizer state": removed("optimizer/"),
+    "one moment missing": removed(MOMENT),
+    "no weights": removed("model/"),
+    "no best weights": removed("best/"),
+    "weights of another shape": tensor("model/weight", torch.zeros(3, 4)),
+    "weights of another type": tensor("model/weight", torch.zeros(3, 3, dtype=torch.float64)),
+    "a scalar for a moment": tensor(MOMENT, torch.zeros(())),
+    "an unknown tensor": tensor("soup/weight", torch.zeros(3, 3)),
+    "a nameless tensor": tensor("", torch.zeros(3, 3)),
+}
+
+
+@pytest.mark.parametrize("craft", [*CRAFTED, "progress that is a list"])
+def test_a_checkpoint_that_is_not_of_this_run_is_refused_and_changes_nothing(tmp_path, craft):
+    def trainer():
+        made = toy_trainer(tmp_path)
+        made.task.score = lambda metrics: metrics["accuracy"]
+        made.task.evaluation_due = lambda step, steps: step % 2 == 0
+        made.best_weights = {name: p.detach().clone() for name, p in made.trained.items()}
+        made.steps = 6
+        return made
+
+    first = trainer()
+    first.train()
+    tensors, progress = first.run.load()
+    trainer().restore(dict(tensors), dict(progress))  # as it is, it is good
+    if craft in CRAFTED:
+        CRAFTED[craft](tensors, progress)
+    else:
+        progress = [progress]
+    second = trainer()
+    before = bits(second)
+    with pytest.raises(UserError) as error:
+        second.restore(tensors, progress)
+    message = str(error.value)
+    assert str(first.run.state_path) in message and "\n" not in message and len(message) < 500
+    assert bits(second) == before and second.step == 0
+    if "state" in craft or "moment" in craft:
+        assert "optimizer/" in message
+
+
+# What the user sees
+
+
+def test_a_line_is_printed_by_the_main_process_only(capsys):
+    FP32.log("once")
+    dataclasses.replace(FP32, rank=1).log("twice")
+    assert capsys.readouterr().out == "once\n"
+
+
+@pytest.mark.parametrize("reader", ["has left", "is a full disk"])
+def test_a_stdout_that_cannot_be_written_stops_nothing(tmp_path, reader):
+    code = """if True:
+        from minitune.support.cli import run_script
+        from minitune.support.runtime import Runtime
+        def work():
+            runtime = Runtime.start("cpu", "fp32")
+            for i in range(1000):
+                runtime.log("x" * 1000)
+            open("done", "w").write(str(i))
+        run_script(work)"""
+    out, left = (
+        os.pipe()[::-1] if reader == "has left" else (os.open("/dev/full", os.O_WRONLY), None)
+    )
+    if left is not None:
+        os.close(left)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.run(
+        [sys.executable, "-c", code],
+        stdout=out,
+        stderr=subprocess.PIPE,
+        cwd=tmp_path,
+        env=environment,
+    )
+    assert (process.returncode, process.stderr) == (0, b"")
+    assert (tmp_path / "done").read_text() == "999"

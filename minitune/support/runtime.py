@@ -12,6 +12,7 @@ import gc
 import os
 import resource
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from minitune.support.errors import UserError
 
@@ -91,9 +93,21 @@ class Runtime:
         return self.rank == 0
 
     def log(self, line: str) -> None:
-        """Print a line at once, on the main process only."""
-        if self.is_main:
-            print(line, flush=True)
+        """Print a line on the main process, above any progress bar.
+
+        Where stdout cannot be written (`| head -1`, a full disk), the work continues without it.
+        """
+        if not self.is_main:
+            return
+        try:
+            with tqdm.external_write_mode(file=sys.stdout):
+                print(line, flush=True)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    def progress(self, items: Iterable | None = None, **options) -> tqdm:
+        """The items with a progress bar, where the main process has a terminal."""
+        return tqdm(items, dynamic_ncols=True, disable=None if self.is_main else True, **options)
 
     def describe(self) -> str:
         """The device in words, for metrics.json and the first lines of a run."""
