@@ -25,7 +25,7 @@ from minitune.initialization import start_with_frequencies, start_with_neighbour
 from minitune.model import PRESETS, BertForMaskedLM
 from minitune.optimizer import Optimizer
 from minitune.pretraining import MaskedLanguageModelling
-from minitune.prompting import ClozeQuery, FillMask, in_words, most_probable
+from minitune.prompting import ClozeQuery, FillMask, in_words
 from minitune.support import cli
 from minitune.support.cli import float_range, int_range
 from minitune.support.errors import UserError, plural
@@ -197,10 +197,10 @@ def fill_examples(fill_mask: FillMask, chunks: Chunks, count: int = 3) -> list[s
         if whole:
             masked = max(whole, key=lambda i: len(token(ids[i])))
             query = ClozeQuery([*ids[:masked], tokenizer.mask_id, *ids[masked + 1 :]], [masked])
-            ((_, logs),) = fill_mask.log_probabilities([query])
+            [[words]] = fill_mask.words([query], 4)
             text = tokenizer.decode(query.ids[1:-1]).replace("[MASK]", "____")
-            guesses = in_words(most_probable(logs[0], 4, tokenizer))
-            lines += [f"  {text}", f"      it was: {token(ids[masked])}; the model says: {guesses}"]
+            lines.append(f"  {text}")
+            lines.append(f"      it was: {token(ids[masked])}; the model says: {in_words(words)}")
     return lines
 
 

@@ -1,9 +1,18 @@
-"""Calibrating a prompt without labels: what the answer would be for no reason at all, taken off again.
+"""Calibration of a prompt without labels: take off what the model would answer to any text.
 
-A model that writes "good" into most blanks calls everything positive. Its label scores still put
-the reviews in order; what is wrong is where zero lies. Each function here gives one number a label
-to add to the scores, which are log-probabilities. Accuracy moves by ten points and more with it;
-that is the lesson.
+A model that likes to write "good" into blanks calls every review positive. Its scores still put the
+reviews in the right order, most negative to most positive; only zero is in the wrong place. Each
+calibration here is one number a label, added to the scores (log-probabilities) of every text. They
+differ in what they take for an answer without a reason:
+
+    contextual   the answer to texts without content, such as "N/A" (Zhao et al. 2021)
+    pmi          the answer to the template without any text (Holtzman et al. 2021)
+    prior        the mean answer to unlabelled reviews, which should be all labels alike
+
+The last needs a few hundred reviews, and to know how frequent the labels are among them; here they
+are taken to be equally frequent. Accuracy can move by ten points and more.
+
+Shapes: N texts, L labels.
 """
 
 from collections import Counter
@@ -18,11 +27,11 @@ from minitune.support.results import TOGETHER, expected_calibration_error, inter
 
 def none(prompt: Prompt, unlabelled: Sequence[list[int]]) -> Tensor:
     """The scores as they are."""
-    return torch.zeros(len(prompt.words.names))
+    return torch.zeros(len(prompt.verbalizer.names))
 
 
 def contextual(prompt: Prompt, unlabelled: Sequence[list[int]]) -> Tensor:
-    """Divide by the probabilities that texts without content get, averaged over three such texts.
+    """Divide by the mean probabilities of three texts without content.
 
     Zhao et al. 2021, "Calibrate Before Use: Improving Few-Shot Performance of Language Models".
     """
@@ -32,7 +41,7 @@ def contextual(prompt: Prompt, unlabelled: Sequence[list[int]]) -> Tensor:
 
 
 def pmi(prompt: Prompt, unlabelled: Sequence[list[int]]) -> Tensor:
-    """Divide by how probable the words are in the domain anyway: in the template without any text.
+    """Divide by how probable the words are in the template without a text.
 
     Domain-conditional pointwise mutual information, log p(word | text, template) - log p(word |
     template): Holtzman et al. 2021, "Surface Form Competition".
@@ -41,54 +50,52 @@ def pmi(prompt: Prompt, unlabelled: Sequence[list[int]]) -> Tensor:
 
 
 def prior(prompt: Prompt, unlabelled: Sequence[list[int]]) -> Tensor:
-    """Make the mean answer to unlabelled reviews the one that is expected: every label equally often."""
+    """Make the mean answer to unlabelled reviews the same for all labels."""
     return match_prior(prompt.scores(unlabelled))
 
 
 def match_prior(scores: Tensor) -> Tensor:
-    """(L,) to add to the scores (N, L), so that the mean of their softmax is the same for all labels.
+    """(L,) to add to scores (N, L), so that the mean of their softmax over N is the same for all labels.
 
-    The re-estimation of Saerens et al. 2002, "Adjusting the Outputs of a Classifier to New a Priori
-    Probabilities", turned round: there the prior is unknown, here it is known and the scores are
-    off.
+    Saerens et al. 2002, "Adjusting the Outputs of a Classifier to New a Priori Probabilities",
+    estimate an unknown prior by repeating a step; the same step, backwards, corrects scores where
+    the prior is known.
     """
     bias = torch.zeros(scores.size(1), dtype=torch.float64)
     for _ in range(1000):  # a hundred are enough unless hardly any review is in doubt
-        step = (scores.double() + bias).log_softmax(-1).logsumexp(0)
-        step -= step.mean()
+        mean = (scores.double() + bias).log_softmax(-1).logsumexp(0)
+        step = mean - mean.mean()  # how far each label is above the others, in log-probability
         bias -= step
         if step.abs().max() < 1e-6:
             break
     return bias.float()
 
 
-CALIBRATIONS: dict[str, Callable[[Prompt, Sequence[list[int]]], Tensor]] = {
-    "none": none, "contextual": contextual, "pmi": pmi, "prior": prior,
-}  # fmt: skip
+Calibration = Callable[[Prompt, Sequence[list[int]]], Tensor]
+CALIBRATIONS: dict[str, Calibration] = {f.__name__: f for f in (none, contextual, pmi, prior)}
 
 
-def mean_log_probabilities(scores: list[Tensor]) -> Tensor:
+def mean_log_probabilities(scores: Sequence[Tensor]) -> Tensor:
     """The common answer (N, L) of several prompts with these scores (N, L), in log-probabilities."""
-    return torch.stack([own.log_softmax(-1) for own in scores]).mean(0).log_softmax(-1)
+    return torch.stack([each.log_softmax(-1) for each in scores]).mean(0).log_softmax(-1)
 
 
 def compare_prompts(
     prompts: list[Prompt], texts: list[list[int]], labels: Tensor, unlabelled: list[list[int]]
 ) -> Iterator[dict]:
-    """A row for each template and calibration, and last, for each calibration, one for all templates."""
-    names = prompts[0].words.names
+    """A row for each template with each calibration, and last one for all templates together."""
+    names = prompts[0].verbalizer.names
     calibrated: dict[str, list[Tensor]] = {name: [] for name in CALIBRATIONS}
     for prompt in prompts:
         scores = prompt.scores(texts)
         for name, calibrate in CALIBRATIONS.items():
-            own = scores + calibrate(prompt, unlabelled)
-            calibrated[name].append(own)
-            yield {"template": prompt.sentence, "calibration": name} | figures(own, labels, names)
-    if len(prompts) > 1:
-        for name, own in calibrated.items():
-            yield {"template": TOGETHER, "calibration": name} | figures(
-                mean_log_probabilities(own), labels, names
-            )
+            leveled = scores + calibrate(prompt, unlabelled)
+            calibrated[name].append(leveled)
+            row = {"template": prompt.sentence, "calibration": name}
+            yield row | figures(leveled, labels, names)
+    for name, several in calibrated.items() if len(prompts) > 1 else ():
+        row = {"template": TOGETHER, "calibration": name}
+        yield row | figures(mean_log_probabilities(several), labels, names)
 
 
 def figures(scores: Tensor, labels: Tensor, names: dict[int, str]) -> dict:

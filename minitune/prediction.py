@@ -169,12 +169,12 @@ def load_together(
 
 
 class Ensemble:
-    """Several prompts, each calibrated, that answer together: the mean of their log-probabilities."""
+    """Several calibrated prompts that answer together: the mean of their log-probabilities."""
 
     def __init__(self, prompts: list[Prompt], calibration: str, unlabelled: list[list[int]]):
-        """`calibration` is a key of CALIBRATIONS."""
+        """`calibration` is a key of CALIBRATIONS; `unlabelled` are token ids of texts."""
         self.prompts = prompts
-        self.names = prompts[0].words.names  # of the labels
+        self.names = prompts[0].verbalizer.names  # of the labels
         self.biases = [CALIBRATIONS[calibration](prompt, unlabelled) for prompt in prompts]
 
     def log_probabilities(self, texts: list[list[int]]) -> Tensor:
@@ -183,32 +183,32 @@ class Ensemble:
         return mean_log_probabilities([prompt.scores(texts) + bias for prompt, bias in pairs])
 
     def predict(self, texts: Iterable[str], count: int) -> Iterator["PromptPrediction"]:
-        """One prediction a text, in the order of the texts, with `count` of the words wanted at the mask.
+        """One prediction a text, in the order of the texts, read a block at a time.
 
-        Read and answered a block at a time. The words are those in the blank of the first template.
+        With the `count` most probable words in the blank of the first template.
         """
         first, texts = self.prompts[0], iter(texts)
         room = min(prompt.room for prompt in self.prompts)
         while block := list(itertools.islice(texts, BLOCK)):
             ids = first.fill_mask.tokenizer.encode(block)
             probabilities = self.log_probabilities(ids).exp().tolist()
-            wanted = first.most_probable_words(ids, count)
-            for text, own, p, words in zip(block, ids, probabilities, wanted, strict=True):
-                by_name = {name: p[i] for i, name in self.names.items()}
+            words = first.most_probable_words(ids, count)
+            for text, tokens, p, likely in zip(block, ids, probabilities, words, strict=True):
+                by_name = dict(zip(self.names.values(), p, strict=True))
                 label = max(by_name, key=by_name.__getitem__)
-                yield PromptPrediction(text, label, by_name, len(own) > room, dict(words))
+                yield PromptPrediction(text, label, by_name, len(tokens) > room, dict(likely))
 
 
 @dataclass
 class PromptPrediction(Prediction):
-    """The answer for one text, and what the model would have liked to write."""
+    """The answer for one text, and the words that the model would write."""
 
     words: dict[str, float]  # with their probabilities, the most probable first
 
     def cells(self) -> dict[str, str]:
         """Also the words."""
         *rest, text = super().cells().items()
-        return dict([*rest, ("words", in_words(self.words.items())), text])
+        return dict([*rest, ("words", in_words(list(self.words.items()))), text])
 
 
 def label_new_reviews(args: argparse.Namespace) -> None:

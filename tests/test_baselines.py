@@ -102,8 +102,8 @@ def test_features_are_words_and_pairs_within_a_text():
 
 def test_case_markup_and_repeats_do_not_count():
     model = NBSVM().fit(TEXTS, LABELS, 2)
-    plain = model._matrix(*model._grams(["good good film"]), 1)
-    odd = model._matrix(*model._grams(["GOOD <br />good<br/>FILM"]), 1)
+    plain = model._matrix(["good good film"])
+    odd = model._matrix(["GOOD <br />good<br/>FILM"])
     assert np.array_equal(plain.columns, odd.columns)
     assert (
         plain.columns.size == 4

@@ -84,7 +84,8 @@ def test_template_and_blank_survive_a_text_of_any_length(fill_mask, sentence, wo
     assert len(query.ids) <= 20
     assert query.ids[0] == tokenizer.cls_id and query.ids[-1] == tokenizer.sep_id
     assert (
-        query.ids.count(tokenizer.mask_id) == 2 and query.ids[query.blanks[0]] == tokenizer.mask_id
+        query.ids.count(tokenizer.mask_id) == 2
+        and query.ids[query.positions[0]] == tokenizer.mask_id
     )
     rest = [
         token
@@ -123,7 +124,7 @@ def test_a_review_that_looks_like_a_template_is_only_text(fill_mask, text):
     }
     query = prompt.query(ids, (fill_mask.tokenizer.mask_id,))
     assert query.ids[1 : 1 + len(ids)] == ids
-    assert query.blanks == [
+    assert query.positions == [
         i for i, token in enumerate(query.ids) if token == fill_mask.tokenizer.mask_id
     ]
 
@@ -202,7 +203,7 @@ def test_scores_are_those_of_asking_for_one_token_after_another(
                 for word in tokenizer.encode(words)
             ]
             assert row[label] == pytest.approx(sum(each) / len(words), abs=1e-4)
-    assert {len(ids) for ids in prompt.words.ids} >= {1, 2, 4}
+    assert {len(ids) for ids in prompt.verbalizer.ids} >= {1, 2, 4}
 
 
 def test_the_words_wanted_are_those_of_a_plain_forward_pass(prompt, fill_mask):
@@ -399,7 +400,8 @@ def test_demonstrations_stand_in_front_and_the_question_is_asked(prompt, fill_ma
     assert len(query.ids) <= CONFIG.max_position_embeddings
     assert query.ids[-len(question.ids) + 1 :] == question.ids[1:]
     assert (
-        query.ids[query.blanks[0]] == tokenizer.mask_id and query.ids.count(tokenizer.mask_id) == 1
+        query.ids[query.positions[0]] == tokenizer.mask_id
+        and query.ids.count(tokenizer.mask_id) == 1
     )
     front = tokenizer.decode(query.ids[1 : -len(question.ids) + 1])
     assert front.startswith("the film was bad it was bad.") and front.endswith("it was good.")
@@ -422,7 +424,7 @@ def test_long_demonstrations_keep_their_end_and_leave_room_for_the_question(fill
         assert length >= 8 and rest[:length] == text[-length:]
         rest = rest[length + len(answer) :]
     assert rest[: prompt.room] == ids_of(fill_mask, "film " * prompt.room)[0]
-    assert rest.index(tokenizer.mask_id) == question.blanks[0] - (len(question.ids) - len(rest))
+    assert rest.index(tokenizer.mask_id) == question.positions[0] - (len(question.ids) - len(rest))
 
 
 @pytest.mark.parametrize("shots", [3, 9, 64])
@@ -471,7 +473,7 @@ def test_other_special_tokens_in_a_sentence_to_fill_are_only_text(fill_mask, mon
     assert len(fill_blanks(fill_mask, "[SEP] [CLS] [PAD] [MASK]{text}", 3)) == 1
     [query], tokenizer = asked, fill_mask.tokenizer
     special = [token for token in query.ids if token in (0, tokenizer.cls_id, tokenizer.sep_id)]
-    assert special == [tokenizer.cls_id, tokenizer.sep_id] and len(query.blanks) == 1
+    assert special == [tokenizer.cls_id, tokenizer.sep_id] and len(query.positions) == 1
 
 
 @pytest.mark.parametrize("sentence", ["no blank", "", "[mask]", "[MASK] " + "film " * 100])
@@ -494,7 +496,7 @@ def test_generation_writes_so_many_ordinary_tokens_after_the_prompt(
     monkeypatch.setattr(FillMask, "log_probabilities", watched)
     text = generate(fill_mask, "the film", count, temperature, seed=1)
     assert text.startswith("the film") and "[" not in text
-    hidden = [len(query.blanks) for query in rounds]
+    hidden = [len(query.positions) for query in rounds]
     assert hidden[0] == count and all(a > b for a, b in zip(hidden, hidden[1:], strict=False))
     assert len(hidden) == min(ROUNDS, count) and hidden[-1] <= math.ceil(count / ROUNDS)
     assert all(len(query.ids) == 2 + 2 + count for query in rounds)
@@ -552,9 +554,9 @@ def test_the_least_certain_words_are_guessed_anew(fill_mask, monkeypatch):
     rounds = []
 
     def log_probabilities(self, queries):
-        rounds.append(queries[0].blanks)
-        logs = torch.full((len(queries[0].blanks), fill_mask.tokenizer.vocab_size), -20.0)
-        for row, blank in enumerate(queries[0].blanks):
+        rounds.append(queries[0].positions)
+        logs = torch.full((len(queries[0].positions), fill_mask.tokenizer.vocab_size), -20.0)
+        for row, blank in enumerate(queries[0].positions):
             logs[row, 10] = -10.0 + blank  # later blanks are surer
         yield 0, logs
 
