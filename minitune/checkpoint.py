@@ -188,7 +188,7 @@ def save_model(
     model: BertForMaskedLM | BertForSequenceClassification, tokenizer: Tokenizer, directory: Path
 ) -> None:
     """Write a directory that loads as the class of the same name in `transformers`."""
-    for name, content in tokenizer.files().items():
+    for name, content in tokenizer.files(model.config.max_position_embeddings).items():
         write_atomically(directory / name, content)
     config = config_json(model.config, type(model).__name__)
     if getattr(model, "pooling", "cls") != "cls":  # which `transformers` does not know
@@ -250,13 +250,16 @@ def load_classifier(directory: Path, attention: str = "sdpa") -> BertForSequence
     return model.eval()
 
 
-def load_tokenizer(directory: Path, config: BertConfig) -> Tokenizer:
-    """The tokenizer of a model directory; UserError where it has ids that the model has no embedding for."""
-    tokenizer = Tokenizer.load(directory)
+def load_tokenizer(directory: Path, config: BertConfig, remove_markup: bool = True) -> Tokenizer:
+    """The tokenizer of a model directory, for all that trains or asks the model: without markup.
+
+    A classifier that another program trained with markup keeps it: `remove_markup` False follows
+    the files. Raises UserError where an id has no embedding.
+    """
+    tokenizer = Tokenizer.load(directory, remove_markup)
     if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(
-            f"{directory}: the tokenizer has more entries than the model has embeddings"
-        )
+        sizes = f"{tokenizer.vocab_size:,} ids, the model {config.vocab_size:,} embeddings"
+        raise UserError(f"{directory}: the tokenizer has {sizes}")
     return tokenizer
 
 

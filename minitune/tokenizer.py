@@ -1,110 +1,130 @@
 """WordPiece tokens: train a vocabulary, load one, turn text into ids (on the `tokenizers` library).
 
 WordPiece (Schuster & Nakajima 2012; BERT's lower-cased variant) keeps frequent words whole and
-spells rare ones in pieces: "unforgettable" may become "un", "##forget", "##table".
+splits rare ones: "unforgettable" may become "un", "##forget", "##table".
 """
 
 import functools
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import tokenizers
 import torch
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from minitune.support.errors import UserError
-
-SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-# Options of a tokenizer_config.json with their defaults, and what the normalizer calls them.
-OPTIONS = {"do_lower_case": True, "strip_accents": None, "tokenize_chinese_chars": True}
-NORMALIZER = dict(zip(OPTIONS, ("lowercase", "strip_accents", "handle_chinese_chars"), strict=True))
-LINE_BREAK = re.compile(r"<br\s*/?>", re.IGNORECASE)  # markup of web reviews, not text
+from minitune.support.tokenizer_files import (
+    GENERAL_CLASS,
+    MARKUP,
+    OPTIONS,
+    ROLES,
+    SPECIAL_TOKENS,
+    check_equal,
+    read_files,
+)
 
 
 class Tokenizer:
-    """Text to ids and back. Ids come without [CLS] and [SEP]; `frame` adds them."""
+    """Text to ids and back. Ids come without [CLS] and [SEP]; `frame` adds them.
 
-    def __init__(self, backend: tokenizers.Tokenizer):
-        self.backend = backend
-        backend.no_truncation()  # a saved file may ask for either, and packed batches want neither
-        backend.no_padding()
-        backend.encode_special_tokens = True  # a review that says "[MASK]" is text, not a blank
-        missing = [token for token in SPECIAL_TOKENS if backend.token_to_id(token) is None]
-        if missing:
-            raise UserError(f"the tokenizer has no {', '.join(missing)}: not a BERT tokenizer")
-        ids = [backend.token_to_id(token) for token in SPECIAL_TOKENS]
+    The five special tokens are not looked for in a text: "[MASK]" in a review is no blank.
+    """
+
+    def __init__(
+        self,
+        vocab: dict[str, int],
+        added: Sequence[tokenizers.AddedToken] = (),
+        remove_markup: bool = True,
+        **options: bool | None,
+    ):
+        """Entries with ids, tokens that are found whole in a text, options of BERT's normalizer."""
+        ids = [vocab[token] for token in SPECIAL_TOKENS]
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = ids
-        self.special_ids = torch.tensor(ids)
-        self.vocab_size = backend.get_vocab_size()
+        self.special_ids = torch.tensor(ids)  # (5,)
+        self.backend = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
+        steps = [normalizers.BertNormalizer(**options)]
+        if remove_markup:
+            steps.insert(0, normalizers.Replace(tokenizers.Regex(MARKUP), " "))
+        self.backend.normalizer = normalizers.Sequence(steps) if remove_markup else steps[0]
+        self.backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        self.backend.decoder = decoders.WordPiece()
+        # What `frame` does, for programs that read the saved file.
+        self.backend.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]",
+            pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+            special_tokens=[("[CLS]", self.cls_id), ("[SEP]", self.sep_id)],
+        )
+        self.backend.add_tokens(list(added))
+        self.tokens = {index: token for token, index in self.backend.get_vocab().items()}
+        self.vocab_size = max(self.tokens) + 1  # some ids may have no token
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """Learn a lower-cased vocabulary of `vocab_size` entries from the texts, letters always included.
+        """Learn a lower-cased vocabulary of `vocab_size` entries, with the alphabet of the texts.
 
         The same texts give the same vocabulary. The library numbers the letters inside words in the
         order of a hash map, which differs from run to run, and decides ties by those numbers; so
         the letters are found first, and numbered in order.
         """
-        texts = [clean(text) for text in texts]
-        backend = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
-        _as_in_bert(backend, lowercase=True)
-        letters = sorted(_letters(backend, texts))
+        texts = list(texts)
+        tokenizer = cls({token: index for index, token in enumerate(SPECIAL_TOKENS)})
         trainer = trainers.WordPieceTrainer(
-            vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS + letters, show_progress=False
+            vocab_size=vocab_size,
+            special_tokens=SPECIAL_TOKENS + sorted(_alphabet(tokenizer.backend, texts)),
+            show_progress=False,
         )
-        backend.train_from_iterator(texts, trainer)
-        vocab = backend.get_vocab()
-        backend = tokenizers.Tokenizer(
-            models.WordPiece(vocab, unk_token="[UNK]")
-        )  # letters: not special
-        backend.add_special_tokens(SPECIAL_TOKENS)
-        _as_in_bert(backend, lowercase=True)
-        return cls(backend)
+        tokenizer.backend.train_from_iterator(texts, trainer)
+        return cls(tokenizer.backend.get_vocab())
 
     @classmethod
-    def load(cls, directory: Path) -> "Tokenizer":
-        """Read `tokenizer.json`, or `vocab.txt` where an older BERT has only that."""
+    def load(cls, directory: Path, remove_markup: bool = False) -> "Tokenizer":
+        """The tokenizer of a BERT directory, as AutoTokenizer of `transformers` 4.57 reads it.
+
+        `remove_markup`: whatever the files say. Raises UserError for a tokenizer that is damaged or
+        of another kind.
+        """
         try:
-            if (directory / "tokenizer.json").is_file():
-                backend = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
-            elif (directory / "vocab.txt").is_file():
-                vocab = models.WordPiece.read_file(str(directory / "vocab.txt"))
-                backend = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
-                backend.add_special_tokens(
-                    [t for t in SPECIAL_TOKENS if t in vocab]
-                )  # marks, adds none
-                path = directory / "tokenizer_config.json"
-                options = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-                _as_in_bert(
-                    backend, *(options.get(key, default) for key, default in OPTIONS.items())
-                )
-            else:
-                raise UserError(f"{directory} has no tokenizer.json and no vocab.txt")
+            arguments, file = read_files(directory)
+            tokenizer = cls(**arguments)
+            if file:
+                check_equal(file, json.loads(tokenizer.backend.to_str()))
+            return cls(**arguments | {"remove_markup": True}) if remove_markup else tokenizer
         except UserError:
             raise
-        except Exception as error:  # the library raises bare Exception for a broken file
-            raise UserError(f"the tokenizer in {directory} cannot be read: {error}") from error
-        return cls(backend)
+        except Exception as error:  # of any class, since the files may hold anything
+            why = error if type(error) is ValueError else repr(error)
+            raise UserError(f"the tokenizer in {directory} cannot be used: {why}") from error
 
-    def files(self) -> dict[str, bytes]:
-        """The files of a model directory that hold this tokenizer, by name."""
-        vocab = sorted(self.backend.get_vocab().items(), key=lambda entry: entry[1])
-        normalizer = json.loads(self.backend.to_str())["normalizer"] or {}
-        # Without these, transformers lower-cases whatever tokenizer.json says.
-        options = {key: normalizer.get(ours, OPTIONS[key]) for key, ours in NORMALIZER.items()}
+    def files(self, max_length: int | None = None) -> dict[str, bytes]:
+        """The files of a model directory that hold this tokenizer, by name.
+
+        `max_length` is the longest sequence that the model reads. PreTrainedTokenizerFast is the
+        class for which `transformers` 4 and 5 take all of tokenizer.json. BertTokenizer reads
+        vocab.txt alone (4) or has its own normalizer (5): it does not remove markup.
+        """
+        document = json.loads(self.backend.to_str())
+        *_, normalizer = document["normalizer"].get("normalizers", [document["normalizer"]])
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        special = zip(self.special_ids.tolist(), SPECIAL_TOKENS, strict=True)
+        special = [{"id": i, "content": t, **flags, "special": True} for i, t in special]
+        document["added_tokens"] = special + document["added_tokens"]
+        config = {"tokenizer_class": GENERAL_CLASS, "model_max_length": max_length, **ROLES}
+        config["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
+        config |= {key: normalizer[name] for key, (name, _) in OPTIONS.items()}
+        # A token that comes again stands for an id without one: its last line counts.
+        last = self.tokens[self.vocab_size - 1]
+        lines = [self.tokens.get(index, last) for index in range(self.vocab_size)]
         return {
-            "tokenizer_config.json": json.dumps(options).encode(),
-            "tokenizer.json": self.backend.to_str(pretty=True).encode(),
-            "vocab.txt": "".join(f"{token}\n" for token, _ in vocab).encode(),
+            "tokenizer_config.json": json.dumps(config, indent=2).encode(),
+            "tokenizer.json": json.dumps(document, indent=2, ensure_ascii=False).encode(),
+            "vocab.txt": "".join(f"{token}\n" for token in lines).encode(),
         }
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text, in order."""
-        encoded = self.backend.encode_batch_fast(
-            [clean(text) for text in texts], add_special_tokens=False
-        )
+        encoded = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         return [text.ids for text in encoded]
 
     def frame(self, ids: Iterable[int]) -> list[int]:
@@ -117,7 +137,7 @@ class Tokenizer:
 
     def token(self, index: int) -> str:
         """The vocabulary entry with this id."""
-        return self.backend.id_to_token(index)
+        return self.tokens.get(index, f"[unused{index}]")
 
     @functools.cached_property
     def continuation(self) -> torch.Tensor:
@@ -125,39 +145,12 @@ class Tokenizer:
         return torch.tensor([self.token(i).startswith("##") for i in range(self.vocab_size)])
 
 
-def clean(text: str) -> str:
-    """The text without the line-break markup that web reviews carry."""
-    return LINE_BREAK.sub(" ", text)
-
-
-def _as_in_bert(
-    backend: tokenizers.Tokenizer,
-    lowercase: bool,
-    strip_accents: bool | None = None,
-    chinese: bool = True,
-) -> None:
-    """BERT's clean-up, its split at spaces and punctuation, and its [CLS] text [SEP] frame.
-
-    The frame is for other programs that read the file; minitune adds both itself after cutting.
-    """
-    backend.normalizer = normalizers.BertNormalizer(
-        lowercase=lowercase, strip_accents=strip_accents, handle_chinese_chars=chinese
-    )
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    backend.decoder = decoders.WordPiece()
-    cls, sep = backend.token_to_id("[CLS]"), backend.token_to_id("[SEP]")
-    if cls is not None and sep is not None:
-        backend.post_processor = tokenizers.processors.BertProcessing(
-            ("[SEP]", sep), ("[CLS]", cls)
-        )
-
-
-def _letters(backend: tokenizers.Tokenizer, texts: list[str]) -> set[str]:
-    """Every letter that may stand inside a word, as "##a"."""
+def _alphabet(backend: tokenizers.Tokenizer, texts: list[str]) -> set[str]:
+    """Every letter of the texts that may stand inside a word, as "##a"."""
     letters = set()
-    for character in set().union(*texts):
+    for character in set().union(*(re.sub(MARKUP, " ", text) for text in texts)):
         word = backend.normalizer.normalize_str("a" + character)
-        pieces = backend.pre_tokenizer.pre_tokenize_str(word)
-        if len(pieces) == 1:  # not split off, as punctuation is
-            letters.update("##" + letter for letter in pieces[0][0][1:])
+        words = backend.pre_tokenizer.pre_tokenize_str(word)
+        if len(words) == 1:  # not split off, as punctuation is
+            letters.update("##" + letter for letter in words[0][0][1:])
     return letters

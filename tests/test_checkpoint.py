@@ -4,7 +4,6 @@ import json
 import shutil
 
 import pytest
-import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -213,53 +212,6 @@ def test_what_a_config_leaves_out_is_as_in_the_original_bert(directory):
     assert (config.num_hidden_layers, config.num_attention_heads) == (12, 12)
     assert (config.max_position_embeddings, config.type_vocab_size) == (512, 2)
     assert (config.layer_norm_eps, config.hidden_dropout_prob) == (1e-12, 0.1)
-
-
-# The tokenizer
-
-
-def test_a_saved_tokenizer_gives_the_same_ids(tokenizer, directory):
-    loaded = Tokenizer.load(directory)
-    assert loaded.encode(TEXTS) == tokenizer.encode(TEXTS)
-    assert (loaded.vocab_size, loaded.mask_id) == (tokenizer.vocab_size, tokenizer.mask_id)
-
-
-def test_other_programs_get_the_frame_around_a_text_from_the_file(tokenizer, directory):
-    file = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
-    for text in TEXTS[:3]:
-        [ids] = tokenizer.encode([text])
-        assert file.encode(text).ids == [tokenizer.cls_id, *ids, tokenizer.sep_id]
-
-
-@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
-def test_vocab_txt_alone_gives_the_ids_of_tokenizer_json(directory, line_end):
-    expected = Tokenizer.load(directory).encode(TEXTS)
-    (directory / "tokenizer.json").unlink()
-    vocab = (directory / "vocab.txt").read_text(encoding="utf-8")
-    (directory / "vocab.txt").write_text(vocab, encoding="utf-8", newline=line_end)
-    assert Tokenizer.load(directory).encode(TEXTS) == expected
-
-
-def test_vocab_txt_of_a_cased_model_keeps_case_and_accents(tmp_path):
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "café", "Café", "cafe"]
-    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
-    assert Tokenizer.load(tmp_path).encode(["Café café"]) == [[7, 7]]
-    (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false}')
-    assert Tokenizer.load(tmp_path).encode(["Café café"]) == [[6, 5]]
-
-
-def test_a_cased_tokenizer_stays_cased_for_transformers_too(tmp_path):
-    """Which lower-cases whatever tokenizer.json says, unless tokenizer_config.json says otherwise."""
-    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nFilm\n")
-    (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false}')
-    files = Tokenizer.load(tmp_path).files()
-    assert json.loads(files["tokenizer_config.json"])["do_lower_case"] is False
-
-
-def test_vocab_txt_alone_must_hold_the_special_tokens(tmp_path):
-    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\nfilm\n")
-    with pytest.raises(UserError, match=r"\[MASK\]"):
-        Tokenizer.load(tmp_path)
 
 
 # What is refused

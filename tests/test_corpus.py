@@ -32,83 +32,12 @@ def unique_words(count):
     return ["".join(letters[int(digit)] for digit in f"{i:04d}") + "z" for i in range(count)]
 
 
-# The tokenizer
-
-
 WORDS = unique_words(300)
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
     return Tokenizer.train([" ".join(WORDS)], 4000)
-
-
-def test_training_twice_gives_the_same_vocabulary():
-    rng = np.random.default_rng(0)
-    letters = np.array(list("abcdefgh"))
-    texts = [" ".join("".join(rng.choice(letters, 5)) for _ in range(50)) for _ in range(40)]
-    first, second = (Tokenizer.train(texts, 500) for _ in range(2))
-    assert first.vocab_size == 500
-    assert first.files() == second.files()
-
-
-def test_special_tokens_come_first_as_in_bert(tokenizer):
-    assert tokenizer.files()["vocab.txt"].decode().splitlines()[:5] == SPECIAL_TOKENS
-    assert [tokenizer.token(i) for i in tokenizer.special_ids.tolist()] == SPECIAL_TOKENS
-
-
-def test_decoding_gives_the_text_back(tokenizer):
-    text = " ".join(WORDS[:20])
-    [ids] = tokenizer.encode([text])
-    assert len(ids) == 20
-    assert tokenizer.decode(ids) == text
-
-
-def test_text_is_lower_cased_stripped_of_accents_and_rid_of_line_breaks(tokenizer):
-    word, other = WORDS[:2]
-    plain, fancy = tokenizer.encode(
-        [f"{word} {other}", f"{word.upper()}<br />{other.replace('a', 'á')}"]
-    )
-    assert plain == fancy
-
-
-def test_words_are_learned_in_lower_case():
-    texts = ["A Fine FILM, truly fine", "a fine film<br />film"]
-    vocabulary = Tokenizer.train(texts, 100).backend.get_vocab()
-    assert {"a", "fine", "film", "truly"} <= vocabulary.keys()
-    assert all(token == token.lower() for token in vocabulary.keys() - set(SPECIAL_TOKENS))
-
-
-def test_unknown_letters_are_unknown(tokenizer):
-    assert tokenizer.encode(["☃"]) == [[tokenizer.unk_id]]
-
-
-@pytest.mark.parametrize("token", SPECIAL_TOKENS)
-def test_special_tokens_in_a_text_are_text(tokenizer, token, tmp_path):
-    for name, content in tokenizer.files().items():
-        (tmp_path / name).write_bytes(content)
-    for each in (tokenizer, Tokenizer.load(tmp_path)):
-        [ids] = each.encode([f"{WORDS[0]} {token} {WORDS[1]}"])
-        special = set(each.special_ids.tolist()) - {each.unk_id}  # brackets are unknown here
-        assert not special & set(ids)
-        assert len(ids) > 3
-
-
-def test_the_saved_files_hold_the_same_tokenizer(tokenizer, tmp_path):
-    for name, content in tokenizer.files().items():
-        (tmp_path / name).write_bytes(content)
-    text = " ".join(WORDS[::7]) + " unheard-of words, Ça va?"
-    assert Tokenizer.load(tmp_path).encode([text]) == tokenizer.encode([text])
-    (tmp_path / "tokenizer.json").unlink()  # older BERTs have only vocab.txt
-    assert Tokenizer.load(tmp_path).encode([text]) == tokenizer.encode([text])
-
-
-def test_continuations_are_the_entries_that_go_on_a_word(tokenizer):
-    continuation = tokenizer.continuation
-    [ids] = tokenizer.encode([f"{WORDS[0]}q {WORDS[0]}{WORDS[1]}"])
-    words = [i for i in ids if not continuation[i]]
-    assert len(continuation) == tokenizer.vocab_size
-    assert len(words) == 2 and len(ids) > 2
 
 
 # The corpus

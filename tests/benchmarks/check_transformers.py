@@ -2,12 +2,13 @@
 
     PYTHONPATH=. python tests/benchmarks/check_transformers.py runs/pretrain runs/finetune/full
 
-Run it in an environment that has `transformers` (checked with 4.57) beside minitune's own needs;
+Run it in an environment that has `transformers` (checked with 4.57 and 5.24) beside minitune's own needs;
 minitune itself does not use it. Exit status 0 and one line for each thing that holds, or an
 AssertionError that says what does not.
 """
 
 import argparse
+import itertools
 import tempfile
 from pathlib import Path
 
@@ -16,10 +17,12 @@ import transformers
 
 from minitune.batching import PackedBatch
 from minitune.checkpoint import load_classifier, load_masked_lm
+from minitune.data import Dataset
 from minitune.prompting import FillMask, fill_blanks
 from minitune.support.runs import read_json
 from minitune.support.runtime import Runtime
 from minitune.tokenizer import Tokenizer
+from tests.test_tokenizer import FOLLOWED, TEXT, write
 
 FP32 = Runtime.start("cpu", "fp32")
 TEXTS = [
@@ -28,7 +31,9 @@ TEXTS = [
     "I'd rather watch 90 minutes of paint drying (in 4:3, dubbed) than THAT again...",
     "Zoë's café scene: naïve? Überlong? Perhaps — but I laughed; so did everybody else in row 7.",
     "It rained all night and the river rose, and in the morning nobody spoke of it. " * 6,
+    "A waste of time.<br /><br />Bad.<BR>x < br>",
 ]
+REVIEWS = 1000  # of IMDb, with line breaks
 
 SENTENCES = [
     "A [MASK] film.",
@@ -62,11 +67,27 @@ def check_tokens(directory: Path, tokenizer: Tokenizer) -> list[list[int]]:
     assert special == tuple(
         getattr(theirs, f"{name}_token_id") for name in ("pad", "unk", "cls", "sep", "mask")
     ), f"special ids: {special}"
-    encoded = [tokenizer.frame(ids) for ids in tokenizer.encode(TEXTS)]
-    for text, ids in zip(TEXTS, encoded, strict=True):
-        assert ids == theirs(text)["input_ids"], f"other token ids for {text!r}"
-    print(f"tokens: the same ids for {len(TEXTS)} texts, {sum(map(len, encoded))} tokens")
-    return encoded
+    reviews = (row.text for row in Dataset("imdb").read() if "<br" in row.text)
+    texts = [*TEXTS, *itertools.islice(reviews, REVIEWS)]
+    encoded = [tokenizer.frame(ids) for ids in tokenizer.encode(texts)]
+    fast = [theirs]
+    if transformers.__version__ < "5":  # from 5 on this class has a normalizer of its own
+        fast.append(transformers.BertTokenizerFast.from_pretrained(directory))
+    for tokenize in fast:
+        for text, ids in zip(texts, encoded, strict=True):
+            assert ids == tokenize(text)["input_ids"], f"other token ids for {text!r}"
+    print(f"tokens: the same ids for {len(texts)} texts, {sum(map(len, encoded))} tokens")
+    return encoded[: len(TEXTS)]
+
+
+def check_other_directories() -> None:
+    """`transformers` finds the tokens that the tests expect of directories in various forms."""
+    for name, (files, expected) in FOLLOWED.items():
+        with tempfile.TemporaryDirectory() as directory:
+            write(Path(directory), {"config.json": {"model_type": "bert"}} | files)
+            tokens = transformers.AutoTokenizer.from_pretrained(directory).tokenize(TEXT)
+            assert tokens == expected.split(), f"{name}: {tokens}"
+    print(f"directories: the tokens that the tests expect of {len(FOLLOWED)}")
 
 
 def load(directory: Path) -> torch.nn.Module:
@@ -139,6 +160,7 @@ def main() -> None:
     """All checks on each directory."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("directory", type=Path, nargs="+")
+    check_other_directories()
     for directory in parser.parse_args().directory:
         print(f"{directory}, transformers {transformers.__version__}, torch {torch.__version__}")
         theirs = check_weights(directory)
