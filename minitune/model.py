@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from minitune.attention import attention
 from minitune.batching import PackedBatch
-from minitune.fast.layers import Dropout, GeluLinear, pad_rows
+from minitune.fast.layers import ByteDropout, gelu_linear, pad_rows
 
 
 @dataclass
@@ -72,7 +72,7 @@ class Embeddings(nn.Module):
         self.position = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.token_type = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = Dropout(config.hidden_dropout_prob)
+        self.dropout = ByteDropout(config.hidden_dropout_prob)
 
     def forward(self, batch: PackedBatch) -> Tensor:
         starts = batch.cls_positions[batch.sequence_ids]
@@ -88,25 +88,17 @@ class SelfAttention(nn.Module):
     def __init__(self, config: BertConfig, backend: str):
         super().__init__()
         self.heads, self.backend = config.num_attention_heads, backend
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)  # three products in one
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)  # three maps in one
         self.out = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor, batch: PackedBatch, positions: Tensor | None = None) -> Tensor:
-        C, T = x.size(1), batch.tokens.numel()
-        if positions is None:
-            M, cu_seqlens_q = T, None
-            q, k, v = self.qkv(x).chunk(3, dim=1)
-        else:  # queries at these positions, keys and values at all
-            M, cu_seqlens_q = positions.numel(), batch.count_before(positions)
-            (w_q, w_kv), (b_q, b_kv) = (
-                p.split([C, 2 * C]) for p in (self.qkv.weight, self.qkv.bias)
-            )
-            q = F.linear(x.index_select(0, pad_rows(positions)), w_q, b_q)
-            k, v = F.linear(x, w_kv, b_kv).chunk(2, dim=1)
-        q, k, v = (y[:n].unflatten(1, (self.heads, -1)) for y, n in ((q, M), (k, T), (v, T)))
-        y = attention(
-            q, k, v, batch.cu_seqlens, batch.max_seqlen, self.backend, cu_seqlens_q
-        )  # (M, H, D)
+        T = batch.tokens.numel()
+        qkv = self.qkv(x)[:T].unflatten(1, (3, self.heads, -1))  # (T, 3, H, D)
+        q, k, v = qkv.unbind(1)
+        cu_seqlens_q = batch.cu_seqlens
+        if positions is not None:
+            q, cu_seqlens_q = q.index_select(0, positions), batch.count_before(positions)
+        y = attention(q, k, v, batch.cu_seqlens, batch.max_seqlen, self.backend, cu_seqlens_q)
         return self.out(pad_rows(y.flatten(1)))
 
 
@@ -119,13 +111,7 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.up(x)
-        if (
-            not torch.is_grad_enabled()
-        ):  # nothing is kept, and autocast casts weights once for many batches
-            return self.down(F.gelu(x))
-        # Autocast does not look into a hand-written function, so here weights are cast by hand.
-        return GeluLinear.apply(x, self.down.weight.to(x.dtype), self.down.bias.to(x.dtype))
+        return gelu_linear(self.up(x), self.down)  # down(gelu(up(x)))
 
 
 class Layer(nn.Module):
@@ -137,7 +123,7 @@ class Layer(nn.Module):
         self.attention_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.feed_forward = FeedForward(config)
         self.feed_forward_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = Dropout(config.hidden_dropout_prob)
+        self.dropout = ByteDropout(config.hidden_dropout_prob)
         # Where adapters.py puts its bottlenecks: after dropout, before the residual sum.
         self.attention_adapter = nn.Identity()
         self.feed_forward_adapter = nn.Identity()
@@ -255,7 +241,7 @@ class BertForSequenceClassification(nn.Module):
         self.config = config
         self.bert = Bert(config, attention_backend)
         self.pooling, self.pooler = "cls", Pooler(config)
-        self.dropout = Dropout(config.hidden_dropout_prob)
+        self.dropout = ByteDropout(config.hidden_dropout_prob)
         self.classifier = nn.Linear(config.hidden_size, len(config.id2label))
         self.apply(lambda module: initialize(module, config))
 

@@ -21,7 +21,7 @@ from minitune.checkpoint import (
     weights_hash,
 )
 from minitune.classification import Classification, Examples, Sequences
-from minitune.fast.layers import Dropout, pad_rows
+from minitune.fast.layers import ByteDropout, pad_rows
 from minitune.features import Features, feature_size
 from minitune.finetuning import METHODS, build, in_short
 from minitune.model import PRESETS, BertConfig, BertForMaskedLM, BertForSequenceClassification
@@ -211,7 +211,7 @@ def test_adapters_stand_after_dropout_and_before_the_residual_sum():
     x = pad_rows(torch.randn(16, 16))
 
     def sublayer(x, change, adapter, norm):
-        y = Dropout(0.5)(change)
+        y = ByteDropout(0.5)(change)
         y = y + adapter.up(F.gelu(adapter.down(y)))
         return F.layer_norm(x + y, (16,), norm.weight, norm.bias, CONFIG.layer_norm_eps)
 

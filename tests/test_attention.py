@@ -19,7 +19,7 @@ from tests.attention_oracle import (
     random_inputs,
 )
 
-BLOCK = Tiled.BLOCK
+BLOCK = Tiled.KEY_BLOCK
 LENGTHS = [[1], [7], [BLOCK - 1], [BLOCK], [BLOCK + 1], [40] * 6, [129, 1, 64, 64, 127], [512, 3]]
 MIXED = [129, 5, 9, 64, 64, 20, 1]
 FEWER = [[1] * 7, [20, 1, 2, 10, 10, 0, 1], [0, 0, 0, 64, 1, 0, 0]]  # queries of each
@@ -72,7 +72,7 @@ def test_bfloat16_softmax_on_cpu_is_rounded_once(n):
 
 
 def test_tiled_gradients_are_those_of_its_output(monkeypatch):
-    monkeypatch.setattr(Tiled, "BLOCK", 4)
+    monkeypatch.setattr(Tiled, "KEY_BLOCK", 4)
     lengths = [1, 3, 4, 5, 5, 9]
     *qkv, _ = random_inputs(lengths, 4, torch.float64, heads=2)
     qkv = [x.detach().requires_grad_() for x in qkv]
@@ -86,7 +86,7 @@ def test_tiles_of_any_size_give_the_same(monkeypatch, block):
     lengths = [1, 3, 4, 5, 9, 9]
     inputs = random_inputs(lengths, 8, torch.float64)
     expected = compute("reference", lengths, inputs)
-    monkeypatch.setattr(Tiled, "BLOCK", block)
+    monkeypatch.setattr(Tiled, "KEY_BLOCK", block)
     for ours, true in zip(compute("tiled", lengths, inputs), expected, strict=True):
         assert (ours - true).abs().max() <= 1e-12
 

@@ -32,7 +32,7 @@ from minitune.checkpoint import find_model, load_for_classification, load_tokeni
 from minitune.classification import Sequences
 from minitune.corpus import Corpus
 from minitune.data import Dataset, Reviews
-from minitune.fast.layers import Dropout, pad_rows
+from minitune.fast.layers import ByteDropout, pad_rows
 from minitune.masking import mask_tokens
 from minitune.model import PRESETS, BertForMaskedLM
 from minitune.support.plots import plt, save
@@ -97,7 +97,7 @@ class Climber:
             self.loss = self.loss_of_labels
         self.model.train()
         for module in self.model.modules():
-            if isinstance(module, Dropout) and not rung.bytewise:
+            if isinstance(module, ByteDropout) and not rung.bytewise:
                 module.__class__ = nn.Dropout
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=rung.fused)
         order = np.random.default_rng(0).permutation(len(sequences))
