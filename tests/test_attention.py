@@ -151,10 +151,10 @@ def set_sizes(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "piece", [1, 64, 2**22]
+    "scores", [1, 64, 2**22]
 )  # one, two, all of the sequences of four tokens at a time
-def test_padded_gradients_are_those_of_its_output(set_sizes, piece):
-    set_sizes(MULTIPLE=4, PIECE=piece)
+def test_padded_gradients_are_those_of_its_output(set_sizes, scores):
+    set_sizes(KEY_MULTIPLE=4, GROUP_SCORES=scores)
     lengths = [1, 3, 4, 5, 5, 9]
     *qkv, _ = random_inputs(lengths, 4, torch.float64, heads=2)
     qkv = [x.detach().requires_grad_() for x in qkv]
@@ -164,7 +164,7 @@ def test_padded_gradients_are_those_of_its_output(set_sizes, piece):
 
 
 def test_padded_gradients_of_fewer_queries_are_those_of_its_output(set_sizes):
-    set_sizes(MULTIPLE=4, FEW=2)
+    set_sizes(KEY_MULTIPLE=4, QUERY_MULTIPLE=2)
     lengths, counts = [1, 3, 1, 2, 5, 9], [1, 1, 0, 2, 3, 1]
     *qkv, _ = random_inputs(lengths, 4, torch.float64, heads=2, counts=counts)
     qkv = [x.detach().requires_grad_() for x in qkv]
@@ -253,11 +253,11 @@ def test_padded_has_few_shapes_of_products():
     assert {max(a[1:]) for a, _ in shapes} == {64, 128} and len(shapes) <= 2 * 3
 
 
-def test_padded_computes_a_piece_at_a_time(set_sizes):
+def test_padded_computes_a_group_at_a_time(set_sizes):
     lengths = [64] * 20
     inputs = random_inputs(lengths, 8, torch.bfloat16, heads=2)
     for sequences in (20, 3):
-        set_sizes(PIECE=sequences * 2 * 64 * 64)
+        set_sizes(GROUP_SCORES=sequences * 2 * 64 * 64)
         with LargestResult() as largest:
             compute("padded", lengths, inputs)
         assert largest.elements == sequences * 2 * 64 * 64
