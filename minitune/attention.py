@@ -6,7 +6,7 @@ with `cu_seqlens` (B+1,), the cumulative lengths: sequence b is rows
 attends to the tokens of its sequence and to nothing else (Vaswani et al. 2017, section 3.2.1,
 without a causal mask, as in BERT).
 
-    q             (M, H, D)   M queries, H heads, D dimensions a head; M = T if every token is a query
+    q             (M, H, D)   M queries (T, or some tokens only), H heads, D dimensions a head
     k, v          (T, H, D)
     cu_seqlens_q  (B+1,)      int32, the cumulative numbers of queries
     cu_seqlens    (B+1,)      int32
@@ -20,7 +20,6 @@ a CPU. No backend drops attention weights at random: minitune trains without dro
 
 import importlib.util
 import os
-from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +42,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens:
 
 
 class Tiled(torch.autograd.Function):
-    """FlashAttention (Dao et al. 2022) in plain torch: exact attention in memory that grows with T, not T².
+    """FlashAttention (Dao et al. 2022) in plain torch: exact, in memory that grows with T, not T².
 
     `reference` needs a whole row of scores before it can divide by the row's sum. The way out is
     the online softmax (Milakov & Gimelshein 2018). Take the keys a block at a time, and keep for
@@ -103,11 +102,11 @@ class Tiled(torch.autograd.Function):
 
 
 def _tiled_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """The output (sequences, H, m, D) and lse (sequences, H, m, 1) of sequences of equal lengths."""
+    """The output (sequences, H, m, D) and lse (sequences, H, m, 1) of one batch."""
     q = q * q.size(-1) ** -0.5
     top = q.new_full((*q.shape[:-1], 1), -torch.inf)
     total, out = torch.zeros_like(top), torch.zeros_like(q)
-    for k1, v1 in _key_blocks(k, v):
+    for k1, v1 in zip(k.split(Tiled.KEY_BLOCK, -2), v.split(Tiled.KEY_BLOCK, -2), strict=True):
         scores = q @ k1.mT  # (sequences, H, m, KEY_BLOCK)
         old_top, top = top, torch.maximum(top, scores.amax(-1, keepdim=True))
         weights = torch.exp(scores - top)
@@ -120,23 +119,18 @@ def _tiled_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def _tiled_backward(
     q: Tensor, out: Tensor, lse: Tensor, d_out: Tensor, k: Tensor, v: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q (sequences, H, m, D), k and v (sequences, H, n, D)."""
+    """The gradients of its q (sequences, H, m, D), k and v (sequences, H, n, D)."""
     scale = q.size(-1) ** -0.5
     q = q * scale
     delta = (d_out * out).sum(-1, keepdim=True)  # (sequences, H, m, 1)
     dq, dk, dv = torch.zeros_like(q), [], []
-    for k1, v1 in _key_blocks(k, v):
+    for k1, v1 in zip(k.split(Tiled.KEY_BLOCK, -2), v.split(Tiled.KEY_BLOCK, -2), strict=True):
         weights = torch.exp(q @ k1.mT - lse)  # (sequences, H, m, KEY_BLOCK)
         d_scores = weights * (d_out @ v1.mT - delta)
         dq += d_scores @ k1
         dk.append(d_scores.mT @ q)
         dv.append(weights.mT @ d_out)
     return scale * dq, torch.cat(dk, -2), torch.cat(dv, -2)
-
-
-def _key_blocks(k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """KEY_BLOCK keys at a time, and their values."""
-    return zip(k.split(Tiled.KEY_BLOCK, -2), v.split(Tiled.KEY_BLOCK, -2), strict=True)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -149,7 +143,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens: Tens
 
 
 def padded(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Few different shapes in training; in evaluation torch's kernel, whose forward pass is faster."""
+    """Few different shapes in training; torch's kernel where no gradient is needed."""
     if torch.is_grad_enabled() and q.requires_grad:
         return Padded.apply(q, k, v, cu_seqlens_q, cu_seqlens)
     return sdpa(q, k, v, cu_seqlens_q, cu_seqlens)

@@ -1,13 +1,15 @@
 """BERT (Devlin et al. 2019), every line of it, over packed batches.
 
 The architecture is BERT to the letter: post-LayerNorm, learned positions, token types, exact GELU,
-a masked-LM decoder tied to the word embeddings. What differs from most code is how it is run: a
-batch is its T tokens laid end to end (see attention.py), so nothing here knows of padded sequences,
-and where a head reads a few tokens only, the last layer computes keys and values of the others, and
-no more.
+a masked-LM decoder tied to the word embeddings. A batch is its T tokens laid end to end (see
+attention.py), so nothing here knows of padded sequences.
 
-Shapes: T tokens in the batch, M of them read by a head, R rows (T or M, on a CPU padded, see
-`pad_rows`), B sequences, C = hidden_size, H heads, D = C / H, V = vocab_size.
+Two things are here for speed alone. Where a head reads hidden states at M positions only, the last
+layer computes no others. And what comes from fast/layers.py is to be read as follows: pad_rows(x)
+is x, ByteDropout is Dropout, gelu_linear(x, linear) is linear(gelu(x)).
+
+Shapes: T tokens, B sequences, M positions that a head reads, R rows (T or M, and those that
+`pad_rows` adds), C = hidden_size, H heads, D = C / H, V = vocab_size.
 """
 
 from dataclasses import dataclass, field
@@ -47,12 +49,8 @@ class BertConfig:
 
 PRESETS = {
     "tiny": BertConfig(),
-    "small": BertConfig(
-        hidden_size=384, num_hidden_layers=6, num_attention_heads=6, intermediate_size=1536
-    ),
-    "base": BertConfig(
-        hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072
-    ),
+    "small": BertConfig(8192, 384, 6, 6, 1536),  # vocabulary, hidden, layers, heads, intermediate
+    "base": BertConfig(8192, 768, 12, 12, 3072),
 }
 
 
@@ -64,7 +62,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Embeddings(nn.Module):
-    """Word + position + token type, then LayerNorm: (R, C), the T tokens and what `pad_rows` adds."""
+    """Word + position + token type, then LayerNorm: (R, C), the T tokens and padding rows."""
 
     def __init__(self, config: BertConfig):
         super().__init__()
@@ -93,8 +91,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, batch: PackedBatch, positions: Tensor | None = None) -> Tensor:
         T = batch.tokens.numel()
-        qkv = self.qkv(x)[:T].unflatten(1, (3, self.heads, -1))  # (T, 3, H, D)
-        q, k, v = qkv.unbind(1)
+        q, k, v = self.qkv(x)[:T].unflatten(1, (3, self.heads, -1)).unbind(1)  # (T, H, D) each
         cu_seqlens_q = batch.cu_seqlens
         if positions is not None:
             q, cu_seqlens_q = q.index_select(0, positions), batch.count_before(positions)
@@ -150,10 +147,7 @@ class Bert(nn.Module):
         )
 
     def forward(self, batch: PackedBatch, positions: Tensor | None = None) -> Tensor:
-        """Hidden states (T, C); or (M, C) at M `positions`, ascending indices into the packed tokens.
-
-        What nobody reads is not computed: of other tokens the last layer needs keys and values only.
-        """
+        """Hidden states (T, C); or (M, C) at M ascending positions in the packed tokens."""
         x = self.embeddings(batch)
         for layer in self.layers[:-1]:
             x = layer(x, batch)
@@ -184,10 +178,7 @@ def mean_of_tokens(hidden: Tensor, batch: PackedBatch) -> Tensor:
 
 
 class MeanPooler(nn.Module):
-    """Another summary of a sequence: the mean of its tokens. It has no weights, and BERT does not use it."""
-
-    def __init__(self, config: BertConfig):
-        super().__init__()
+    """Another summary of a sequence, not in BERT: the mean over its tokens. It has no weights."""
 
     def positions(self, batch: PackedBatch) -> Tensor | None:
         return None
@@ -196,7 +187,8 @@ class MeanPooler(nn.Module):
         return mean_of_tokens(hidden, batch)  # (B, C)
 
 
-POOLERS = {"cls": Pooler, "mean": MeanPooler}  # by the name that is saved with a model
+# By the name that is saved with a model.
+POOLERS = {"cls": Pooler, "mean": lambda config: MeanPooler()}
 
 
 class MaskedLMHead(nn.Module):
@@ -223,11 +215,7 @@ class BertForMaskedLM(nn.Module):
         self.apply(lambda module: initialize(module, config))
 
     def forward(self, batch: PackedBatch, positions: Tensor) -> Tensor:
-        """Logits (M, V) at M positions, indices into the packed tokens in any order.
-
-        Only there: scoring the vocabulary at all T positions would cost two thirds of what the
-        whole of the tiny encoder does.
-        """
+        """Logits (M, V) at M positions in the packed tokens, in any order."""
         ascending, order = positions.sort()
         hidden = self.bert(batch, ascending).index_select(0, order.argsort())
         return self.head(pad_rows(hidden), self.bert.embeddings.word.weight)[: positions.numel()]

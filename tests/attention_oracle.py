@@ -1,4 +1,4 @@
-"""What the tests of attention share: the definition, written out in float64, and inputs like the model's."""
+"""What the tests of attention share: the definition in float64, and inputs like the model's."""
 
 import torch
 
@@ -47,9 +47,11 @@ def output_and_gradients(function, inputs):
 def compute(backend, lengths, inputs, counts=None):
     """The output and the gradients of q, k and v."""
     device = inputs[0].device
-    asking = cumulative(counts).to(device) if counts else None
+    cu_seqlens_q = cumulative(counts).to(device) if counts else None
     return output_and_gradients(
-        lambda *qkv: attention(*qkv, cumulative(lengths).to(device), max(lengths), backend, asking),
+        lambda *qkv: attention(
+            *qkv, cumulative(lengths).to(device), max(lengths), backend, cu_seqlens_q
+        ),
         inputs,
     )
 

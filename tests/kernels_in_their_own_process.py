@@ -41,7 +41,7 @@ LENGTHS = {
 @each_dtype
 @pytest.mark.parametrize("case", LENGTHS)
 def test_output_and_gradients_are_those_of_the_definition(case, dtype):
-    lengths = LENGTHS[case](TILES[dtype.itemsize]["BLOCK"])
+    lengths = LENGTHS[case](TILES[dtype.itemsize]["TILE"])
     assert_is_the_definition("triton", lengths, inputs(lengths, 64, dtype))
 
 
@@ -54,7 +54,7 @@ def test_other_sizes_of_heads(head_size, dtype):
 
 @each_dtype
 @pytest.mark.parametrize("counts", [[1, 1, 1], [0, 20, 65], [70, 0, 0]], ids=str)
-def test_only_some_tokens_may_ask(counts, dtype):
+def test_only_some_tokens_may_be_queries(counts, dtype):
     lengths = [70, 20, 130]
     tensors = inputs(lengths, 32, dtype, counts=counts)
     assert_is_the_definition("triton", lengths, tensors, counts)
@@ -105,11 +105,11 @@ def test_a_layer_under_autocast_is_close_to_the_same_without():
     x = torch.randn(49, 64, device=DEVICE, requires_grad=True)
     exact = layer(pad_rows(x), batch)[:49]
     with torch.autocast(DEVICE.type, torch.bfloat16):
-        rounded = layer(pad_rows(x), batch)[:49]
+        close = layer(pad_rows(x), batch)[:49]
     (slope,), (exact_slope,) = (
-        torch.autograd.grad((y * x.detach()).sum(), x) for y in (rounded, exact)
+        torch.autograd.grad((y * x.detach()).sum(), x) for y in (close, exact)
     )
-    assert (rounded - exact).norm() <= 0.01 * exact.norm()
+    assert (close - exact).norm() <= 0.01 * exact.norm()
     assert (slope - exact_slope).norm() <= 0.02 * exact_slope.norm()
 
 

@@ -44,7 +44,7 @@ def test_other_sizes_of_heads(backend, head_size):
 @pytest.mark.parametrize("counts", FEWER, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", HERE)
-def test_only_some_tokens_may_ask(backend, dtype, counts):
+def test_only_some_tokens_may_be_queries(backend, dtype, counts):
     assert_is_the_definition(backend, MIXED, random_inputs(MIXED, 32, dtype, counts=counts), counts)
 
 
@@ -168,9 +168,8 @@ def test_padded_gradients_of_fewer_queries_are_those_of_its_output(set_sizes):
     lengths, counts = [1, 3, 1, 2, 5, 9], [1, 1, 0, 2, 3, 1]
     *qkv, _ = random_inputs(lengths, 4, torch.float64, heads=2, counts=counts)
     qkv = [x.detach().requires_grad_() for x in qkv]
-    asking = cumulative(counts)
     assert torch.autograd.gradcheck(
-        lambda *qkv: attention(*qkv, cumulative(lengths), 9, "padded", asking), qkv
+        lambda *qkv: attention(*qkv, cumulative(lengths), 9, "padded", cumulative(counts)), qkv
     )
 
 
@@ -211,16 +210,16 @@ def test_padded_keeps_a_softmax_only_if_it_is_small(head_size, kept):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_padded_reads_what_it_learns_from(dtype):
-    """Where no gradient is asked for, it is computed in another way."""
+def test_padded_is_close_to_itself_without_gradients(dtype):
+    """Where no gradient is needed, it is torch's kernel."""
     lengths = [70, 64, 5]
     *qkv, _ = random_inputs(lengths, 32, dtype)
-    read = attention(*qkv, cumulative(lengths), 70, "padded")
-    learned_from = attention(
+    evaluated = attention(*qkv, cumulative(lengths), 70, "padded")
+    trained = attention(
         *(x.detach().requires_grad_() for x in qkv), cumulative(lengths), 70, "padded"
     )
-    assert learned_from.grad_fn is not None and read.grad_fn is None
-    torch.testing.assert_close(read, learned_from.detach(), rtol=2e-2, atol=2e-2)
+    assert trained.grad_fn is not None and evaluated.grad_fn is None
+    torch.testing.assert_close(evaluated, trained.detach(), rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -230,14 +229,14 @@ def test_padded_computes_in_the_precision_of_its_inputs_under_autocast_too(dtype
     expected = compute("padded", lengths, inputs)
 
     def forward(*qkv):
-        with torch.autocast("cpu", torch.bfloat16):  # in training the way back is outside of it
+        with torch.autocast("cpu", torch.bfloat16):  # in training the backward pass is outside
             return attention(*qkv, cumulative(lengths), 70, "padded")
 
     computed = output_and_gradients(forward, inputs)
     assert all(torch.equal(a, b) for a, b in zip(computed, expected, strict=True))
 
 
-def test_padded_has_few_shapes_of_products():
+def test_padded_multiplies_few_different_shapes():
     """Of all lengths from 1 to 128 it makes two, 64 and 128, in batches of any number."""
     lengths, shapes = list(range(1, 129)), set()
 
@@ -299,7 +298,7 @@ def test_triton_on_a_cpu_is_a_user_error():
         resolve_backend("triton", CPU, torch.float32, 32)
 
 
-def test_nothing_needs_triton_until_it_is_asked_for():
+def test_the_scripts_start_without_triton():
     code = "import sys; sys.modules['triton'] = None; import train, finetune, prompt"
     subprocess.run([sys.executable, "-c", code], check=True)
 

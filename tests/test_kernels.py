@@ -34,7 +34,7 @@ sizes = ["M", "T", "H", "q_stride", "q_head_stride", "kv_stride", "kv_head_strid
 types |= dict.fromkeys(sizes, "i32")
 for capability, dtype, size, D in (80, "bf16", 2, 128), (90, "fp16", 2, 128), (80, "fp32", 4, 32):
     options = dict(kernels.TILES[size])
-    constants = {"D": D, "BLOCK": options.pop("BLOCK")}
+    constants = {"D": D, "TILE": options.pop("TILE")}
     for kernel in kernels.forward_kernel, kernels.dq_kernel, kernels.dkdv_kernel:
         signature = {name: types.get(name, f"*{dtype}") for name in kernel.arg_names}
         signature |= dict.fromkeys(constants, "constexpr")

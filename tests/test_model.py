@@ -1,4 +1,4 @@
-"""The model: against torch's own encoder layer, against real weights, and no leaks between sequences."""
+"""The model: against torch's encoder layer, against real weights; no leaks between sequences."""
 
 import importlib.util
 import json
@@ -98,7 +98,7 @@ def test_changing_one_sequence_leaves_every_bit_of_the_others(backend, lengths):
 
 
 @each_backend
-def test_positions_start_anew_in_each_sequence(backend):
+def test_positions_start_at_zero_in_each_sequence(backend):
     bert = BertForMaskedLM(CONFIG, backend).bert
     same, other = torch.tensor([5, 5, 5, 6]), torch.tensor([8, 9, 10, 11, 12])
     first, _, second = run(bert, [same, other, same])
@@ -281,7 +281,7 @@ each_job = pytest.mark.parametrize("job", ["blanks", "cls", "mean"])
 @each_job
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_what_runs_by_default_is_the_textbook_computation(monkeypatch, job, dtype):
-    """Outputs and all gradients; that of the word in the padding rows too, which no sequence has."""
+    """Outputs and all gradients; also that of word 0, which stands in the padding rows only."""
 
     def train(backend, **autocast):
         torch.manual_seed(0)
@@ -483,7 +483,7 @@ def test_an_untrained_model_knows_nothing():
     targets = torch.randint(1000, (200,))
     with torch.no_grad():
         logits = model(PackedBatch.from_sequences([targets]), torch.arange(200))
-    # Tied to its input, it does lean to the word it sees; here it is asked for another one.
+    # Tied to its input, it does lean to the word it sees; the targets here are others.
     assert abs(F.cross_entropy(logits, targets.flip(0)).item() - math.log(1000)) < 0.1
 
 

@@ -12,12 +12,12 @@ ROW_MULTIPLE = 64
 
 
 def pad_rows(x: Tensor) -> Tensor:
-    """(N, …) with rows of zeros after it, up to a multiple of 64, or for large N of a higher power of two.
+    """(N, …) and rows of zeros, up to a multiple of 64, or of a higher power of two for large N.
 
-    They are an eighth of N at most, or fewer than 64; on another device than a CPU there are none.
+    They are at most an eighth of N, or fewer than 64; on another device than a CPU there are none.
 
     The matrices of a network then have few different numbers of rows. On a CPU with bfloat16
-    arithmetic oneDNN compiles a kernel for each of these, which took a tenth of all training and more.
+    arithmetic oneDNN compiles a kernel for each number, which took a tenth of all training.
     """
     if x.device.type != "cpu":
         return x
@@ -46,9 +46,9 @@ def gelu_linear(x: Tensor, linear: nn.Module) -> Tensor:
 
 
 class ByteDropout(nn.Dropout):
-    """nn.Dropout, on a CPU by one random byte a number: p is the nearest multiple of 1/256 but 0 and 1.
+    """nn.Dropout, on a CPU by one random byte a number, with p rounded to a multiple of 1/256.
 
-    There nn.Dropout draws a float for each number, which takes four times as long as all of this.
+    nn.Dropout draws a float for each number, which takes four times as long as all of this.
     """
 
     def forward(self, x: Tensor) -> Tensor:

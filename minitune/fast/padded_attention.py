@@ -1,4 +1,4 @@
-"""Attention by plain matrix multiplications over padded lengths: for a CPU with bfloat16 arithmetic.
+"""Attention by plain matrix multiplications over padded lengths, for a CPU that has bfloat16.
 
 There oneDNN compiles a kernel for every new shape of a multiplication, which takes 1 to 3 ms, and
 texts come in all lengths: with `attention.reference` compiling was a third of a training step
@@ -22,9 +22,9 @@ QUERY_MULTIPLE = 16  # of rows of queries where only some tokens are queries
 # Scores of a group that has more than one block. More take more memory and are hardly faster; with
 # a quarter of them attention takes 1.2 to 1.3 times as long (tests/benchmarks/LOG.md).
 GROUP_SCORES = 2**22
-# The softmax of a token, H·n numbers, is kept for the backward pass if it takes no more than so many
-# hidden vectors of H·D; else it is recomputed, which takes a tenth of a step. With heads of 64 it is
-# kept up to 512 tokens.
+# The softmax of a token, H·n numbers, is kept for the backward pass if it takes no more than so
+# many hidden vectors of H·D; else it is recomputed, which takes a tenth of a step. With heads of 64
+# it is kept up to 512 tokens.
 KEPT_VECTORS = 8
 
 Lengths = tuple[int, ...]  # cumulative, starting with 0
@@ -81,12 +81,12 @@ class Padded(torch.autograd.Function):
 
 
 def vectors(x: Tensor) -> Tensor:
-    """A packed (T, H, D) as (T·H + H, D), the last H of them zeros. A copy: rows of q may lie 3·H·D apart."""
+    """A packed (T, H, D), whose rows may lie apart, as (T·H + H, D) with the last H rows zeros."""
     return F.pad(x, (0, 0, 0, 0, 0, 1)).flatten(0, 1)
 
 
 class Blocks:
-    """Where rows of a packed (T, H, D) stand in S blocks (S, H, n, D): neighbours in each, then zeros.
+    """Where rows of a packed (T, H, D) stand in S blocks (S, H, n, D): neighbours, then zeros.
 
     One gather index moves all vectors of D numbers at once, which is four times as fast as a copy
     for each block.
@@ -128,7 +128,7 @@ class Group:
     bias: Tensor | None  # (S, 1, m, n) attention bias, 0 or -∞, where sequences share a block
 
     def softmax(self, q1: Tensor, k1: Tensor) -> Tensor:
-        """The attention weights (S, H, m, n), zero for keys that are not of the query's sequence."""
+        """Attention weights (S, H, m, n), zero for keys that are not of the query's sequence."""
         scores = q1 @ k1.mT
         if self.bias is not None:
             # A seventh of the time of masked_fill_. It hides no NaN and no ∞: these end training.
@@ -141,7 +141,7 @@ class Group:
 
 @functools.lru_cache(maxsize=2)  # called in every layer of a step
 def plan(cu_q: Lengths, cu_k: Lengths, heads: int, device: torch.device) -> list[Group]:
-    """What is computed together: neighbours of one padded length, at most GROUP_SCORES scores of them."""
+    """What is computed together: neighbours of one padded length, at most GROUP_SCORES scores."""
     blocks, first, B = [], 0, len(cu_k) - 1
     while first < B:
         last = first + 1
@@ -168,7 +168,7 @@ def plan(cu_q: Lengths, cu_k: Lengths, heads: int, device: torch.device) -> list
 
 
 def attention_bias(queries: Blocks, keys: Blocks) -> Tensor:
-    """(S, 1, m, n): -∞ where there is a query and the key is of another sequence or of none; else 0."""
+    """(S, 1, m, n): -∞ where a query meets a key of another sequence or of none, else 0."""
     hidden = queries.sequence[:, None, :, None] != keys.sequence[:, None, None, :]
     # A row without a query may see all keys: a softmax of nothing would be no number.
     hidden &= queries.is_row[:, None, :, None]

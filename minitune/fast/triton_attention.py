@@ -8,7 +8,7 @@ scores lives and dies inside the chip; what attention waits for is traffic to me
 (FlashAttention, Dao et al. 2022).
 
 dq is a sum over keys, dk and dv are sums over queries. Hence two backward kernels, each of which
-computes the scores anew (FlashAttention-2, Dao 2023, computes them once and adds up dq with
+recomputes the scores (FlashAttention-2, Dao 2023, computes them once and adds up dq with
 atomics). So every element is summed by one program in one order, and equal inputs give equal bits.
 
 Powers are of 2, which is what the hardware has: exp(x) = 2^(x·log₂e), and lse = log₂ Σ 2^score.
@@ -26,12 +26,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 LOG2_E = tl.constexpr(math.log2(math.e))
-# By bytes an element. No GPU was at hand to time them, so they are chosen to fit at D = 128: into
+# By bytes an element; TILE counts queries or keys. Not timed, but chosen to fit at D = 128: into
 # registers, and into the 99 kB of shared memory of a gaming GPU. float32 goes without tensor cores
 # and needs more.
 TILES = {
-    2: {"BLOCK": 64, "num_warps": 4, "num_stages": 2},
-    4: {"BLOCK": 32, "num_warps": 8, "num_stages": 2},
+    2: {"TILE": 64, "num_warps": 4, "num_stages": 2},
+    4: {"TILE": 32, "num_warps": 8, "num_stages": 2},
 }
 # TRITON_INTERPRET=1 runs the kernels in numpy, for tests on a machine without a GPU.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
@@ -39,7 +39,7 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 @triton.jit
 def find_work(cu_seqlens, T, H, stride, head_stride, D: tl.constexpr):
-    """Where the program's sequence and head begin among T rows of queries or of keys, and how many it has.
+    """Where the program's sequence and head begin among T rows of queries or keys, and its length.
 
     Three beginnings: in a tensor with these strides; in one (T, H, D) without gaps; in one (H, T).
     """
@@ -65,8 +65,8 @@ def store(matrix, rows, length, stride, D: tl.constexpr, values):
 
 
 @triton.jit
-def product(a, b):
-    """a @ b, summed in float32; "ieee" keeps float32 inputs from being rounded to TensorFloat-32."""
+def matmul(a, b):
+    """a @ b, summed in float32; "ieee" keeps float32 inputs from rounding to TensorFloat-32."""
     if INTERPRETED:  # numpy knows no bfloat16 and would multiply its bits as integers
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, input_precision="ieee")
@@ -76,29 +76,29 @@ def product(a, b):
 def forward_kernel(
     Q, K, V, Out, Lse, cu_q, cu_k, M, T, H,
     q_stride, q_head_stride, kv_stride, kv_head_stride,
-    D: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Out and Lse for a block of queries: the online softmax over blocks of keys."""
     q_start, out_start, sums_start, q_count = find_work(cu_q, M, H, q_stride, q_head_stride, D)
     kv_start, _, _, k_count = find_work(cu_k, T, H, kv_stride, kv_head_stride, D)
-    if tl.program_id(1) * BLOCK >= q_count:  # the grid has room for the longest sequence
+    if tl.program_id(1) * TILE >= q_count:  # the grid has room for the longest sequence
         return
-    queries = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    queries = tl.program_id(1) * TILE + tl.arange(0, TILE)
     q = load(Q + q_start, queries, q_count, q_stride, D)
-    top = tl.full((BLOCK,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    out = tl.zeros((BLOCK, D), tl.float32)
-    for start in range(0, k_count, BLOCK):
-        keys = start + tl.arange(0, BLOCK)
+    top = tl.full((TILE,), float("-inf"), tl.float32)
+    total = tl.zeros((TILE,), tl.float32)
+    out = tl.zeros((TILE, D), tl.float32)
+    for start in range(0, k_count, TILE):
+        keys = start + tl.arange(0, TILE)
         k = load(K + kv_start, keys, k_count, kv_stride, D)
         v = load(V + kv_start, keys, k_count, kv_stride, D)
-        scores = product(q, tl.trans(k)) * (D**-0.5 * LOG2_E)
+        scores = matmul(q, tl.trans(k)) * (D**-0.5 * LOG2_E)
         scores = tl.where((keys < k_count)[None, :], scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
         weights = tl.exp2(scores - new_top[:, None])
         correction = tl.exp2(top - new_top)
         total = correction * total + tl.sum(weights, 1)
-        out = correction[:, None] * out + product(weights.to(v.dtype), v)
+        out = correction[:, None] * out + matmul(weights.to(v.dtype), v)
         top = new_top
     store(Out + out_start, queries, q_count, H * D, D, out / total[:, None])
     tl.store(Lse + sums_start + queries, top + tl.log2(total), mask=queries < q_count)
@@ -108,30 +108,30 @@ def forward_kernel(
 def dq_kernel(
     Q, K, V, Out, dOut, Lse, Delta, dQ, cu_q, cu_k, M, T, H,
     q_stride, q_head_stride, kv_stride, kv_head_stride,
-    D: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """dQ for a block of queries, and Delta, the row sums of dOut ∘ Out, which `dkdv_kernel` reads."""
+    """dQ for a block of queries, and Delta, the row sums of dOut ∘ Out, for `dkdv_kernel`."""
     q_start, out_start, sums_start, q_count = find_work(cu_q, M, H, q_stride, q_head_stride, D)
     kv_start, _, _, k_count = find_work(cu_k, T, H, kv_stride, kv_head_stride, D)
-    if tl.program_id(1) * BLOCK >= q_count:
+    if tl.program_id(1) * TILE >= q_count:
         return
-    queries = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    queries = tl.program_id(1) * TILE + tl.arange(0, TILE)
     q = load(Q + q_start, queries, q_count, q_stride, D)
     out = load(Out + out_start, queries, q_count, H * D, D)
     d_out = load(dOut + out_start, queries, q_count, H * D, D)
     lse = tl.load(Lse + sums_start + queries, mask=queries < q_count, other=0.0)
     delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1)
     tl.store(Delta + sums_start + queries, delta, mask=queries < q_count)
-    dq = tl.zeros((BLOCK, D), tl.float32)
-    for start in range(0, k_count, BLOCK):
-        keys = start + tl.arange(0, BLOCK)
+    dq = tl.zeros((TILE, D), tl.float32)
+    for start in range(0, k_count, TILE):
+        keys = start + tl.arange(0, TILE)
         k = load(K + kv_start, keys, k_count, kv_stride, D)
         v = load(V + kv_start, keys, k_count, kv_stride, D)
-        weights = tl.exp2(product(q, tl.trans(k)) * (D**-0.5 * LOG2_E) - lse[:, None])
+        weights = tl.exp2(matmul(q, tl.trans(k)) * (D**-0.5 * LOG2_E) - lse[:, None])
         # Past the last key scores are 0, not −∞, and may be far above lse: ∞ · 0 would be NaN.
         weights = tl.where((keys < k_count)[None, :], weights, 0.0)
-        d_scores = weights * (product(d_out, tl.trans(v)) - delta[:, None])
-        dq += product(d_scores.to(k.dtype), k)
+        d_scores = weights * (matmul(d_out, tl.trans(v)) - delta[:, None])
+        dq += matmul(d_scores.to(k.dtype), k)
     store(dQ + out_start, queries, q_count, H * D, D, dq * D**-0.5)
 
 
@@ -139,30 +139,30 @@ def dq_kernel(
 def dkdv_kernel(
     Q, K, V, dOut, Lse, Delta, dK, dV, cu_q, cu_k, M, T, H,
     q_stride, q_head_stride, kv_stride, kv_head_stride,
-    D: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV for a block of keys. Scores are (keys, queries) here: no sum needs them transposed."""
+    """dK and dV for a block of keys. Scores are (keys, queries), as both sums need them."""
     q_start, out_start, sums_start, q_count = find_work(cu_q, M, H, q_stride, q_head_stride, D)
     kv_start, dkv_start, _, k_count = find_work(cu_k, T, H, kv_stride, kv_head_stride, D)
-    if tl.program_id(1) * BLOCK >= k_count:
+    if tl.program_id(1) * TILE >= k_count:
         return
-    keys = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    keys = tl.program_id(1) * TILE + tl.arange(0, TILE)
     k = load(K + kv_start, keys, k_count, kv_stride, D)
     v = load(V + kv_start, keys, k_count, kv_stride, D)
-    dk = tl.zeros((BLOCK, D), tl.float32)
-    dv = tl.zeros((BLOCK, D), tl.float32)
-    for start in range(0, q_count, BLOCK):
+    dk = tl.zeros((TILE, D), tl.float32)
+    dv = tl.zeros((TILE, D), tl.float32)
+    for start in range(0, q_count, TILE):
         # Past the last query q, d_out and delta are 0 and add nothing, and past the last key the
         # tile's rows are nonsense, which stays in those rows and is not stored.
-        queries = start + tl.arange(0, BLOCK)
+        queries = start + tl.arange(0, TILE)
         q = load(Q + q_start, queries, q_count, q_stride, D)
         d_out = load(dOut + out_start, queries, q_count, H * D, D)
         lse = tl.load(Lse + sums_start + queries, mask=queries < q_count, other=0.0)
         delta = tl.load(Delta + sums_start + queries, mask=queries < q_count, other=0.0)
-        weights = tl.exp2(product(k, tl.trans(q)) * (D**-0.5 * LOG2_E) - lse[None, :])
-        dv += product(weights.to(d_out.dtype), d_out)
-        d_scores = weights * (product(v, tl.trans(d_out)) - delta[None, :])
-        dk += product(d_scores.to(q.dtype), q)
+        weights = tl.exp2(matmul(k, tl.trans(q)) * (D**-0.5 * LOG2_E) - lse[None, :])
+        dv += matmul(weights.to(d_out.dtype), d_out)
+        d_scores = weights * (matmul(v, tl.trans(d_out)) - delta[None, :])
+        dk += matmul(d_scores.to(q.dtype), q)
     store(dK + dkv_start, keys, k_count, H * D, D, dk * D**-0.5)
     store(dV + dkv_start, keys, k_count, H * D, D, dv)
 
@@ -183,8 +183,7 @@ class Fused(torch.autograd.Function):
         cu_seqlens: Tensor,
         max_seqlen: int,
     ) -> Tensor:
-        # Views of one fused tensor (T, 3, H, D), which is what the model has, are read where they
-        # are.
+        # The model's q, k and v are views of one tensor (T, 3, H, D), and are not copied.
         if q.stride(-1) != 1:
             q = q.contiguous()
         if k.stride() != v.stride() or k.stride(-1) != 1:
@@ -214,13 +213,12 @@ def launch(
     cu_seqlens: Tensor,
     max_seqlen: int,
 ) -> None:
-    """Run a kernel for each block of each head of each sequence; the first of `tensors` are q and k."""
+    """Run a kernel for each tile of each head of each sequence; `tensors` begin with q and k."""
     q, k, *_ = tensors
     (M, H, D), T = q.shape, k.size(0)
     tile = TILES[q.element_size()]
-    # In this order because CUDA allows 2³¹ programs along the first axis and 65,535 along the
-    # second.
-    grid = (cu_seqlens.numel() - 1) * H, triton.cdiv(max_seqlen, tile["BLOCK"])
+    # CUDA allows 2³¹ programs along the first axis, and 65,535 along the second.
+    grid = (cu_seqlens.numel() - 1) * H, triton.cdiv(max_seqlen, tile["TILE"])
     sizes = M, T, H, *q.stride()[:2], *k.stride()[:2]
     with torch.cuda.device_of(q):  # triton launches on the current GPU
         kernel[grid](*tensors, cu_seqlens_q, cu_seqlens, *sizes, D=D, **tile)
