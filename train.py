@@ -145,7 +145,7 @@ def pretrain(args: argparse.Namespace, run: Run) -> None:
         given = {k: v for k, v in vars(args).items() if k not in ("resume", "overwrite")}
         run.start(given | {"out": str(args.out), "corpus": key})
     if checkpoint:
-        trainer.restore(*checkpoint)
+        trainer.restore(checkpoint)
         runtime.log(f"resumed at step {trainer.step:,} of {trainer.steps:,}")
     elif not args.steps:
         trainer.plan(STARTED + 60 * args.minutes)

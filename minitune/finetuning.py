@@ -319,7 +319,7 @@ def train(
         steps = f"{epochs} epoch{'s' * (epochs > 1)}, {task.steps:,} steps of at most {size:,} {task.unit}"
         runtime.log(f"{name}{steps}, {in_words(recipe)}")
         if checkpoint := part.load():
-            trainer.restore(*checkpoint)
+            trainer.restore(checkpoint)
             runtime.log(f"resumed at step {trainer.step:,} of {trainer.steps:,}")
         validation = trainer.train()
         epoch = task.epoch_ends.index(trainer.best_step) + 1

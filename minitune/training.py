@@ -61,9 +61,9 @@ class Task(Protocol):
         """The validation rows; if `quick`, a part of them is enough."""
 
 
-# What training changes beside tensors: attributes of Trainer, and what a checkpoint has to hold.
-PROGRESS = {"step": int, "steps": int, "tokens": int, "seconds": float, "validation_every": int}
-PROGRESS |= {"best_step": int, "best_loss": float, "best_accuracy": float}
+# Attributes of Trainer that a checkpoint holds.
+NUMBERS = ("step", "steps", "tokens", "seconds", "earlier_seconds")
+NUMBERS += ("validation_every", "best_step", "best_loss", "best_accuracy")
 
 
 class Trainer:
@@ -289,54 +289,53 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint, from which a run is resumed to the same bits."""
         if self.runtime.is_main:
-            progress = {name: getattr(self, name) for name in PROGRESS}
-            now, scaler = time.monotonic(), self.scaler.state_dict()
-            progress["total_seconds"] = self.earlier_seconds + now - self.started
-            self.run.save(self._tensors(), progress | {"scaler": scaler})
+            self.run.save(self._state())
         self.last_save = time.monotonic()
 
-    def _tensors(self) -> dict[str, Tensor]:
-        """All that training changes, by name; what is frozen is in no checkpoint."""
-        parts = {"model": self.trained, "optimizer": self.optimizer.state()}
-        parts["best"] = self.best_weights
+    def _state(self) -> dict[str, Tensor]:
+        """All that training changes, as named tensors; what is frozen is in no checkpoint."""
+        numbers = {name: getattr(self, name) for name in NUMBERS}
+        numbers["earlier_seconds"] += time.monotonic() - self.started
+        parts = {"model": self.trained, "best": self.best_weights}
+        parts["optimizer"] = self.optimizer.state()
+        for part, values in (("numbers", numbers), ("scaler", self.scaler.state_dict())):
+            parts[part] = {k: torch.tensor(v, dtype=torch.float64) for k, v in values.items()}
         return {f"{part}/{name}": t for part, state in parts.items() for name, t in state.items()}
 
     @torch.no_grad()
-    def restore(self, tensors: dict[str, Tensor], progress: dict) -> None:
-        """Continue from a checkpoint. Raises UserError where it cannot be one of this run."""
-        fault = "" if self._is_possible(progress) else "its numbers are not those of this run"
+    def restore(self, checkpoint: dict[str, Tensor]) -> None:
+        """Continue from what `save` wrote. Raises UserError where this run cannot have written it."""
+        damaged, state = f"{self.run.state_path} is damaged, or of another run", self._state()
+        # The scaler alone depends on --precision, which may change.
+        scaler = {k: checkpoint.get(k, t) for k, t in state.items() if k.startswith("scaler/")}
+        checkpoint = scaler | {k: t for k, t in checkpoint.items() if not k.startswith("scaler/")}
         mine, theirs = (
-            {(name, tensor.dtype, tensor.shape) for name, tensor in state.items()}
-            for state in (self._tensors(), tensors)
+            {(name, t.dtype, t.shape) for name, t in x.items()} for x in (state, checkpoint)
         )
         for name, *_ in sorted(mine ^ theirs, key=str):
-            fault = f"its tensor {name[:99]} is not that of this run"
-        if fault:
-            raise UserError(f"{self.run.state_path} is damaged: {fault}")
-        for name, tensor in self._tensors().items():
-            tensor.copy_(tensors[name])
-        for name in PROGRESS:
-            setattr(self, name, progress[name])
-        if progress["scaler"].keys() == self.scaler.state_dict().keys():  # else another --precision
-            self.scaler.load_state_dict(progress["scaler"])
-        self.earlier_seconds = progress["total_seconds"]
+            raise UserError(f"{damaged}: the tensor {name[:99]}")
+        found = {name: checkpoint[f"numbers/{name}"].item() for name in NUMBERS}
+        # Of the right types, and without the impossible.
+        numbers = {k: type(getattr(self, k))(x) for k, x in found.items() if 0 <= x < 2**53}
+        if numbers != found or not self._is_possible(**numbers):
+            raise UserError(f"{damaged}: " + ", ".join(f"{k} {x:g}" for k, x in found.items()))
+        for name, value in numbers.items():
+            setattr(self, name, value)
+        for name, tensor in state.items():
+            tensor.copy_(checkpoint[name])
+        if scaler:
+            values = {name: state[f"scaler/{name}"].item() for name in self.scaler.state_dict()}
+            self.scaler.load_state_dict(values)
         self.last_save = time.monotonic()
 
-    def _is_possible(self, progress: dict) -> bool:
-        """Whether `save` can have written this in this run."""
-        kinds = PROGRESS | {"total_seconds": float, "scaler": dict}
-        if type(progress) is not dict or kinds != {k: type(v) for k, v in progress.items()}:
-            return False
-        numbers = [*(progress | {"scaler": 0}).values(), *progress["scaler"].values()]
-        if not all(type(x) in (int, float) and 0 <= x < 2**60 for x in numbers):
-            return False
-        step, steps, best, seconds, every = (
-            progress[k] for k in ("step", "steps", "best_step", "seconds", "validation_every")
-        )
-        if not (step <= steps and seconds and every) or steps != (self.steps or steps):
+    def _is_possible(
+        self, step: int, steps: int, seconds: float, validation_every: int, best_step: int, **_
+    ) -> bool:
+        """Whether this run can have come to these numbers."""
+        if not (step <= steps == (self.steps or steps) and steps and seconds and validation_every):
             return False
         evaluated = range(1, step + 1) if self.task.score else ()
-        return best in ([s for s in evaluated if self.task.evaluation_due(s, steps)] or [0])
+        return best_step in ([s for s in evaluated if self.task.evaluation_due(s, steps)] or [0])
 
     @torch.no_grad()
     def load(self, weights: dict[str, Tensor]) -> None:

@@ -268,7 +268,7 @@ def test_the_weights_of_the_best_epoch_stay(tmp_path):
     logged = {e["step"]: e["validation"] for e in trainer.run.read_log() if "validation" in e}
     assert [logged[step]["accuracy"] for step in (1, 2, 3, 4, 5)] == [0.5, 0.5, 1.0, 0.5, 0.5]
     assert metrics == logged[3]
-    saved, _ = trainer.run.load()
+    saved = trainer.run.load()
     assert saved["model/w"].item() == saved["best/w"].item() == trainer.model.seen[2]
 
 

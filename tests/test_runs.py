@@ -36,7 +36,7 @@ def finished(directory):
     with open_run(directory) as run:
         run.start({"corpus": "old"})
         run.log({"step": 1})
-        run.save({"x": torch.ones(1)}, {"step": 1})
+        run.save({"x": torch.ones(1)})
         write_tensors(directory / "model.safetensors", {"x": torch.ones(1)}, {})
         run.finish({"loss": 1.0})
     (directory / "notes.txt").write_text("the user's")
@@ -217,7 +217,7 @@ def test_overwriting_removes_the_old_run_when_the_new_one_starts_and_nothing_els
 def test_an_unfinished_run_is_overwritten_from_its_beginning(tmp_path):
     with open_run(tmp_path) as run:
         run.start({"corpus": "old"})
-        run.save({"x": torch.ones(1)}, {"step": 5})
+        run.save({"x": torch.ones(1)})
     with open_run(tmp_path, overwrite=True) as run:
         run.start({"corpus": "new"})
         assert not run.state_path.exists()

@@ -16,8 +16,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minitune.support.errors import UserError
@@ -104,22 +104,20 @@ class Run:
         self.state_path.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.directory / "settings.json", settings)
 
-    def save(self, tensors: dict[str, Tensor], progress: dict) -> None:
+    def save(self, checkpoint: dict[str, Tensor]) -> None:
         """Replace the checkpoint by this one, in one rename."""
-        write_tensors(self.state_path, tensors, {"progress": json.dumps(progress)})
+        write_tensors(self.state_path, checkpoint, {})
 
-    def load(self) -> tuple[dict[str, Tensor], dict] | None:
+    def load(self) -> dict[str, Tensor] | None:
         """The last checkpoint, or None before the first."""
         if self.replaces or not self.state_path.is_file():
             return None
         try:
-            with safe_open(self.state_path, "pt") as file:
-                progress = json.loads(file.metadata()["progress"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            checkpoint = load_file(self.state_path)
+        except (SafetensorError, OSError, ValueError) as error:
             raise UserError(f"{self.state_path} is damaged: {error}") from error
         self.read_log()  # fails here where it is damaged, not after training
-        return tensors, progress
+        return checkpoint
 
     def log(self, entry: dict) -> None:
         """Append one line to log.jsonl."""
