@@ -1,7 +1,7 @@
-"""Fine-tune a pretrained BERT for the sentiment of reviews, in three ways (or all of them, side by side).
+"""Fine-tune a pretrained BERT for the sentiment of reviews, by one method or several side by side.
 
     python finetune.py --method adapter                        small bottlenecks in a frozen network
-    python finetune.py --method feature adapter full           one table, one picture
+    python finetune.py --method feature bitfit adapter full    one table, one picture
     python finetune.py --method full --model minilm --data rotten_tomatoes
     python finetune.py --model runs/finetune/adapter --predict "An unforgettable film."
 
@@ -13,6 +13,7 @@ the best by validation, and score the test rows once, at the end.
 import argparse
 import contextlib
 import itertools
+import json
 from pathlib import Path
 
 from minitune.attention import BACKENDS, resolve_backend
@@ -35,10 +36,7 @@ from minitune.support.cli import (
 from minitune.support.errors import UserError
 from minitune.support.results import summarise, table
 from minitune.support.runs import Run, read_json, refuse_foreign_files, write_json
-from minitune.support.runtime import (
-    Runtime,
-    return_freed_memory,
-)
+from minitune.support.runtime import Runtime, return_freed_memory
 
 
 def parser() -> Parser:
@@ -84,30 +82,32 @@ def parser() -> Parser:
     return options
 
 
+# On resume these may differ from the saved settings; the others must be the same.
 MAY_CHANGE = {"out", "method", "seed", "seeds", "train_examples", "lr",
               "device", "precision", "attention", "save_minutes",
               "experiment", "base_hash", "dataset"}  # fmt: skip
+NOT_SETTINGS = {"out", "resume", "overwrite", "predict", "base", "json"}
 
 
 def read_arguments() -> argparse.Namespace:
     """The options; with --resume, those that are not given are the last run's."""
     options = parser()
     args = options.parse_args()
-    if args.predict:
-        return args
-    if args.resume and (found := list(args.out.rglob("settings.json"))):
+    if args.base and not args.predict:
+        raise UserError("--base goes with --predict; the model to start from is --model")
+    if args.resume and not args.predict and (found := list(args.out.rglob("settings.json"))):
         latest = max(found, key=lambda path: path.stat().st_mtime)
         args = options.resumed(read_json(latest), MAY_CHANGE, args.out)
     return args
 
 
 def open_runs(args: argparse.Namespace, stack: contextlib.ExitStack) -> list[Experiment]:
-    """The runs that the options ask for, each locked until the stack is closed."""
+    """The runs that the options describe, each locked until the stack is closed."""
     methods = [name for name in METHODS if name in args.method]
     if len(methods) > 1 and "scratch" not in methods:
         methods.append("scratch")  # methods are compared with what they start from, nothing
-    own = {*METHODS, "compare.json", "compare.json.partial", "compare.png"}
-    refuse_foreign_files(args.out, own, "run of finetune.py")
+    names = {*METHODS, "compare.json", "compare.json.partial", "compare.png"}
+    refuse_foreign_files(args.out, names, "run of finetune.py")
     sizes = list(dict.fromkeys(args.train_examples or [None]))
     experiments = []
     for method, size, k in itertools.product(methods, sizes, range(args.seeds)):
@@ -116,32 +116,39 @@ def open_runs(args: argparse.Namespace, stack: contextlib.ExitStack) -> list[Exp
             directory /= str(size)
         if k:
             directory /= f"seed-{args.seed + k}"
-        run = stack.enter_context(
-            Run.open(directory, args.resume, args.overwrite, mark="experiment")
-        )
-        check_same(args, run.settings, MAY_CHANGE, directory)
-        if run.settings and not run.settings.keys() >= {"base_hash", "dataset", "soup"}:
-            raise UserError(f"--resume: the settings of the run in {directory} are not whole")
-        own = {"method": method, "train_examples": size, "seed": args.seed + k}
-        if run.settings and (other := run.settings["experiment"]) != own:
-            raise UserError(f"--resume: the run in {directory} is another: {other}")
-        experiments.append(Experiment(**own, run=run))
+        run = Run.open(directory, args.resume, args.overwrite, mark="experiment")
+        experiment = Experiment(method, size, args.seed + k, stack.enter_context(run))
+        if settings := experiment.run.settings:
+            check_same(args, settings, MAY_CHANGE, directory)
+            if settings["experiment"] != experiment.description:
+                raise UserError(f"--resume: the run in {directory} is {settings['experiment']}")
+        experiments.append(experiment)
     return experiments
 
 
+def finished_runs(out: Path, settings: dict) -> list[tuple[dict, dict]]:
+    """(experiment, metrics) of all runs in --out, earlier ones too, on this base model and data."""
+    runs = {}
+    for file in sorted(out.rglob("metrics.json")):
+        saved, metrics = read_json(file.with_name("settings.json")), read_json(file)
+        if not {"accuracy", "method", "train_examples"} <= metrics.keys():
+            raise UserError(f"{file} is damaged: a figure is missing")
+        if all(saved.get(key) == settings[key] for key in ("base_hash", "dataset")):
+            runs[json.dumps(saved["experiment"])] = saved["experiment"], metrics
+    return sorted(runs.values(), key=lambda run: list(METHODS).index(run[1]["method"]))
+
+
 def main() -> None:
-    """Label new reviews, or lock --out and train."""
+    """Label new reviews, or lock --out and fine-tune."""
     args = read_arguments()
     if args.predict:
         label_new_reviews(args)
         return
-    if args.base is not None:
-        raise UserError("--base goes with --predict; the model to start from is --model")
     with contextlib.ExitStack() as stack:
-        compare(args, open_runs(args, stack))
+        fine_tune_all(args, open_runs(args, stack))
 
 
-def compare(args: argparse.Namespace, experiments: list[Experiment]) -> None:
+def fine_tune_all(args: argparse.Namespace, experiments: list[Experiment]) -> None:
     """The job, top to bottom."""
     runtime = Runtime.start(args.device, args.precision)
 
@@ -150,10 +157,9 @@ def compare(args: argparse.Namespace, experiments: list[Experiment]) -> None:
     if args.model is None:
         args.model, why = default_model()
     source = find_model(args.model)
-    config, base_hash = read_config(source), weights_hash(source)
-    runtime.log(
-        f"model: {args.model} ({why}), {config.num_hidden_layers} layers of {config.hidden_size}"
-    )
+    config = read_config(source)
+    size = f"{config.num_hidden_layers} layers of {config.hidden_size}"
+    runtime.log(f"model: {args.model} ({why}), {size}")
     tokenizer = load_tokenizer(source, config)
     attention = resolve_backend(args.attention, runtime.device, runtime.dtype, config.head_size)
     args.max_len = choose_max_len(args.max_len, config.max_position_embeddings, args.batch_tokens)
@@ -162,50 +168,43 @@ def compare(args: argparse.Namespace, experiments: list[Experiment]) -> None:
     dataset = Dataset(args.data, args.test)
     reviews = Reviews.load(dataset)
     runtime.log(f"data: {args.data}: {reviews.describe()}")
-    for experiment in experiments:  # too many asked for is an error now, not after the first run
+    for experiment in experiments:  # too many rows are an error now, not after the first run
         reviews.balanced_subset("train", experiment.train_examples or 0, experiment.seed)
-    examples = {
-        split: Examples(
-            Sequences(reviews.texts[split], tokenizer, args.max_len), reviews.labels[split]
-        )
-        for split in SPLITS
-    }
+    examples = {}
+    for split in SPLITS:
+        sequences = Sequences(reviews.texts[split], tokenizer, args.max_len)
+        examples[split] = Examples(sequences, reviews.labels[split])
     cut = sum(examples["train"].inputs.truncated) / len(examples["train"])
-    runtime.log(
-        f"texts of more than {args.max_len} tokens keep their two ends: {cut:.0%} of the training rows"
-    )
+    where = f"{args.max_len} tokens keep their two ends: {cut:.0%} of the training rows"
+    runtime.log(f"texts of more than {where}")
     runtime.log(f"device: {runtime.describe()}")
     runtime.log(f"precision: {runtime.describe_precision()}; attention: {attention}")
 
     # 3. Train each method from the same weights, on the same rows.
-    settings = {
-        k: v
-        for k, v in vars(args).items()
-        if k not in ("out", "resume", "overwrite", "predict", "base", "json")
-    }
-    settings |= {"base_hash": base_hash, "dataset": dataset.fingerprint()}
+    settings = {key: value for key, value in vars(args).items() if key not in NOT_SETTINGS}
+    settings |= {"base_hash": weights_hash(source), "dataset": dataset.fingerprint()}
     setup = Setup(args, settings, source, tokenizer, reviews, examples, runtime, attention)
-    results = []
+    finished_runs(args.out, settings)  # what is damaged is an error now
     for experiment in experiments:
         return_freed_memory()  # each one's peak memory is its own
-        results.append(fine_tune(experiment, setup))
+        fine_tune(experiment, setup)
 
-    # 4. Compare, also with methods that need no network.
+    # 4. Compare all runs in --out, and with methods that need no network.
     runtime.close()
     if not runtime.is_main:
         return
-    # All rows are the same rows whatever the seed, and these methods have nothing else random in
-    # them.
-    for size, seed in dict.fromkeys(
-        (experiment.train_examples, experiment.train_examples and experiment.seed)
-        for experiment in experiments
-    ):
+    runs = finished_runs(args.out, settings)
+    results = [metrics for _, metrics in runs]
+    # With all rows nothing in the baselines depends on a seed.
+    choices = ((one["train_examples"], one["train_examples"] and one["seed"]) for one, _ in runs)
+    for size, seed in dict.fromkeys(choices):
         chosen = reviews.balanced_subset("train", size, seed) if size else None
         baselines = evaluate_baselines(reviews.texts, reviews.labels, len(reviews.names), chosen)
         results += [row | {"seed": seed} for row in baselines]
     order = ["majority", "nb-svm", "scratch", *METHODS]
-    rows = summarise(results, len(reviews.texts["test"]), order)
-    runtime.log(f"\n{len(reviews.texts['test']):,} test rows of {args.data}:\n{table(rows)}")
+    test_rows = len(reviews.texts["test"])
+    rows = summarise(results, test_rows, order)
+    runtime.log(f"\n{test_rows:,} test rows of {args.data}:\n{table(rows)}")
     write_json(args.out / "compare.json", {"rows": rows, "runs": results})
     from minitune.support.plots import plot_comparison  # matplotlib takes a second to import
 

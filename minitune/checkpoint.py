@@ -242,7 +242,7 @@ def load_classifier(directory: Path, attention: str = "sdpa") -> BertForSequence
     raw = read_json(directory / "config.json")
     if (kind := raw.get("problem_type")) not in (None, "single_label_classification"):
         raise UserError(f"{directory}/config.json: problem_type is {kind}; here one label is right")
-    if (pooling := raw.get("pooling", "cls")) not in POOLERS:
+    if (pooling := raw.get("pooling", "cls")) not in list(POOLERS):
         raise UserError(f"{directory}/config.json: there is no pooling {pooling}")
     model = BertForSequenceClassification(config, attention)
     model.use_pooling(pooling)
@@ -362,11 +362,11 @@ class Trained:
                 raw.pop(key) for key in ("method", "pooling", "labels", "max_len", "base")
             )
             path, relative, base_hash = base["path"], base.get("relative"), base["sha256"]
-            strings = [method, pooling, path, base_hash, relative or "", *names]
-            if "\0" in "".join(strings) or len("".join(strings).encode()) > 100_000:
-                raise ValueError("a name is none")
-            if not 2 <= len(set(names)) == len(names) <= MOST_LABELS or not all(names):
-                raise ValueError(f"labels {names}")
+            strings = [method, pooling, path, base_hash, relative or ".", *names]
+            if not all(strings) or "\0" in "".join(strings) or not "".join(strings).encode():
+                raise ValueError("a name is empty")
+            if not (type(names) is list and 2 <= len(set(names)) == len(names) <= MOST_LABELS):
+                raise ValueError("labels")
             if not all(type(value) is int and 0 < value <= 10_000 for value in raw.values()):
                 raise ValueError(f"options {raw}")
         except (AttributeError, KeyError, TypeError, ValueError) as error:

@@ -194,6 +194,11 @@ class Experiment:
     seed: int
     run: Run
 
+    @property
+    def description(self) -> dict:
+        """What tells it from others, for settings.json."""
+        return {key: value for key, value in vars(self).items() if key != "run"}
+
 
 def fine_tune(experiment: Experiment, setup: Setup) -> dict:
     """One experiment, from the pretrained weights to the accuracy on the test rows: its metrics."""
@@ -216,8 +221,7 @@ def fine_tune(experiment: Experiment, setup: Setup) -> dict:
     model.to(runtime.device)
     runtime.cast_frozen(model.bert)
     if runtime.is_main:
-        described = {key: value for key, value in vars(experiment).items() if key != "run"}
-        run.start(setup.settings | {"experiment": described})
+        run.start(setup.settings | {"experiment": experiment.description})
     runtime.barrier()  # the directory is there
 
     learner, examples, reading = prepare_rows(model, experiment, setup)

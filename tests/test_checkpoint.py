@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,12 +12,13 @@ from torch import nn
 from minitune.checkpoint import (
     find_model,
     load_bert,
+    load_classifier,
     load_masked_lm,
     read_config,
     save_model,
     to_bert,
 )
-from minitune.model import BertConfig, BertForMaskedLM
+from minitune.model import BertConfig, BertForMaskedLM, BertForSequenceClassification
 from minitune.support.errors import UserError
 from minitune.tokenizer import Tokenizer
 
@@ -300,6 +302,27 @@ def test_refused_with_one_line_that_says_why(directory, damage, message):
         load_masked_lm(directory)
     assert "\n" not in str(error.value)
     assert str(directory) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"problem_type": "multi_label_classification"}, "multi_label_classification"),
+        ({"problem_type": "regression"}, "regression"),
+        ({"pooling": "magic"}, "magic"),
+        ({"pooling": ["cls"]}, "cls"),
+    ],
+)
+def test_a_classifier_that_answers_in_another_way_is_refused(tokenizer, tmp_path, values, message):
+    labels = replace(CONFIG, id2label={0: "a", 1: "b"})
+    save_model(BertForSequenceClassification(labels), tokenizer, tmp_path)
+    assert load_classifier(tmp_path).config.id2label == labels.id2label
+    change_config(tmp_path, problem_type="single_label_classification")
+    load_classifier(tmp_path)
+    change_config(tmp_path, **values)
+    with pytest.raises(UserError, match=message) as error:
+        load_classifier(tmp_path)
+    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["/no/such/model", "./model", "runs/a/b", "two words"])

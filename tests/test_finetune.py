@@ -3,13 +3,16 @@
 import contextlib
 import csv
 import io
+import itertools
 import json
+import math
 import multiprocessing
 import os
 import random
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -25,23 +28,29 @@ from safetensors.torch import load_file
 import finetune
 from minitune import finetuning
 from minitune.checkpoint import load_classifier, save_model
-from minitune.data import label_index
+from minitune.classification import Sequences
+from minitune.data import Reviews, label_index
+from minitune.features import pooled_layers
 from minitune.finetuning import average
 from minitune.model import BertConfig, BertForMaskedLM
+from minitune.prediction import Classifier
+from minitune.support.baselines import NBSVM
 from minitune.support.cli import run_script
 from minitune.support.runs import Run
+from minitune.support.runtime import Runtime
 from minitune.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
-# One word decides. The labels are not alike in anything: not in length, not in number, and one
-# wants quotes.
+CPU = Runtime.start("cpu", "fp32")
+# One word decides, but one label in six is wrong, so that no method is right on all rows. The labels
+# are not alike in anything: not in length, not in number, and one wants quotes.
 WORDS = {
     "works": ["superb", "charming", "thrilling"],
     "falls flat, alas": ["dull", "clumsy", "tedious"],
 }
 LABELS = ["falls flat, alas", "works"]  # their order: the alphabet's
 OTHERS = ["the", "a", "film", "story", "cast", "hour", "with", "of", "its", "and", "café"]
-ROWS, TEST_ROWS, EPOCHS = 240, 40, 5
+ROWS, TEST_ROWS, EPOCHS, WRONG = 240, 40, 5, 1 / 6
 TINY = [
     *("--epochs", str(EPOCHS), "--max-len", "32", "--batch-tokens", "256", "--lr", "3e-3"),
     *("--adapter-size", "8", "--precision", "fp32", "--device", "cpu"),
@@ -57,14 +66,19 @@ KEYS = {
 # What there is to learn from
 
 
-def reviews(count: int, seed: int) -> list[dict[str, str]]:
-    """Rows with a text and a label. In some texts the word that matters stands at the end of many."""
+def reviews(count: int, seed: int, of_five: int = 3) -> list[dict[str, str]]:
+    """Rows with a text and a label, so many of five of which "works".
+
+    In some texts the word that matters stands at the end of many.
+    """
     rng, rows = random.Random(seed), []
     for i in range(count):
-        label = LABELS[i % 5 > 1]  # 60% "works"
+        label = LABELS[i % 5 < of_five]
         is_long = i % 10 in (1, 7)
         words = [rng.choice(OTHERS) for _ in range(40 if is_long else rng.randint(4, 8))]
         words.insert(40 if is_long else rng.randint(0, 4), rng.choice(WORDS[label]))
+        if rng.random() < WRONG:
+            label = LABELS[label == LABELS[0]]
         rows.append({"text": " ".join(words).capitalize() + f', "{i}"', "label": label})
     rng.shuffle(rows)
     return rows
@@ -89,7 +103,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fine-tuning")
     rows = reviews(ROWS, seed=0)
     write_csv(folder / "data.csv", rows)
-    write_csv(folder / "test.csv", reviews(TEST_ROWS, seed=1))
+    write_csv(folder / "test.csv", reviews(TEST_ROWS, seed=1, of_five=2))
     tokenizer = Tokenizer.train([row["text"] for row in rows], 300)
     torch.manual_seed(0)
     config = BertConfig(
@@ -99,6 +113,7 @@ def folder(tmp_path_factory):
         num_attention_heads=2,
         intermediate_size=64,
         max_position_embeddings=64,
+        hidden_dropout_prob=0.3,
     )
     model, direction = BertForMaskedLM(config), torch.randn(config.hidden_size)
     for sign, label in zip(
@@ -251,17 +266,9 @@ def test_it_prints_one_table_of_all_methods_and_three_to_beat(compared, folder):
     out, printed = compared
     assert printed.startswith(f"model: {folder / 'base'} (as asked)")
     rows = [line.split() for line in table(printed)]
-    assert [row[0] for row in rows] == [
-        "majority",
-        "nb-svm",
-        "scratch",
-        "feature",
-        "adapter",
-        "full",
-    ]
+    assert [row[0] for row in rows] == ["majority", "nb-svm", "scratch", *METHODS]
     assert {row[1] for row in rows} == {"228"}  # of 240; 5% choose the best epoch
     accuracy = {row[0]: row[2] for row in rows}
-    assert accuracy["majority"] == "60.0%"
     assert {
         name: f"{metrics(out / name)['accuracy']:.1%}" for name in TRAINED
     }.items() <= accuracy.items()
@@ -274,8 +281,7 @@ def test_it_compares_in_json_and_in_a_picture_too(compared):
     assert all(
         row["interval"][0] <= row["accuracy"] <= row["interval"][1] for row in compare["rows"]
     )
-    assert [entry["method"] for entry in compare["runs"]][:4] == TRAINED
-    assert compare["runs"][:4] == [metrics(out / name) for name in TRAINED]
+    assert compare["runs"][: len(TRAINED)] == [metrics(out / name) for name in TRAINED]
     assert_picture(out / "compare.png")
     assert {path.name for path in out.iterdir()} == {"compare.json", "compare.png", *TRAINED}
 
@@ -311,8 +317,8 @@ def test_it_learns(compared):
         losses = [e["validation"]["loss"] for e in log(compared[0] / name) if "validation" in e]
         assert losses[-1] < losses[0]
     accuracy = {name: metrics(compared[0] / name)["accuracy"] for name in METHODS}
-    assert accuracy["full"] >= 0.9
-    assert accuracy["feature"] > 0.7  # always saying "works" gives 0.6
+    # Always saying "works" gives 0.35, the opposite 0.65.
+    assert accuracy["full"] > 0.75 and accuracy["feature"] > 0.75
 
 
 def test_full_leaves_a_bert_with_its_labels(compared, folder):
@@ -347,31 +353,166 @@ def test_the_others_leave_only_what_they_trained(compared, folder, method):
     assert description["base"]["sha256"]
 
 
-def test_seeds_and_numbers_of_labels(folder, tmp_path):
-    out = tmp_path / "out"
-    command = options(
-        folder, out, "--method", "feature", "--train-examples", "16", "8", "--seeds", "2"
+# What the figures claim, computed again from what was saved
+
+
+def rows_of(folder: Path) -> dict[str, list[dict[str, str]]]:
+    """The rows of each split: all of test.csv, and of data.csv the last 5% of each label apart."""
+    rows, test = (
+        list(csv.DictReader((folder / name).read_text(encoding="utf-8").splitlines()))
+        for name in ("data.csv", "test.csv")
     )
-    done = succeed(*command)
-    rows = [line.split() for line in table(done.out)]
+    held_out = []
+    for label in LABELS:
+        of_label = [row for row in rows if row["label"] == label]
+        held_out += of_label[len(of_label) - round(0.05 * len(of_label)) :]
+    return {
+        "train": [row for row in rows if row not in held_out],
+        "validation": [row for row in rows if row in held_out],
+        "test": test,
+    }
+
+
+def few(rows: list[dict], count: int, seed: int) -> list[dict]:
+    """The choice of training or validation rows that a run with few labels makes."""
+    labels = torch.tensor([LABELS.index(row["label"]) for row in rows])
+    reviews = Reviews(dict(enumerate(LABELS)), texts={}, labels={"train": labels})
+    chosen = reviews.balanced_subset("train", count, seed)
+    return [rows[i] for i in chosen]
+
+
+def score(directory: Path, rows: list[dict]) -> tuple[float, float]:
+    """(accuracy, loss) on these rows of what a run saved, one text after another."""
+    classifier, right, loss = Classifier.load(str(directory), CPU), 0, 0.0
+    for row in rows:
+        [answer] = classifier.predict([row["text"]])
+        right += answer.label == row["label"]
+        loss -= math.log(answer.probabilities[row["label"]])
+    return right / len(rows), loss / len(rows)
+
+
+def assert_figures(directory: Path, rows: dict[str, list[dict]]) -> None:
+    """The figures of a run are those of the saved model on these rows, and on no others."""
+    figures = metrics(directory)
+    for split, prefix in (("test", ""), ("validation", "validation_")):
+        accuracy, loss = score(directory, rows[split])
+        assert figures[f"{prefix}accuracy"] == accuracy, split
+        assert figures[f"{prefix}loss"] == pytest.approx(loss, abs=1e-5), split
+    losses = [score(directory, rows[split])[1] for split in rows]
+    assert min(abs(a - b) for a, b in itertools.combinations(losses, 2)) > 1e-4
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_accuracy_and_loss_are_those_of_the_saved_model(compared, folder, method):
+    assert_figures(compared[0] / method, rows_of(folder))
+
+
+def wilson(accuracy: float, n: int) -> tuple[float, float]:
+    """The ends p of the interval are where |p - accuracy| is 1.96 standard errors of p."""
+    z = 1.96
+    a, b, c = 1 + z * z / n, -(2 * accuracy + z * z / n), accuracy**2
+    root = math.sqrt(max(0, b * b - 4 * a * c))
+    return (-b - root) / (2 * a), (-b + root) / (2 * a)
+
+
+def assert_comparison(out: Path, folder: Path, seeds: dict[int | None, list[int]]) -> None:
+    """compare.json says what follows from the runs in OUT and from the rows alone.
+
+    `seeds` are those of each number of training rows, None for all of them.
+    """
+    compare, rows = json.loads((out / "compare.json").read_text()), rows_of(folder)
+    runs = [json.loads(path.read_text()) for path in out.rglob("metrics.json")]
+    assert [run for run in compare["runs"] if "saved_bytes" in run] == sorted(
+        runs, key=compare["runs"].index
+    )
+    for size, of_size in seeds.items():
+        chosen = [few(rows["train"], size, seed) if size else rows["train"] for seed in of_size]
+        baselines = {"majority": [], "nb-svm": []}
+        for learned in chosen if size else chosen[:1]:
+            labels = [row["label"] for row in learned]
+            frequent = max(LABELS, key=labels.count)
+            right = [row["label"] == frequent for row in rows["test"]]
+            baselines["majority"].append(sum(right) / len(right))
+            model = NBSVM().fit(
+                [row["text"] for row in learned], [LABELS.index(label) for label in labels], 2
+            )
+            answers = model.predict([row["text"] for row in rows["test"]])
+            right = [
+                row["label"] == LABELS[i] for row, i in zip(rows["test"], answers, strict=True)
+            ]
+            baselines["nb-svm"].append(sum(right) / len(right))
+        count = size or len(rows["train"])
+        of_count = [run for run in runs if run["train_examples"] == count]
+        for method in {run["method"] for run in of_count} | baselines.keys():
+            accuracies = baselines.get(method) or [
+                run["accuracy"] for run in of_count if run["method"] == method
+            ]
+            [row] = [
+                row
+                for row in compare["rows"]
+                if (row["method"], row["train_examples"]) == (method, count)
+            ]
+            assert row["seeds"] == len(accuracies)
+            assert row["accuracy"] == pytest.approx(statistics.mean(accuracies), abs=1e-12)
+            assert row["interval"] == pytest.approx(wilson(row["accuracy"], TEST_ROWS), abs=1e-9)
+            if len(accuracies) > 1:
+                assert row["spread"] == pytest.approx(statistics.stdev(accuracies), abs=1e-12)
+            else:
+                assert row["spread"] is None
+
+
+def test_the_comparison_follows_from_the_runs_and_the_rows(compared, folder):
+    out, _ = compared
+    assert_comparison(out, folder, {None: [0]})
+    rows = {row["method"]: row for row in json.loads((out / "compare.json").read_text())["rows"]}
+    assert rows["majority"]["accuracy"] == 0.35  # the label of most training rows
+    assert len({row["accuracy"] for row in rows.values()}) >= 4
+
+
+@pytest.fixture(scope="module")
+def few_labels(folder, tmp_path_factory):
+    """Features from 8 and from 6 labels with three seeds: (OUT, what it printed)."""
+    out = tmp_path_factory.mktemp("few") / "out"
+    sizes = ("--train-examples", "8", "6", "--seeds", "3", "--seed", "1")
+    return out, succeed(*options(folder, out, "--method", "feature", *sizes)).out
+
+
+def test_few_labels_choose_the_rows_that_train_and_as_few_that_validate(few_labels, folder):
+    out, printed = few_labels
+    rows, means = rows_of(folder), []
+    for path, size, seed in (
+        ("8", 8, 1), ("8/seed-2", 8, 2), ("8/seed-3", 8, 3), ("6", 6, 1), ("6/seed-2", 6, 2)
+    ):  # fmt: skip
+        directory = out / "feature" / path
+        assert (metrics(directory)["train_examples"], metrics(directory)["seed"]) == (size, seed)
+        chosen = {split: few(rows[split], size, seed) for split in ("train", "validation")}
+        assert_figures(directory, chosen | {"test": rows["test"]})
+        # The head's mean is that of the features of the rows that it learned from.
+        model = Classifier.load(str(directory), CPU)
+        sequences = Sequences([row["text"] for row in chosen["train"]], model.tokenizer, 32)
+        with torch.no_grad():
+            features = pooled_layers(model.model.bert, sequences.pack())
+        means.append(weights(directory)["head.mean"])
+        torch.testing.assert_close(means[-1], features.mean(0), rtol=0, atol=1e-5)
+    assert len({tuple(mean.tolist()) for mean in means}) == len(means)
+
+
+def test_the_comparison_of_few_labels_follows_from_the_runs_and_the_rows(few_labels, folder):
+    out, printed = few_labels
+    assert_comparison(out, folder, {6: [1, 2, 3], 8: [1, 2, 3]})
+    rows = [line.split() for line in table(printed)]
     assert [row[:2] for row in rows] == [
-        [method, count] for count in ("8", "16") for method in ("majority", "nb-svm", "feature")
+        [method, count] for count in ("6", "8") for method in ("majority", "nb-svm", "feature")
     ]
     assert all(row[3] == "±" for row in rows if row[0] == "feature")
-    runs = [metrics(out / "feature" / path) for path in ("16", "16/seed-1", "8", "8/seed-1")]
-    assert [(run["train_examples"], run["seed"]) for run in runs] == [
-        (16, 0),
-        (16, 1),
-        (8, 0),
-        (8, 1),
-    ]
-    compare = json.loads((out / "compare.json").read_text())
-    [row] = [r for r in compare["rows"] if (r["method"], r["train_examples"]) == ("feature", 8)]
-    assert row["seeds"] == 2 and row["spread"] is not None
-    assert row["accuracy"] == pytest.approx((runs[2]["accuracy"] + runs[3]["accuracy"]) / 2)
+    assert len({metrics(path.parent)["accuracy"] for path in out.rglob("metrics.json")}) > 2
     assert_picture(out / "compare.png")
+
+
+def test_a_finished_comparison_of_few_labels_prints_its_table_again(few_labels):
+    out, printed = few_labels
     again = succeed("--resume", "--out", out)
-    assert rows_of_networks(again.out) == rows_of_networks(done.out)
+    assert rows_of_networks(again.out) == rows_of_networks(printed)
 
 
 def test_a_soup_keeps_the_best_of_its_trainings_and_of_their_averages(folder, tmp_path):
@@ -422,12 +563,70 @@ def test_trainings_of_a_soup_start_alike_and_differ_by_their_seed_alone(
         torch.testing.assert_close(mean.double(), expected, atol=1e-7, rtol=0)
 
 
-def test_seeds_alone(folder, tmp_path):
-    succeed(
-        *options(folder, tmp_path / "out", "--method", "feature", "--seeds", "2", "--seed", "5")
+def test_the_comparison_keeps_the_methods_of_earlier_calls_on_the_same_rows(
+    folder, tmp_path, monkeypatch
+):
+    out, data = tmp_path / "out", shutil.copy(folder / "data.csv", tmp_path / "data.csv")
+    words = ("--data", str(data), "--epochs", "1", "--method")
+
+    def methods():
+        rows = json.loads((out / "compare.json").read_text())["rows"]
+        return [row["method"] for row in rows]
+
+    succeed(*options(folder, out, *words, "feature"))
+    first = metrics(out / "feature")
+    done = succeed(*options(folder, out, *words, "adapter"))
+    assert methods() == ["majority", "nb-svm", "feature", "adapter"]
+    assert [line.split()[0] for line in table(done.out)] == methods()
+    compare = json.loads((out / "compare.json").read_text())
+    assert compare["runs"][:2] == [first, metrics(out / "adapter")]
+    # Replaced on request, and the other one is kept.
+    assert_refused(*options(folder, out, *words, "feature"), naming="--overwrite")
+    succeed(*options(folder, out, *words, "feature", "--overwrite", "--seed", "3"))
+    assert metrics(out / "feature")["seed"] == 3 and methods()[2:] == ["feature", "adapter"]
+    # On other rows the accuracies are no comparison.
+    write_csv(Path(data), reviews(ROWS, seed=5))
+    succeed(*options(folder, out, *words, "full"))
+    assert methods() == ["majority", "nb-svm", "full"]
+
+
+def test_a_picture_that_fails_loses_nothing(folder, tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr("minitune.support.plots.plot_comparison", fail)
+    monkeypatch.setattr(
+        sys, "argv", ["finetune.py", *options(folder, tmp_path, "--method", "feature")]
     )
-    one, two = (metrics(tmp_path / "out" / "feature" / path) for path in ("", "seed-6"))
-    assert (one["seed"], two["seed"]) == (5, 6)
+    with pytest.raises(RuntimeError, match="no font"):
+        finetune.main()
+    assert Classifier.load(str(tmp_path / "feature"), CPU).labels == dict(enumerate(LABELS))
+    assert_comparison(tmp_path, folder, {None: [0]})
+
+
+@pytest.mark.parametrize("content", ["{}", '{"method": "feature"}', "[]", "NaN"])
+def test_damaged_figures_of_an_earlier_run_are_an_error_before_anything_is_trained(
+    folder, tmp_path, content
+):
+    succeed(*options(folder, tmp_path, "--method", "feature", "--epochs", "1"))
+    (tmp_path / "feature" / "metrics.json").write_text(content)
+    before = contents(tmp_path)
+    words = options(folder, tmp_path, "--method", "adapter", "--epochs", "1")
+    assert_refused(*words, naming=tmp_path / "feature" / "metrics.json")
+    assert contents(tmp_path) == before
+
+
+def test_a_seed_gives_the_same_bits_alone_and_among_others_and_another_gives_others(
+    folder, tmp_path
+):
+    words = ("--method", "adapter", "--epochs", "1")
+    succeed(*options(folder, tmp_path / "two", *words, "--seeds", "2", "--seed", "5"))
+    succeed(*options(folder, tmp_path / "one", *words, "--seed", "6"))
+    five, six = (tmp_path / "two" / "adapter" / path for path in ("", "seed-6"))
+    assert [metrics(path)["seed"] for path in (five, six)] == [5, 6]
+    assert_same_bits(six, tmp_path / "one" / "adapter")
+    a, b = weights(five), weights(six)
+    assert not any(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_without_a_model_the_last_run_of_train_py_is_taken(folder, tmp_path, monkeypatch):
@@ -505,6 +704,9 @@ def test_predicting_the_test_rows_gives_the_accuracy_of_the_run(compared, folder
     assert f"{cut} of {TEST_ROWS} had more than 32 tokens" in done.err
     if method == "full":
         assert "full" in done.err.splitlines()[0]  # says which model it is
+    # The same from Python, with defaults.
+    answer = next(Classifier.load(str(directory)).predict([table[1][3]]))
+    assert (answer.text, answer.label) == (table[1][3], table[1][0])
 
     objects = answers(folder / "test.csv", "--model", directory)
     for answer, (label, probability, truncated, text) in zip(objects, table[1:], strict=True):
@@ -537,6 +739,23 @@ def test_all_ways_to_hand_over_texts_give_the_same_answers(compared, folder, tmp
     for answer, other in zip([*again, *alone], [expected[0], *expected, *expected], strict=True):
         assert answer["text"] == other["text"] and answer["label"] == other["label"]
         assert answer["probabilities"] == pytest.approx(other["probabilities"], abs=1e-5)
+
+
+def test_base_says_where_the_pretrained_model_of_a_run_is(compared, folder, tmp_path):
+    run, base = tmp_path / "adapter", tmp_path / "base"
+    shutil.copytree(compared[0] / "adapter", run)
+    shutil.copytree(folder / "base", base)
+    description = json.loads((run / "trained.json").read_text())
+    description["base"] |= {"path": str(tmp_path / "gone"), "relative": None}
+    (run / "trained.json").write_text(json.dumps(description))
+    words = ("A superb film.", "--model", run)
+    assert_refused("--predict", *words, naming="--base")
+    expected = answers("A superb film.", "--model", compared[0] / "adapter")
+    assert answers(*words, "--base", base) == expected
+    assert_refused("--predict", *words, "--base", compared[0] / "full", naming="another base")
+    whole = ("--predict", "A film.", "--model", compared[0] / "full")
+    assert_refused(*whole, "--base", base, naming="needs no other")
+    assert_refused("--base", base, naming="--predict")
 
 
 def test_json_is_one_object_a_line_in_utf8(compared):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from minitune import prediction
@@ -256,6 +257,37 @@ DAMAGES = {
         of_json(lambda raw: raw | {"method": "magic"}),
         r"trained\.json is damaged.*magic",
     ),
+    "no pooling": (of_json(without("pooling")), r"trained\.json is damaged.*pooling"),
+    "a pooling of no name": (of_json(lambda raw: raw | {"pooling": "magic"}), "damaged.*magic"),
+    "labels in a word": (of_json(lambda raw: raw | {"labels": "ab"}), "damaged"),
+    "one label": (of_json(lambda raw: raw | {"labels": ["a"]}), "damaged"),
+    "no labels at all": (of_json(lambda raw: raw | {"labels": []}), "damaged"),
+    "the same label twice": (of_json(lambda raw: raw | {"labels": ["a", "b", "a"]}), "damaged"),
+    "a label of no name": (of_json(lambda raw: raw | {"labels": ["a", "", "b"]}), "damaged"),
+    "a label that is a number": (of_json(lambda raw: raw | {"labels": ["a", 1, "b"]}), "damaged"),
+    "half a character": (of_json(lambda raw: raw | {"labels": ["a", "\ud800", "b"]}), "damaged"),
+    "a million labels": (
+        of_json(lambda raw: raw | {"labels": [str(i) for i in range(10**6)]}),
+        "damaged",
+    ),
+    "a base with a zero byte": (
+        of_json(lambda raw: raw | {"base": raw["base"] | {"path": "a\0b"}}),
+        "damaged",
+    ),
+    "a base of no name": (
+        of_json(lambda raw: raw | {"base": raw["base"] | {"path": ""}}),
+        "damaged",
+    ),
+    "a base that is a number": (
+        of_json(lambda raw: raw | {"base": raw["base"] | {"path": 7}}),
+        "damaged",
+    ),
+    "a size of nothing": (of_json(lambda raw: raw | {"adapter_size": 0}), "damaged.*adapter_size"),
+    "a huge size": (of_json(lambda raw: raw | {"adapter_size": 10**9}), "damaged.*adapter_size"),
+    "a size with a fraction": (of_json(lambda raw: raw | {"adapter_size": 4.0}), "damaged"),
+    "a size that is true": (of_json(lambda raw: raw | {"adapter_size": True}), "damaged"),
+    "a size of a size": (of_json(lambda raw: raw | {"adapter_size": [4]}), "damaged"),
+    "an option too many": (of_json(lambda raw: raw | {"depth": 4}), "damaged.*depth"),
     "a limit of nothing": (of_json(lambda raw: raw | {"max_len": 0}), r"trained\.json is damaged"),
     "a limit of more than the model has": (
         of_json(lambda raw: raw | {"max_len": CONFIG.max_position_embeddings + 1}),
@@ -273,6 +305,10 @@ DAMAGES = {
         of_json(lambda raw: raw | {"method": "feature"}),
         r"trained\.json is damaged",
     ),
+    "a size with room for no memory": (
+        of_json(lambda raw: raw | {"adapter_size": 10_000}),
+        "does not fit its description",
+    ),
     "another size": (
         of_json(lambda raw: raw | {"adapter_size": 5}),
         "does not fit its description",
@@ -288,6 +324,18 @@ def test_a_damaged_run_is_refused_with_one_line(base, tmp_path, tokenizer, damag
     with pytest.raises(UserError, match=message) as error:
         Classifier.load(str(tmp_path / "run"), FP32)
     assert "\n" not in str(error.value) and str(tmp_path / "run") in str(error.value)
+
+
+@pytest.mark.parametrize("method", ["full", "adapter", "feature"])
+def test_weights_that_are_no_numbers_give_an_error_and_no_answer(base, tmp_path, tokenizer, method):
+    save_run(method, base, tmp_path / "run", tokenizer)
+    [path] = (tmp_path / "run").glob("*.safetensors")
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.endswith("classifier.weight"))
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(UserError, match="no numbers"):
+        predict(Classifier.load(str(tmp_path / "run"), FP32), TEXTS)
 
 
 @pytest.mark.parametrize("max_len", ["long", 2, CONFIG.max_position_embeddings + 1])
