@@ -1,23 +1,38 @@
-"""Nothing is lost: kill -9 at any moment, Ctrl-C, a NaN. Real processes, real signals."""
+"""train.py as a whole: nothing is lost by kills, Ctrl-C or a NaN, and its options do what they say."""
 
+import contextlib
 import json
 import math
+import multiprocessing
+import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import minitune.corpus
+import train
+from minitune.model import PRESETS, BertConfig
+from minitune.optimizer import one_cycle
+from minitune.pretraining import MaskedBatch
+from minitune.support import runs
+from minitune.support.cli import run_script
+from minitune.support.runs import Run
 from minitune.support.runtime import multiplies_bf16
 
 ROOT = Path(__file__).parents[1]
 STEPS = 24
+SMALL = BertConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
 
 
 @pytest.fixture(scope="module")
@@ -37,187 +52,265 @@ def text(tmp_path_factory) -> Path:
     return path
 
 
-def command(text: Path, out: Path, *options: str) -> list[str]:
-    return [
-        *("train.py", "--data", str(text), "--out", str(out), "--vocab-size", "200"),
-        *("--steps", str(STEPS), "--batch-tokens", "256", "--max-len", "32", *options),
-    ]
+def command(text: Path, out: Path, *options: object) -> list[str]:
+    words = ["--data", text, "--out", out, "--vocab-size", 200, "--steps", STEPS]
+    words += ["--batch-tokens", 256, "--max-len", 32, "--precision", "fp32", *options]
+    return [str(word) for word in words]
 
 
-def train(text: Path, out: Path, *options: str) -> subprocess.CompletedProcess:
-    process = [sys.executable, *command(text, out, *options)]
-    return subprocess.run(process, cwd=ROOT, capture_output=True, text=True)
+def run(words: list[str], processor_seconds: float = 0) -> None:
+    """`train.py WORDS` with a small model, killed after so many seconds; ends this process.
+
+    Seconds of the processor, not of the clock, so that a busy machine kills at the same moments.
+    """
+    torch.set_num_threads(1)
+    cache, dropout = Path(words[1]).parent / "cache", float(os.environ.get("DROPOUT", 0.3))
+    with (
+        mock.patch.object(sys, "argv", ["train.py", *words]),
+        mock.patch.object(minitune.corpus, "CACHE", cache),
+        mock.patch.dict(PRESETS, tiny=replace(SMALL, hidden_dropout_prob=dropout)),
+    ):
+        # Nothing handles SIGPROF: the system ends the process there and then, as with kill -9.
+        signal.setitimer(signal.ITIMER_PROF, processor_seconds)
+        run_script(train.main)
 
 
-def weights(out: Path) -> dict[str, torch.Tensor]:
-    return load_file(out / "model.safetensors")
+def train_here(*words: object) -> int:
+    """The exit status of `train.py WORDS` in this process."""
+    with pytest.raises(SystemExit) as ended:
+        run(command(*words))
+    return ended.value.code
+
+
+# Processes come from a server that has imported everything once: importing torch takes longer than
+# what is tested here.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["torch", "tests.test_resume", "minitune.support.plots"])
+
+
+def start_apart(words: list[str], notes: Path, seconds: float = 0, **environment: object):
+    """`train.py WORDS` in a process of its own, which writes to `notes`."""
+    process = SERVER.Process(target=run_apart, args=(words, notes, seconds, environment))
+    process.start()
+    return process
+
+
+def run_apart(words: list[str], notes: Path, seconds: float, environment: dict) -> None:
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    with (
+        open(notes, "a") as file,
+        contextlib.redirect_stdout(file),
+        contextlib.redirect_stderr(file),
+    ):
+        try:
+            if "INTERRUPT" in environment:
+                interrupt_at_first_log()
+            run(words, seconds)
+        finally:
+            print(f"processor seconds: {time.process_time()}")
+
+
+def interrupt_at_first_log() -> None:
+    """Send this process Ctrl-C when the first steps are logged."""
+    write_line = Run.log
+
+    def log_and_interrupt(run: Run, entry: dict) -> None:
+        write_line(run, entry)
+        Run.log = write_line
+        os.kill(os.getpid(), signal.SIGINT)
+
+    Run.log = log_and_interrupt
+
+
+def log(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
 def steps_logged(out: Path) -> list[int]:
-    return [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
+    return [entry["step"] for entry in log(out)]
+
+
+def metrics(out: Path) -> dict:
+    return json.loads((out / "metrics.json").read_text())
 
 
 def assert_same_bits(one: Path, other: Path) -> None:
-    a, b = weights(one), weights(other)
+    a, b = (load_file(out / "model.safetensors") for out in (one, other))
     assert a.keys() == b.keys()
     assert [name for name in a if not torch.equal(a[name], b[name])] == []
 
 
+@pytest.fixture(scope="module")
+def undisturbed(text, tmp_path_factory) -> Path:
+    """OUT of a run that nothing disturbed."""
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert train_here(text, out) == 0
+    return out
+
+
 EMULATED = pytest.mark.skipif(
     not multiplies_bf16(torch.device("cpu")),
-    reason="a step takes seconds where bf16 products are emulated",
+    reason="a step takes seconds where bf16 multiplication is emulated",
 )
 
 
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=EMULATED)])
 def test_killed_at_random_moments_it_ends_with_the_same_bits(text, tmp_path, precision):
-    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    options = ("--precision", precision)
-    assert train(text, undisturbed, *options).returncode == 0
+    whole, killed, notes = tmp_path / "whole", tmp_path / "killed", tmp_path / "notes"
+    process = start_apart(command(text, whole, "--precision", precision), notes)
+    process.join()
+    assert process.exitcode == 0, notes.read_text()
+    seconds = float(notes.read_text().rpartition("processor seconds: ")[2])
 
     rng, kills = random.Random(precision), 0
     # A checkpoint after every step, so that many of the kills fall into the middle of one.
-    again = command(text, killed, *options, "--save-minutes", "1e-9", "--resume")
+    again = ["--precision", precision, "--save-minutes", "1e-9", "--resume"]
     while not (killed / "metrics.json").exists():
-        process = start(again)
-        wait_for_line(
-            process, b"to beat"
-        )  # the next thing is training; a kill before it proves little
-        try:
-            process.wait(timeout=rng.uniform(0.1, 2.5) + kills / 10)  # ends on a slow machine, too
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            kills += 1
-    assert kills >= 3
-    assert (
-        train(text, killed, "--resume").returncode == 0
-    )  # the last kill may have hit the clean-up
-    assert_same_bits(undisturbed, killed)
-    assert steps_logged(killed) == steps_logged(undisturbed)  # no step twice, none missing
+        # Later and later: it gets to its end, though it may by now be slower than it was.
+        limit = rng.uniform(0.1, 0.5) * seconds * (1 + kills / 3)
+        process = start_apart(command(text, killed, *again), notes, limit)
+        process.join()
+        assert process.exitcode in (0, -signal.SIGPROF), notes.read_text()
+        kills += process.exitcode != 0
+        assert kills < 100, "it makes no progress"
+    assert kills >= 2, "it is killed too late to prove anything"
+    assert "resumed at step" in notes.read_text()
+    assert train_here(text, killed, *again) == 0  # the last kill may have hit the clean-up
+    assert_same_bits(whole, killed)
+    assert steps_logged(killed) == steps_logged(whole)  # no step twice, none missing
     assert not (killed / "resume").exists()
 
 
-def start(arguments: list[str]) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    )
+def test_ctrl_c_saves_and_exits_with_130(text, undisturbed, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Run, "log", Run.log)  # as it was, after the test
+    interrupt_at_first_log()
+    assert train_here(text, tmp_path) == 130
+    message = r"saved at step (\d+); the same command with --resume continues"
+    step = int(re.search(message, capsys.readouterr().out)[1])
+    assert step == log(tmp_path)[-1]["step"] and not (tmp_path / "metrics.json").exists()
+    assert train_here(text, tmp_path, "--resume") == 0
+    assert f"resumed at step {step} of {STEPS}" in capsys.readouterr().out
+    assert_same_bits(undisturbed, tmp_path)
 
 
-def wait_for_line(process: subprocess.Popen, words: bytes) -> None:
-    for line in process.stdout:
-        if words in line:
-            return
-
-
-def wait_for_log(out: Path, process: subprocess.Popen) -> None:
-    """Until a step has been logged."""
-    log = out / "log.jsonl"
-    while not (log.exists() and log.stat().st_size) and process.poll() is None:
-        time.sleep(0.01)
-
-
-def test_ctrl_c_saves_and_exits_with_130(text, tmp_path):
-    undisturbed, stopped = tmp_path / "undisturbed", tmp_path / "stopped"
-    assert train(text, undisturbed).returncode == 0
-    process = start(command(text, stopped))
-    wait_for_log(stopped, process)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate()
-    assert process.returncode == 130
-    step = int(
-        re.search(rb"saved at step (\d+); the same command with --resume continues", output)[1]
-    )
-    assert step > 0 and not (stopped / "metrics.json").exists()
-    resumed = train(text, stopped, "--resume")
-    assert resumed.returncode == 0 and f"resumed at step {step} of {STEPS}" in resumed.stdout
-    assert_same_bits(undisturbed, stopped)
-
-
-@pytest.mark.parametrize("steps", ["1", "24"])  # 1: the weights are ruined by the last step
-def test_a_nan_stops_the_run_and_keeps_the_last_good_checkpoint(text, tmp_path, steps):
-    options = ("--optimizer", "adamw", "--precision", "fp32", "--save-minutes", "1e-9")
-    result = train(text, tmp_path / "run", *options, "--lr", "1e38", "--steps", steps)
-    assert result.returncode == 2
-    [line] = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert ("nan" in line or "inf" in line) and "checkpoint" in line and "--lr" in line
-    assert "Traceback" not in result.stderr
-    state = load_file(tmp_path / "run" / "resume" / "state.safetensors")
+@pytest.mark.parametrize("steps", [1, 24])  # 1: the weights are ruined by the last step
+def test_a_nan_stops_the_run_and_keeps_the_last_good_checkpoint(text, tmp_path, steps, capsys):
+    options = text, tmp_path, "--optimizer", "adamw", "--steps", steps
+    assert train_here(*options, "--lr", "1e38", "--save-minutes", "1e-9") == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and ("nan" in line or "inf" in line)
+    assert str(tmp_path / "resume") in line and "--resume with a lower --lr" in line
+    state = load_file(tmp_path / "resume" / "state.safetensors")
     assert all(torch.isfinite(tensor).all() for tensor in state.values())
-    # The way out that the message names.
-    result = train(text, tmp_path / "run", "--resume", "--lr", "1e-3", "--steps", steps)
-    assert result.returncode == 0, result.stderr
+    assert train_here(*options, "--resume", "--lr", "1e-3") == 0  # as the message says
 
 
-def test_resuming_a_finished_run_changes_nothing(text, tmp_path):
-    out = tmp_path / "run"
-    assert train(text, out, "--steps", "2").returncode == 0
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
-    assert train(text, out, "--resume", "--steps", "2").returncode == 0
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+def test_resuming_a_finished_run_changes_nothing(text, undisturbed):
+    before = {path.name: path.read_bytes() for path in undisturbed.iterdir()}
+    assert train_here(text, undisturbed, "--resume") == 0
+    assert {path.name: path.read_bytes() for path in undisturbed.iterdir()} == before
 
 
-def test_minutes_fix_the_number_of_steps_from_the_measured_speed(text, tmp_path):
-    started = time.monotonic()
-    result = train(text, tmp_path / "run", "--steps", "1")
-    assert result.returncode == 0
-    overhead = time.monotonic() - started
-    options = command(text, tmp_path / "timed")
-    untimed = [option for option in options if option not in ("--steps", str(STEPS))]
-    timed = [sys.executable, *untimed, "--minutes", str((overhead + 10) / 60)]
-    assert subprocess.run(timed, cwd=ROOT).returncode == 0
-    metrics = json.loads((tmp_path / "timed" / "metrics.json").read_text())
-    assert 1 < metrics["steps"] < 10_000
+def test_the_checkpoint_stays_until_the_metrics_are_there(tmp_path, monkeypatch):
+    run, written = Run(tmp_path), []
+    run.start({})
+    run.save({"x": torch.ones(1)})
+
+    def write_json(path, value):
+        written.append(path.name)
+        assert run.state_path.is_file()
+
+    monkeypatch.setattr(runs, "write_json", write_json)
+    run.finish({"loss": 1.0})
+    assert written == ["metrics.json"] and not run.state_path.exists()
 
 
-def distributed(text: Path, out: Path, *options: str) -> subprocess.CompletedProcess:
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-    ]
-    process = [*launch, *command(text, out, *options)]
-    return subprocess.run(process, cwd=ROOT, capture_output=True, text=True)
+def test_a_reader_that_leaves_does_not_end_a_training(text, tmp_path):
+    code = "import sys, tests.test_resume as t; t.run(sys.argv[1:])"
+    words = command(text, tmp_path, "--steps", 3)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *words],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout.readline() == b"model: tiny, from random weights\n"
+    process.stdout.close()  # as `| head -1` does
+    assert process.stderr.read() == b"" and process.wait() == 0
+    assert metrics(tmp_path)["steps"] == 3 and (tmp_path / "model.safetensors").is_file()
 
 
-def losses(out: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()]
+# Options
 
 
-def test_two_processes_follow_the_loss_curve_of_one(text, tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    options = ("--precision", "fp32")
-    assert train(text, one, *options).returncode == 0
-    result = distributed(text, two, *options)
-    assert result.returncode == 0, result.stderr
+def test_too_little_time_is_a_warning_in_the_last_line_too(text, tmp_path, capsys):
+    words = command(text, tmp_path, "--minutes", "1e-9")
+    place = words.index("--steps")
+    del words[place : place + 2]
+    with pytest.raises(SystemExit) as ended:
+        run(words)
+    lines = capsys.readouterr().out.splitlines()
+    assert ended.value.code == 0 and metrics(tmp_path)["steps"] == 1
+    assert lines.count(lines[-1]) == 2 and lines[-1].startswith("warning: so few steps")
+    assert "--minutes" in lines[-1]
+    [said] = re.findall(r"1 of ([\d,]+) validation batches is read", "\n".join(lines))
+    assert metrics(tmp_path)["validation_every"] == int(said.replace(",", "")) > 1
+
+
+def test_weight_decay_shrinks_what_has_no_gradient_by_the_rate_of_each_step(text, tmp_path):
+    for decay in ("0", "0.5"):
+        assert train_here(text, tmp_path / decay, "--weight-decay", decay) == 0
+    # No sequence is as long as these positions.
+    name = "bert.embeddings.position_embeddings.weight"
+    kept, shrunk = (load_file(tmp_path / x / "model.safetensors")[name][32:] for x in ("0", "0.5"))
+    factor = math.prod(1 - 1e-3 * one_cycle(step, STEPS) * 0.5 for step in range(STEPS))
+    assert factor < 0.995
+    torch.testing.assert_close(shrunk, factor * kept, rtol=1e-5, atol=0)
+
+
+def test_accumulate_computes_a_batch_in_parts(text, tmp_path, monkeypatch):
+    split, parts = MaskedBatch.split, []
+
+    def count(batch, at_most):
+        shares = split(batch, at_most)
+        parts.append(len(shares))
+        return shares
+
+    monkeypatch.setattr(MaskedBatch, "split", count)
+    assert train_here(text, tmp_path, "--accumulate", 3, "--steps", 4) == 0
+    assert parts == [3] * 4
+
+
+# Two processes
+
+
+def two_processes(words: list[str], notes: Path, **environment: object) -> list[int]:
+    """Exit codes of `torchrun --nproc-per-node 2 train.py WORDS`, in the environment it makes."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": port, **environment}
+    processes = [start_apart(words, notes, RANK=rank, LOCAL_RANK=rank, **shared) for rank in (0, 1)]
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+def test_two_processes_do_what_one_does_and_resume_to_the_same_bits(text, tmp_path, monkeypatch):
+    monkeypatch.setenv("DROPOUT", "0")  # which is another in each process
+    one, two, resumed = tmp_path / "one", tmp_path / "two", tmp_path / "resumed"
+    notes, environment = tmp_path / "notes", {"DROPOUT": 0}
+    assert train_here(text, one) == 0
+    assert two_processes(command(text, two), notes, **environment) == [0, 0], notes.read_text()
     assert steps_logged(two) == steps_logged(one)  # one writer: every line once
-    assert losses(two) == pytest.approx(losses(one), rel=1e-3)
-    final = [json.loads((out / "metrics.json").read_text()) for out in (one, two)]
-    assert final[1]["loss"] == pytest.approx(final[0]["loss"], rel=1e-3)
-    assert math.isfinite(final[1]["loss"])
+    for key in ("loss", "gradient_norm"):
+        values = [[entry[key] for entry in log(out)] for out in (two, one)]
+        assert values[0] == pytest.approx(values[1], rel=1e-3)
+    assert metrics(two)["loss"] == pytest.approx(metrics(one)["loss"], rel=1e-3)
 
-
-def test_two_processes_resume(text, tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    assert distributed(text, one, "--precision", "fp32").returncode == 0
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-    ]
-    more = ("--precision", "fp32", "--save-minutes", "1e-9")  # a checkpoint after every step
-    process = start([*launch[1:], *command(text, two, *more)])
-    wait_for_log(two, process)
-    process.send_signal(signal.SIGTERM)
-    process.wait()
-    assert not (two / "metrics.json").exists()
-    result = distributed(text, two, "--precision", "fp32", "--resume")
-    assert result.returncode == 0, result.stderr
-    assert int(re.search(r"resumed at step (\d+) of", result.stdout)[1]) > 0
-    assert_same_bits(one, two)
+    interrupted = two_processes(command(text, resumed), notes, INTERRUPT=1, **environment)
+    assert interrupted == [130, 130] and not (resumed / "metrics.json").exists()
+    words = command(text, resumed, "--resume")
+    assert two_processes(words, notes, **environment) == [0, 0], notes.read_text()
+    assert "resumed at step" in notes.read_text()
+    assert_same_bits(two, resumed)
