@@ -433,9 +433,8 @@ def assert_comparison(out: Path, folder: Path, seeds: dict[int | None, list[int]
             frequent = max(LABELS, key=labels.count)
             right = [row["label"] == frequent for row in rows["test"]]
             baselines["majority"].append(sum(right) / len(right))
-            model = NBSVM().fit(
-                [row["text"] for row in learned], [LABELS.index(label) for label in labels], 2
-            )
+            indices = np.array([LABELS.index(label) for label in labels])
+            model = NBSVM().fit([row["text"] for row in learned], indices, 2)
             answers = model.predict([row["text"] for row in rows["test"]])
             right = [
                 row["label"] == LABELS[i] for row, i in zip(rows["test"], answers, strict=True)
