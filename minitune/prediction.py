@@ -8,10 +8,13 @@ trained and what it belongs to:
 """
 
 import argparse
-import csv
+import codecs
+import functools
+import io
 import itertools
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -32,15 +35,15 @@ from minitune.checkpoint import (
     read_config,
 )
 from minitune.classification import Sequences
-from minitune.data import SUFFIXES, Dataset, Row, label_index
+from minitune.data import LONGEST_LINE, PACKAGED, SUFFIXES, Dataset, Row, label_index, make_row
 from minitune.finetuning import load_trained
 from minitune.prompting import Prompt, in_words
-from minitune.support.errors import UserError
+from minitune.support.errors import UserError, plural
 from minitune.support.runs import read_json
 from minitune.support.runtime import Runtime
 from minitune.tokenizer import Tokenizer
 
-BLOCK = 2048  # texts that are in memory at a time
+BLOCK, BLOCK_CHARACTERS = 2048, 1 << 20  # texts that are in memory at a time
 
 
 @dataclass
@@ -118,6 +121,8 @@ class Classifier:
             if where.is_file():
                 max_len = read_json(where).get("max_len", max_len)
         check_max_len(max_len, model.bert.config, where)
+        if len(set(labels.values())) < len(labels):
+            raise UserError(f"{directory}: two labels have the same name")
         tokenizer = load_tokenizer(source, model.bert.config, remove_markup=bool(trained))
         return cls(model, tokenizer, labels, max_len, runtime, trained.base_hash if trained else "")
 
@@ -219,11 +224,8 @@ def label_new_reviews(args: argparse.Namespace) -> None:
     say(
         f"model: {name}; labels: {', '.join(classifier.labels.values())}; precision: {runtime.precision}"
     )
-
-    def predict(texts: Iterator[str]) -> Iterator[Prediction]:
-        return classifier.predict(texts, args.batch_tokens)
-
     cut = f"had more than {classifier.max_len} tokens: their two ends were read"
+    predict = functools.partial(classifier.predict, batch_tokens=args.batch_tokens)
     print_answers(args.predict, "--predict", classifier.labels, predict, args.json, cut)
 
 
@@ -231,7 +233,7 @@ def print_answers(
     arguments: list[str],
     option: str,
     labels: dict[int, str],
-    predict: Callable[[Iterator[str]], Iterator[Prediction]],
+    predict: Callable[[list[str]], Iterable[Prediction]],
     as_json: bool,
     cut: str,
 ) -> None:
@@ -240,38 +242,44 @@ def print_answers(
     `arguments` are texts, files or -, given to `option`; `cut` says what happened to texts that are
     too long.
     """
-    expected: list[str | None] = []  # the labels of the rows, where they come with any
-
-    def texts() -> Iterator[str]:
-        for number, row in enumerate(_rows(arguments, option), start=1):
-            index = label_index(row.label, labels, numbers_too=True) if row.label else None
-            if row.label and index is None:
-                names = ", ".join(labels.values())
-                raise UserError(
-                    f"row {number}: the label {row.label} is none of the model's: {names}"
-                )
-            expected.append(labels.get(index))
-            yield row.text
-
-    table = csv.writer(sys.stdout, lineterminator="\n")
-    right, known, truncated = 0, 0, 0
-    for number, prediction in enumerate(predict(texts())):
-        if as_json:
-            print(json.dumps(asdict(prediction), ensure_ascii=False))
-        else:
-            cells = prediction.cells()
-            if number == 0:
-                table.writerow(cells)
-            table.writerow(cells.values())
-        truncated += prediction.truncated
-        known += expected[number] is not None
-        right += expected[number] == prediction.label
-    if not expected:
+    count, right, known, truncated = 0, 0, 0, 0
+    for rows in _blocks(_rows(arguments, option)):
+        expected = [_known_label(row, count + i, labels) for i, row in enumerate(rows, start=1)]
+        answers = predict([row.text for row in rows])
+        for label, answer in zip(expected, answers, strict=True):
+            if as_json:
+                print(json.dumps(asdict(answer), ensure_ascii=False))
+            else:
+                cells = answer.cells()
+                print(*[_csv_line(cells)] * (count == 0), _csv_line(cells.values()), sep="\n")
+            count += 1
+            truncated += answer.truncated
+            known += label is not None
+            right += label == answer.label
+        sys.stdout.flush()
+    if not count:
         raise UserError(f"{option}: there is no text in what was given")
     if truncated:
-        say(f"{truncated:,} of {len(expected):,} {cut}")
+        say(f"{truncated:,} of {count:,} {cut}")
     if known:
-        say(f"accuracy: {right / known:.2%} of {known:,} labelled rows")
+        say(f"accuracy: {right / known:.2%} of {plural(known, 'labelled row')}")
+
+
+def _known_label(row: Row, number: int, labels: dict[int, str]) -> str | None:
+    """The right answer, where the row has one. Raises UserError where the model has no such label."""
+    if not row.label:
+        return None
+    index = label_index(row.label, labels, numbers_too=True)
+    if index is None:
+        names = ", ".join(labels.values())
+        raise UserError(f"row {number}: the label {row.label} is none of the model's: {names}")
+    return labels[index]
+
+
+def _csv_line(cells: Iterable[str]) -> str:
+    """As csv.writer, which before Python 3.11.9 leaves a carriage return without quotes."""
+    quoted = ['"' + cell.replace('"', '""') + '"' for cell in cells]
+    return ",".join(q if re.search('[",\r\n]', q[1:-1]) else q[1:-1] for q in quoted)
 
 
 def say(line: str) -> None:
@@ -279,27 +287,67 @@ def say(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def _rows(arguments: list[str], option: str) -> Iterator[Row]:
+def _blocks(rows: Iterable[Row | None]) -> Iterator[list[Row]]:
+    """Rows in lists that are answered together; None ends a list."""
+    block, characters = [], 0
+    for row in itertools.chain(rows, [None]):
+        if row:
+            block.append(row)
+            characters += len(row.text)
+        if block and (not row or len(block) == BLOCK or characters >= BLOCK_CHARACTERS):
+            yield block
+            block, characters = [], 0
+
+
+def _rows(arguments: list[str], option: str) -> Iterator[Row | None]:
     """Each argument is a file by its name, - for the lines of standard input, or else a text."""
     for argument in arguments:
         if argument == "-":
             yield from _standard_input()
-        elif os.path.isfile(argument) or (
-            Path(argument).suffix in SUFFIXES and " " not in argument
-        ):
+        elif os.path.exists(argument):
             yield from Dataset(argument, option=option).read()
+        elif _names_a_file(argument):
+            hint = "a text like that goes through standard input, -"
+            raise UserError(f"{option} {argument}: no such file ({hint})")
         else:
-            yield Row(argument)
+            yield make_row(option, [("text", argument)])
 
 
-def _standard_input() -> Iterator[Row]:
-    try:
-        sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")
-        for line in sys.stdin:
-            if line.strip():
-                yield Row(line.strip())
-    except UnicodeDecodeError as error:
-        raise UserError(f"standard input: not UTF-8 text ({error.reason})") from error
+def _names_a_file(text: str) -> bool:
+    """Whether a text that is no file looks like the name of one, and not like a review.
+
+    "my reviews.csv", "review.text", "no/such/file" do; "and/or", "10/10", "Fine...but long" do not.
+    """
+    words = len(text.split())
+    ending = re.search(r"(?<![.\s])\.([a-z][a-z0-9]{1,4})$", text, re.IGNORECASE)
+    if ending and f".{ending[1].lower()}" in SUFFIXES:
+        return True
+    if words > 4:  # a sentence, which may end with "www.imdb.com"
+        return False
+    if ending:  # "Loved it.Great" lacks a space
+        return words == 1 or ending[1] in (ending[1].lower(), ending[1].upper())
+    folder, _, name = text.rpartition("/")
+    deep = words == 1 and ("/" in folder or not name) and not re.fullmatch(r"[\d/]+", text)
+    folder = os.path.expanduser(folder) or "/"
+    return text in PACKAGED or "/" in text and (deep or os.path.isdir(folder))
+
+
+def _standard_input() -> Iterator[Row | None]:
+    """Its lines, a very long one in pieces; None after those that are there: more may take long."""
+    utf8 = codecs.getincrementaldecoder("utf-8-sig")()
+    decoder = io.IncrementalNewlineDecoder(utf8, translate=True)
+    chunk, rest = b"more", ""
+    while chunk:
+        chunk = sys.stdin.buffer.read1(1 << 20)
+        try:
+            *lines, rest = (rest + decoder.decode(chunk, final=not chunk)).split("\n")
+        except UnicodeDecodeError as error:
+            raise UserError(f"standard input: not UTF-8 text ({error.reason})") from error
+        if not chunk or len(rest) >= LONGEST_LINE:
+            lines, rest = [*lines, rest], ""
+        for line in filter(str.strip, lines):
+            yield make_row("standard input", [("text", line.strip())])
+        yield None
 
 
 def _latest_run(out: Path) -> str:

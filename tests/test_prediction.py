@@ -1,8 +1,13 @@
 """New texts: answers in their order whatever the batching, under the names the model was trained with."""
 
+import csv
+import io
 import itertools
 import json
+import os
+import re
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +22,7 @@ from minitune.classification import Sequences
 from minitune.features import FeatureClassifier
 from minitune.finetuning import build
 from minitune.model import BertConfig, BertForSequenceClassification
-from minitune.prediction import Classifier
+from minitune.prediction import Classifier, Prediction, print_answers
 from minitune.support.errors import UserError
 from minitune.support.runtime import Runtime
 
@@ -157,6 +162,183 @@ def test_dropout_is_off(tokenizer):
     ).train()
     classifier = Classifier(model, tokenizer, NAMES, 16, FP32)
     assert_alike(predict(classifier, TEXTS), predict(classifier, TEXTS))
+
+
+# From texts, files and standard input to lines
+
+
+def parrot(texts):
+    """Answers that say which text they belong to."""
+    return [Prediction(text, "good", {"good": 0.75, "bad": 0.25}, len(text) > 20) for text in texts]
+
+
+@pytest.fixture
+def answer(monkeypatch, capsys):
+    """print_answers, with a parrot for a model: (stdout, stderr, the texts of each block)."""
+
+    def run(*arguments, stdin=b"", as_json=False, predict=parrot):
+        blocks = []
+
+        def recorded(texts):
+            blocks.append(texts)
+            return predict(texts)
+
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        names = {0: "bad", 1: "good"}
+        print_answers([*map(str, arguments)], "--predict", names, recorded, as_json, "were long")
+        return *capsys.readouterr(), blocks
+
+    return run
+
+
+ODD_TEXTS = [
+    "plain", 'She said "no".', "one, two", "first\nsecond", "first\rsecond", "first\r\nsecond",
+    "\rx", "x\r", '"', "a\u2028b", "\ttabs\t", " spaces ", "null", "=1+1", "caf\u00e9 \u2603",
+]  # fmt: skip
+
+
+def test_csv_is_read_back_as_the_same_texts(answer, tmp_path):
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in ODD_TEXTS)
+    (tmp_path / "odd.jsonl").write_text(rows)
+    out, err, _ = answer(tmp_path / "odd.jsonl")
+    assert out.startswith("label,probability,truncated,text\ngood,0.7500,false,plain\n")
+    found = list(csv.DictReader(io.StringIO(out, newline=""), strict=True))
+    assert [row["text"] for row in found] == ODD_TEXTS and err == ""
+    assert {(row["label"], row["probability"], row["truncated"]) for row in found} == {
+        ("good", "0.7500", "false")
+    }
+    out, _, _ = answer(tmp_path / "odd.jsonl", as_json=True)
+    assert [json.loads(line)["text"] for line in out.removesuffix("\n").split("\n")] == ODD_TEXTS
+
+
+def test_arguments_are_answered_in_their_order(answer, tmp_path):
+    (tmp_path / "a.txt").write_text("second\nthird\n")
+    (tmp_path / "B.CSV").write_text("text,label\nsixth,good\nseventh,bad\n")
+    stdin = "\ufefffourth\r\n \nfif\u00e9th".encode()
+    out, err, _ = answer("first", tmp_path / "a.txt", "-", tmp_path / "B.CSV", stdin=stdin)
+    texts = [row["text"] for row in csv.DictReader(out.splitlines())]
+    assert texts == ["first", "second", "third", "fourth", "fif\u00e9th", "sixth", "seventh"]
+    assert err == "accuracy: 50.00% of 2 labelled rows\n"
+
+
+def test_what_was_cut_is_counted_over_all_blocks(answer, monkeypatch):
+    monkeypatch.setattr(prediction, "BLOCK", 2)
+    out, err, blocks = answer("short", "x" * 21, "x" * 20, "x" * 22, "short too")
+    assert blocks == [["short", "x" * 21], ["x" * 20, "x" * 22], ["short too"]]
+    assert err == "2 of 5 were long\n" and out.count("label,probability") == 1
+
+
+def test_a_block_holds_a_limited_number_of_characters(answer, monkeypatch, tmp_path):
+    monkeypatch.setattr(prediction, "BLOCK_CHARACTERS", 50)
+    (tmp_path / "a.txt").write_text("".join(letter * 20 + "\n" for letter in "abcdefg"))
+    _, _, blocks = answer(tmp_path / "a.txt")
+    assert [[text[0] for text in block] for block in blocks] == [
+        ["a", "b", "c"],
+        ["d", "e", "f"],
+        ["g"],
+    ]
+
+
+def test_an_endless_line_of_standard_input_is_answered_in_pieces(answer, monkeypatch):
+    monkeypatch.setattr(prediction, "LONGEST_LINE", 1000)
+
+    class Endless(io.RawIOBase):
+        """A line without an end, of which only so much is ever read."""
+
+        def readable(self):
+            return True
+
+        def readinto(self, buffer):
+            buffer[:300] = b"x" * 300
+            return 300
+
+    def until_enough(texts):
+        assert all(len(text) <= 1300 for text in texts)
+        seen.extend(texts)
+        if len(seen) == 5:
+            raise UserError("enough")
+        return parrot(texts)
+
+    seen = []
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(Endless())))
+    with pytest.raises(UserError, match="enough"):
+        print_answers(["-"], "--predict", {0: "good"}, until_enough, True, "")
+    assert "".join(seen) == "x" * 6000
+
+
+def test_a_slow_pipe_gets_each_answer_when_its_text_is_there(monkeypatch, capsys):
+    reader, writer = os.pipe()
+    monkeypatch.setattr(sys, "stdin", os.fdopen(reader))
+    os.write(writer, b"first\nsecond\nthi")
+    later = ["rd \u2603\n".encode()[:5], "rd \u2603\n".encode()[5:] + b"fourth\nfifth", None]
+    blocks = []
+
+    def predict(texts):
+        blocks.append(texts)
+        for part in later[: 1 + (len(blocks) == 1)]:  # only now is there more to read
+            later.remove(part)
+            os.close(writer) if part is None else os.write(writer, part)
+        return parrot(texts)
+
+    print_answers(["-"], "--predict", {0: "good"}, predict, True, "")
+    assert blocks == [["first", "second"], ["third \u2603", "fourth"], ["fifth"]]
+    answered = [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()]
+    assert answered == ["first", "second", "third \u2603", "fourth", "fifth"]
+
+
+@pytest.mark.parametrize("stdin", [b"fine\ncaf\xe9\n", b"fine\n\xf0\x9f", b"\xff\xfef\0i\0"])
+def test_standard_input_that_is_not_utf8_is_refused(answer, stdin):
+    with pytest.raises(UserError, match="standard input: not UTF-8"):
+        answer("-", stdin=stdin)
+
+
+def test_zero_bytes_on_standard_input_are_refused(answer):
+    with pytest.raises(UserError, match="standard input: .* zero bytes"):
+        answer("-", stdin="fine".encode("utf-16-le"))
+
+
+REVIEWS = [
+    "good", "Good.", "10/10", "8.5/10", "9/11/2001", "and/or", "AC/DC", "Face/Off", "w/o", "4.5",
+    "S.W.A.T", "WALL.E", "Great film...I loved it", "Great film...loved it", "Great...great",
+    "So-so...", "a.m.", "U.S.A.", "etc.", "I loved it.Great", "I loved it.Really",
+    "Not good.Not bad.", "What a film .", "...", "http", "Mr. Bean", "Good acting/bad plot",
+    "It is a 10/10 film", "4/5 stars", "Great film, see more at www.imdb.com",
+    "It was good.\nReally", "5 stars.", "v1.0", "No. 1", "jsonl", "good-bye", "nowhere", "csv",
+]  # fmt: skip
+FILES = [
+    "my reviews.csv", "missing.CSV", "review.text", "reviews.Txt", "a b c d e f.jsonl",
+    "my reviews.xlsx", ".csv", "reviews.tsv", "old reviews.json", "reviews.csv.gz", "REVIEWS.JSONL",
+    "film.doc", "no/such/file", "./reviews", "../reviews", "/reviews", "/tmp/my reviews",
+    "~/reviews", "here/reviews", "reviews/", "no/such/file.csv", "10/10.txt", "imdb",
+    "rotten_tomatoes", "archive.zip", "reviews.html", "archive.mp4",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", REVIEWS)
+def test_a_review_is_no_name_of_a_file(answer, monkeypatch, tmp_path, text):
+    monkeypatch.chdir(tmp_path)
+    out, _, blocks = answer(text, as_json=True)
+    assert blocks == [[text]] and json.loads(out)["text"] == text
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_name_of_a_file_that_is_not_there_is_no_review(answer, monkeypatch, tmp_path, name):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"--predict {re.escape(name)}: no such file"):
+        answer(name)
+
+
+def test_a_file_is_read_whatever_its_name(answer, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Path("my reviews.csv").write_text("text\ninside\n")
+    Path("Good.").write_text("not a file of reviews")
+    Path("folder").mkdir()
+    Path("folder/a.TXT").write_text("one\ntwo\n")
+    assert answer("my reviews.csv")[2] == [["inside"]]
+    assert answer("folder")[2] == [["one", "two"]]
+    with pytest.raises(UserError, match="--predict Good.: the name must end in .txt, .csv"):
+        answer("Good.")
 
 
 # From disk
