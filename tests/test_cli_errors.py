@@ -15,11 +15,13 @@ import torch
 
 import finetune
 import minitune.corpus
+import prompt
 import train
 from minitune.checkpoint import Trained, read_config, save_model, weights_hash
 from minitune.finetuning import build
 from minitune.model import BertConfig, BertForMaskedLM, BertForSequenceClassification
 from minitune.support.cli import choose_max_len, run_script
+from minitune.support.errors import UserError
 from minitune.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -65,7 +67,8 @@ def script(folder, monkeypatch, capsys):
 
     def run(main, *options, stdin=b""):
         monkeypatch.setattr(sys, "argv", [f"{main.__module__}.py", *map(str, options)])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
+        stdin = None if stdin is None else io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8")
+        monkeypatch.setattr(sys, "stdin", stdin)
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
             run_script(main)
@@ -267,6 +270,43 @@ BAD_OPTIONS = {
 )
 def test_bad_option(refused, option, value):
     refused("--data", "good.txt", option, value, naming=[option, value])
+
+
+def options_with_a_value():
+    """(script, option) for each option of the scripts that takes words, a name or a number."""
+    for script in (train, finetune, prompt):
+        for action in script.parser()._actions:
+            if action.nargs != 0:
+                yield script, [*action.option_strings[-1:]]
+
+
+def accepts(script, option, value):
+    try:
+        script.parser().parse_args([*option, value])
+    except UserError as error:
+        assert not option or option[0] in str(error)
+        return False
+    return True
+
+
+@pytest.mark.parametrize("value", ["", " ", "\t\n", "caf\udce9"])  # so Python hands over latin-1
+def test_no_option_takes_what_is_empty_or_not_utf8(value):
+    assert not [
+        option for script, option in options_with_a_value() if accepts(script, option, value)
+    ]
+
+
+@pytest.mark.parametrize("value", ["1" + "0" * 39, "9" * 400, "9" * 5000, "-1", "nan", "inf"])
+def test_every_number_has_a_lower_and_an_upper_end(value):
+    numbers = [(script, *option) for script, option in options_with_a_value()
+               if accepts(script, option, "9") and not accepts(script, option, "x")]  # fmt: skip
+    assert {"--steps", "--seed", "--generate", "--lr", "--max-len"} <= {name for _, name in numbers}
+    assert not [name for script, name in numbers if accepts(script, [name], value)]
+
+
+@pytest.mark.parametrize("value", ["1" + "0" * 20, "9" * 400, "9" * 5000])
+def test_a_number_of_many_digits_is_refused_in_one_line(refused, value):
+    refused("--data", "good.txt", "--steps", value, naming=["--steps", value[:20]])
 
 
 def test_option_without_its_value(refused):
@@ -1120,6 +1160,27 @@ def test_a_reader_that_has_seen_enough(tuned, folder):
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "label,probability,truncated,text\n")
     assert done.stderr.startswith("model: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("closed", ["stdin", "stdout", "stderr"])
+def test_a_caller_may_close_a_stream(predict, monkeypatch, closed):
+    with monkeypatch.context() as patch:
+        if closed == "stdin":
+            status, out, err = predict("-", stdin=None)
+        else:
+            patch.setattr(sys, closed, None)  # as Python leaves it
+            status, out, err = predict("a film")
+    assert status == (2 if closed == "stdin" else 0)
+    assert ("no text" in err) == (closed == "stdin")
+    assert ("a film" in out) == (closed == "stderr")
+
+
+def test_a_model_with_two_labels_of_one_name_is_refused(not_predicted, tuned):
+    change_config(tuned / "full", id2label={"0": "fine", "1": "fine"}, label2id={"fine": 1})
+    not_predicted("a film", model="full", naming=["full", "two labels"])
+    path = tuned / "adapter" / "trained.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"labels": ["fine", "fine"]}))
+    not_predicted("a film", naming=["adapter", "labels"])
 
 
 def test_where_no_length_is_asked_for_it_is_512_or_what_there_is_room_for():
