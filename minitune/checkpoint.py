@@ -8,8 +8,10 @@ and written as safetensors only; a pickle can run code when it is opened.
 
 import hashlib
 import importlib.util
+import math
 import os
-import re
+import reprlib
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -25,43 +27,44 @@ from minitune.support.errors import UserError
 from minitune.support.runs import read_json, write_atomically, write_json, write_tensors
 from minitune.tokenizer import Tokenizer
 
-# Our module names, and what BERT checkpoints call them. Order matters: the first match wins.
-NAMES = [
-    (r"bert\.embeddings\.word\.", "bert.embeddings.word_embeddings."),
-    (r"bert\.embeddings\.position\.", "bert.embeddings.position_embeddings."),
-    (r"bert\.embeddings\.token_type\.", "bert.embeddings.token_type_embeddings."),
-    (r"bert\.embeddings\.norm\.", "bert.embeddings.LayerNorm."),
-    (r"bert\.layers\.(\d+)\.attention\.out\.", r"bert.encoder.layer.\1.attention.output.dense."),
-    (
-        r"bert\.layers\.(\d+)\.attention_norm\.",
-        r"bert.encoder.layer.\1.attention.output.LayerNorm.",
-    ),
-    (r"bert\.layers\.(\d+)\.feed_forward\.up\.", r"bert.encoder.layer.\1.intermediate.dense."),
-    (r"bert\.layers\.(\d+)\.feed_forward\.down\.", r"bert.encoder.layer.\1.output.dense."),
-    (r"bert\.layers\.(\d+)\.feed_forward_norm\.", r"bert.encoder.layer.\1.output.LayerNorm."),
-    (r"pooler\.", "bert.pooler."),
-    (r"head\.dense\.", "cls.predictions.transform.dense."),
-    (r"head\.norm\.", "cls.predictions.transform.LayerNorm."),
-    (r"head\.bias$", "cls.predictions.bias"),
-]
-QKV = re.compile(r"bert\.layers\.(\d+)\.attention\.qkv\.(weight|bias)$")
+# What parts of our names are called in BERT checkpoints.
+NAMES = {
+    "bert.embeddings.word.": "bert.embeddings.word_embeddings.",
+    "bert.embeddings.position.": "bert.embeddings.position_embeddings.",
+    "bert.embeddings.token_type.": "bert.embeddings.token_type_embeddings.",
+    "bert.embeddings.norm.": "bert.embeddings.LayerNorm.",
+    "bert.layers.": "bert.encoder.layer.",
+    ".attention.out.": ".attention.output.dense.",
+    ".attention_norm.": ".attention.output.LayerNorm.",
+    ".feed_forward.up.": ".intermediate.dense.",
+    ".feed_forward.down.": ".output.dense.",
+    ".feed_forward_norm.": ".output.LayerNorm.",
+    "pooler.": "bert.pooler.",
+    "head.dense.": "cls.predictions.transform.dense.",
+    "head.norm.": "cls.predictions.transform.LayerNorm.",
+    "head.bias": "cls.predictions.bias",
+}
 # What minitune computes, whatever a `config.json` says; where it says otherwise, it is refused.
 FIXED = {
     "model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute",
     "is_decoder": False, "tie_word_embeddings": True,
 }  # fmt: skip
+# Values of the original BERT, for fields that a `config.json` leaves out.
+ORIGINAL = {
+    "vocab_size": 30522, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
+    "intermediate_size": 3072, "hidden_dropout_prob": 0.1,
+}  # fmt: skip
+MOST_LAYERS = 1000
+LARGEST_HEADER = 4 << 20  # bytes, a hundred times that of the largest BERT
+FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
 def bert_names(name: str) -> list[str]:
     """The checkpoint's name for one of our tensors; three names for a fused query-key-value."""
-    if match := QKV.match(name):
-        layer, kind = match.groups()
-        prefix = f"bert.encoder.layer.{layer}.attention.self"
-        return [f"{prefix}.{part}.{kind}" for part in ("query", "key", "value")]
-    for pattern, replacement in NAMES:
-        renamed, matches = re.subn("^" + pattern, replacement, name)
-        if matches:
-            return [renamed]
+    for ours, theirs in NAMES.items():
+        name = name.replace(ours, theirs)
+    if ".qkv." in name:
+        return [name.replace(".qkv.", f".self.{part}.") for part in ("query", "key", "value")]
     return [name]
 
 
@@ -70,35 +73,67 @@ def to_bert(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     renamed = {}
     for name, tensor in tensors.items():
         names = bert_names(name)
-        for part, chunk in zip(names, tensor.detach().cpu().chunk(len(names)), strict=True):
-            renamed[part] = chunk.contiguous()
+        renamed |= zip(names, tensor.detach().chunk(len(names)), strict=True)
     return renamed
 
 
-def load_bert(model: nn.Module, directory: Path, optional: tuple[str, ...] = ()) -> list[str]:
-    """Fill `model` with the weights of a BERT directory, and return the names it did not have.
+class TensorFile:
+    """A safetensors file, tensor by tensor. Names, shapes and types come from its header.
 
-    Only names that begin with one of `optional` may be missing; they keep their initial values.
-    Raises UserError where another is missing, a shape differs, or the file cannot be read.
+    So a file that does not fit is refused before memory is needed for it. `described_in` is the
+    file that says what shapes to expect.
     """
-    path = weights_file(directory)
-    tensors = _read_tensors(path)
-    state, missing = model.state_dict(), []
-    for name, ours in state.items():
-        parts = bert_names(name)
-        absent = [part for part in parts if part not in tensors]
-        if absent and not name.startswith(optional):
-            raise UserError(f"{path}: {absent[0]} is missing")
-        if absent:
-            missing.append(name)
-            continue
-        for part, chunk in zip(parts, ours.chunk(len(parts)), strict=True):
-            expected, found = tuple(chunk.shape), tuple(tensors[part].shape)
-            if expected != found:
-                raise UserError(f"{path}: {part} has shape {found}, config.json says {expected}")
-        state[name] = torch.cat([tensors[part].float() for part in parts])
-    model.load_state_dict(state)
-    return missing
+
+    def __init__(self, path: Path, described_in: str):
+        self.path, self.described_in = path, described_in
+        try:
+            with open(path, "rb") as file:
+                if int.from_bytes(file.read(8), "little") > LARGEST_HEADER:
+                    raise OSError(f"its header has more than {LARGEST_HEADER:,} bytes")
+            self.file = safe_open(path, "pt")
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} cannot be read: {error}") from error
+        self.names = {name: name for name in self.file.keys()}  # noqa: SIM118
+
+    @classmethod
+    def of_bert(cls, directory: Path) -> "TensorFile":
+        """The weights of a model directory, under the names of a current `BertFor…`."""
+        weights = cls(weights_file(directory), "config.json")
+        weights.names = {current_name(name): name for name in weights.names}
+        return weights
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor; UserError where it is missing or does not hold floats."""
+        if name not in self.names:
+            raise UserError(f"{self.path}: {name} is missing")
+        header = self.file.get_slice(self.names[name])
+        if header.get_dtype() not in FLOATS:
+            raise UserError(f"{self.path}: {name} has type {header.get_dtype()}, not a float type")
+        return tuple(header.get_shape())
+
+    def check(self, name: str, expected: tuple[int, ...]) -> None:
+        """Raise UserError where a tensor is missing or has another shape."""
+        if (found := self.shape(name)) != expected:
+            raise UserError(
+                f"{self.path}: {name} has shape {found}, {self.described_in} says {expected}"
+            )
+
+    def read(self, name: str, expected: tuple[int, ...]) -> Tensor:
+        """A tensor in float32; UserError where it does not fit, or holds NaN or infinity."""
+        self.check(name, expected)
+        tensor = self.file.get_tensor(self.names[name]).float()
+        if not all(map(math.isfinite, tensor.aminmax())):
+            raise UserError(f"{self.path}: {name} holds NaN or infinity")
+        return tensor
+
+
+def current_name(name: str) -> str:
+    """The name in a current `BertFor…` for one in an older file."""
+    if not name.startswith(("bert.", "cls.", "classifier.")):
+        name = f"bert.{name}"  # a bare BertModel
+    # The first BERT checkpoints came from TensorFlow, with its names for LayerNorm.
+    name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
+    return name.replace("LayerNorm.beta", "LayerNorm.bias")
 
 
 def weights_file(directory: Path) -> Path:
@@ -111,68 +146,80 @@ def weights_file(directory: Path) -> Path:
     return path
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a file under the names of a current `BertFor…`."""
-    try:
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    renamed = {}
-    for name, tensor in tensors.items():
-        if not name.startswith(("bert.", "cls.", "classifier.")):
-            name = f"bert.{name}"  # a bare BertModel
-        # The first BERT checkpoints came from TensorFlow, with its names for LayerNorm.
-        name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
-        renamed[name.replace("LayerNorm.beta", "LayerNorm.bias")] = tensor
-    return renamed
+@torch.no_grad()
+def load_bert(model: nn.Module, directory: Path, optional: tuple[str, ...] = ()) -> list[str]:
+    """Fill `model` with the weights of a BERT directory, and return the names it did not have.
+
+    Only names that begin with one of `optional` may be missing; they keep their initial values.
+    Raises UserError where another is missing, one does not fit, or the file cannot be read.
+    """
+    weights, missing = TensorFile.of_bert(directory), []
+    for name, tensor in model.state_dict().items():
+        parts = bert_names(name)
+        if name.startswith(optional) and parts[0] not in weights.names:
+            missing.append(name)
+            continue
+        for part, chunk in zip(parts, tensor.chunk(len(parts)), strict=True):
+            chunk.copy_(weights.read(part, tuple(chunk.shape)))
+    return missing
 
 
 def read_config(directory: Path) -> BertConfig:
-    """The `config.json` of a BERT directory; UserError where it asks for another architecture."""
-    if not (directory / "config.json").is_file():
+    """The `config.json` of a BERT directory.
+
+    Raises UserError where it describes another architecture, or not the weights beside it.
+    """
+    path = directory / "config.json"
+    if not path.is_file():
         raise UserError(f"{directory} is no model directory: it has no config.json")
-    raw = read_json(directory / "config.json")
-    if "model_type" not in raw:
-        raise UserError(f"{directory}/config.json names no model_type")
-    for key, only in FIXED.items():
-        if raw.get(key, only) != only:
-            raise UserError(
-                f"{directory}/config.json: {key} is {raw[key]}, minitune runs {only} only"
-            )
-    known = {field.name for field in fields(BertConfig)}
-    values = {key: value for key, value in raw.items() if key in known}
-    for key, value in values.items():
-        if key != "id2label" and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise UserError(f"{directory}/config.json: {key} is not a number")
-        if isinstance(getattr(BertConfig, key, None), int):
-            possible = isinstance(value, int) and value >= (0 if key == "pad_token_id" else 1)
-        else:
-            possible = key == "id2label" or 0 <= value < 1
-        if not possible:
-            raise UserError(f"{directory}/config.json: {key} cannot be {value}")
-    if "id2label" in values:
-        try:
-            values["id2label"] = {
-                int(index): str(label) for index, label in values["id2label"].items()
-            }
-        except (AttributeError, ValueError):
-            raise UserError(
-                f"{directory}/config.json: id2label is not an object of names"
-            ) from None
-    # A field left out has the value of the original BERT, not of our small one.
-    config = BertConfig(**(ORIGINAL | values))
-    if config.hidden_size % config.num_attention_heads:
-        raise UserError(
-            f"{directory}/config.json: hidden_size is no multiple of num_attention_heads"
-        )
+    config, weights = parse_config(read_json(path), path), TensorFile.of_bert(directory)
+    for name, shape in matrix_shapes(config):
+        weights.check(name, shape)
     return config
 
 
-ORIGINAL = {
-    "vocab_size": 30522, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
-    "intermediate_size": 3072, "hidden_dropout_prob": 0.1,
-}  # fmt: skip
+def parse_config(raw: dict, path: Path) -> BertConfig:
+    """The fields of the `config.json` at `path`; UserError where minitune cannot compute them."""
+    if "model_type" not in raw:
+        raise UserError(f"{path} names no model_type")
+    for key, only in FIXED.items():
+        if raw.get(key, only) != only:
+            raise UserError(f"{path}: {key} is {reprlib.repr(raw[key])}, minitune runs {only} only")
+    known = {field.name for field in fields(BertConfig)}
+    values = ORIGINAL | {key: value for key, value in raw.items() if key in known}
+    labels = values.pop("id2label", {})
+    for key, value in values.items():
+        if isinstance(getattr(BertConfig, key), int):
+            possible = type(value) is int and value >= (key != "pad_token_id")
+        else:
+            possible = type(value) in (int, float) and 0 <= value < 1
+        if not possible:
+            raise UserError(f"{path}: {key} cannot be {reprlib.repr(value)}")
+    try:
+        labels = {int(index): str(label) for index, label in labels.items()}
+        "".join(labels.values()).encode()
+    except (AttributeError, ValueError):  # half a character is a ValueError, too
+        raise UserError(f"{path}: id2label is not an object of names") from None
+    config = BertConfig(**values, id2label=labels)
+    if config.hidden_size % config.num_attention_heads:
+        raise UserError(f"{path}: hidden_size is no multiple of num_attention_heads")
+    if config.num_hidden_layers > MOST_LAYERS:
+        raise UserError(f"{path}: num_hidden_layers is more than {MOST_LAYERS:,}")
+    return config
+
+
+def matrix_shapes(config: BertConfig) -> Iterator[tuple[str, tuple[int, int]]]:
+    """(name, shape) of each matrix of the encoder in a BERT checkpoint, before a model is built."""
+    C, inner = config.hidden_size, config.intermediate_size
+    yield "bert.embeddings.word_embeddings.weight", (config.vocab_size, C)
+    yield "bert.embeddings.position_embeddings.weight", (config.max_position_embeddings, C)
+    yield "bert.embeddings.token_type_embeddings.weight", (config.type_vocab_size, C)
+    for i in range(config.num_hidden_layers):
+        layer = f"bert.encoder.layer.{i}"
+        for part in ("self.query", "self.key", "self.value", "output.dense"):
+            yield f"{layer}.attention.{part}.weight", (C, C)
+        yield f"{layer}.intermediate.dense.weight", (inner, C)
+        yield f"{layer}.output.dense.weight", (C, inner)
 
 
 def config_json(config: BertConfig, architecture: str) -> dict:
@@ -229,12 +276,13 @@ def load_classifier(directory: Path, attention: str = "sdpa") -> BertForSequence
     """A fine-tuned classifier with its label names, written here or by `transformers`."""
     config = read_config(directory)
     if not config.id2label:  # transformers leaves names out where they are LABEL_0, LABEL_1
-        tensors = _read_tensors(weights_file(directory))
-        if "classifier.weight" not in tensors:
+        weights = TensorFile.of_bert(directory)
+        if "classifier.bias" not in weights.names:
             raise UserError(
                 f"{directory} is no classifier: fine-tune it first (python finetune.py)"
             )
-        config.id2label = {i: f"LABEL_{i}" for i in range(len(tensors["classifier.weight"]))}
+        count = math.prod(weights.shape("classifier.bias"))
+        config.id2label = {i: f"LABEL_{i}" for i in range(count)}
     if sorted(config.id2label) != list(range(len(config.id2label))) or len(config.id2label) < 2:
         raise UserError(
             f"{directory}/config.json: id2label does not name two labels or more, from 0 on"
@@ -394,15 +442,11 @@ class Trained:
 
     def fill(self, model: nn.Module, directory: Path) -> None:
         """Give a model on the same base, built by the same method, what was trained."""
-        path, expected = directory / "trained.safetensors", trained_tensors(model)
-        try:
-            with safe_open(path, "pt") as file:
-                shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-                if shapes != {name: list(tensor.shape) for name, tensor in expected.items()}:
-                    raise UserError(f"{path} does not fit its description in trained.json")
-                tensors = {name: file.get_tensor(name).float() for name in shapes}
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} cannot be read: {error}") from error
+        weights = TensorFile(directory / "trained.safetensors", "trained.json")
+        expected = trained_tensors(model)
+        if weights.names.keys() != expected.keys():
+            raise UserError(f"{weights.path} does not fit its description in trained.json")
+        tensors = {name: weights.read(name, tuple(t.shape)) for name, t in expected.items()}
         model.load_state_dict(tensors, strict=False, assign=True)
 
 

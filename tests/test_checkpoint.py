@@ -1,6 +1,8 @@
 """Directories: the names of `transformers`, every form a BERT comes in, and errors of one line."""
 
 import json
+import math
+import os
 import shutil
 from dataclasses import replace
 
@@ -14,7 +16,7 @@ from minitune.checkpoint import (
     load_bert,
     load_classifier,
     load_masked_lm,
-    read_config,
+    parse_config,
     save_model,
     to_bert,
 )
@@ -208,8 +210,7 @@ def test_load_bert_says_what_was_missing(model, directory):
 
 
 def test_what_a_config_leaves_out_is_as_in_the_original_bert(directory):
-    (directory / "config.json").write_text('{"model_type": "bert"}')
-    config = read_config(directory)
+    config = parse_config({"model_type": "bert"}, directory / "config.json")
     assert (config.vocab_size, config.hidden_size, config.intermediate_size) == (30522, 768, 3072)
     assert (config.num_hidden_layers, config.num_attention_heads) == (12, 12)
     assert (config.max_position_embeddings, config.type_vocab_size) == (512, 2)
@@ -237,6 +238,12 @@ def with_shape(name, *shape):
     return lambda directory: change_weights(directory, lambda t: t | {name: torch.zeros(shape)})
 
 
+def with_number(name, value):
+    return lambda directory: change_weights(
+        directory, lambda t: t | {name: t[name].index_fill(0, torch.tensor(3), value)}
+    )
+
+
 def cut_weights(size):
     def cut(directory):
         path = directory / "model.safetensors"
@@ -252,7 +259,7 @@ REFUSED = {
         "config.json cannot be read",
     ),
     "another model": (with_config(model_type="roberta"), "roberta"),
-    "another activation": (with_config(hidden_act="relu"), "hidden_act is relu"),
+    "another activation": (with_config(hidden_act="relu"), "hidden_act is .relu"),
     "relative positions": (with_config(position_embedding_type="relative_key"), "relative_key"),
     "a decoder": (with_config(is_decoder=True), "is_decoder"),
     "an untied decoder": (with_config(tie_word_embeddings=False), "tie_word_embeddings"),
@@ -292,7 +299,61 @@ REFUSED = {
         r"self\.query\.bias has shape \(9,\)",
     ),
     "a scalar": (with_shape("cls.predictions.bias"), r"cls\.predictions\.bias has shape \(\)"),
+    "whole numbers": (
+        lambda d: change_weights(d, lambda t: t | {f"{SELF}.key.bias": torch.zeros(8).long()}),
+        r"self\.key\.bias has type I64",
+    ),
+    "NaN in an encoder": (with_number(f"{SELF}.key.bias", math.nan), r"key\.bias holds NaN"),
+    "infinity in a head": (
+        with_number("cls.predictions.bias", -math.inf),
+        r"bias holds NaN or inf",
+    ),
+    "a header of 5 MB": (
+        lambda d: (d / "model.safetensors").write_bytes((5 << 20).to_bytes(8, "little") + b"{}"),
+        "header has more than",
+    ),
+    "a header longer than the file": (
+        lambda d: (d / "model.safetensors").write_bytes((1 << 20).to_bytes(8, "little") + b"{}"),
+        "cannot be read",
+    ),
+    "a long end of zeros": (
+        lambda d: os.truncate(d / "model.safetensors", 1 << 40),
+        "cannot be read",
+    ),
+    "labels with half a character": (
+        with_config(id2label={"0": "good \ud83d", "1": "bad"}),
+        "id2label is not an object of names",
+    ),
+    "deep JSON": (
+        lambda d: (d / "config.json").write_text('{"id2label": ' + "[" * 100_000),
+        "config.json cannot be read",
+    ),
+    "a config.json without end": (
+        lambda d: os.truncate(d / "config.json", 1 << 40),
+        "more than 33,554,432 bytes",
+    ),
 }
+TOO_LARGE = {
+    "vocab_size": (36_000_000, r"word_embeddings\.weight has shape \(40, 8\).*\(36000000, 8\)"),
+    "max_position_embeddings": (2**31, r"position_embeddings\.weight has shape \(16, 8\)"),
+    "type_vocab_size": (10**9, r"token_type_embeddings\.weight has shape \(2, 8\)"),
+    "hidden_size": (2**63, r"word_embeddings\.weight has shape \(40, 8\)"),
+    "intermediate_size": (10**400, r"intermediate\.dense\.weight has shape \(20, 8\)"),
+    "num_hidden_layers": (1000, r"layer\.1\.attention\.self\.query\.weight is missing"),
+    "num_hidden_layers ": (20_000, "num_hidden_layers is more than 1,000"),
+    "num_attention_heads": (2**31, "hidden_size is no multiple of num_attention_heads"),
+}
+
+
+@pytest.mark.parametrize("key", TOO_LARGE)
+def test_a_size_that_the_weights_do_not_have_is_refused_before_a_model_is_built(
+    directory, monkeypatch, key
+):
+    value, message = TOO_LARGE[key]
+    change_config(directory, **{key.strip(): value})
+    monkeypatch.setattr("minitune.checkpoint.BertForMaskedLM", lambda *_: pytest.fail("was built"))
+    with pytest.raises(UserError, match=message):
+        load_masked_lm(directory)
 
 
 @pytest.mark.parametrize("damage, message", REFUSED.values(), ids=REFUSED.keys())

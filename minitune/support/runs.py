@@ -24,6 +24,7 @@ from minitune.support.errors import UserError
 
 # What --overwrite deletes when the new run starts. Other files are replaced one by one, as they
 # are written; without its weights a half-replaced model directory cannot be loaded by mistake.
+LARGEST_JSON = 32 << 20  # bytes
 OLD_RESULTS = ("metrics.json", "model.safetensors", "trained.safetensors", "log.jsonl")
 
 
@@ -220,8 +221,10 @@ def write_json(path: Path, value: dict) -> None:
 def read_json(path: Path) -> dict:
     """A JSON object, or a UserError that names the file."""
     try:
+        if path.stat().st_size > LARGEST_JSON:
+            raise ValueError(f"it has more than {LARGEST_JSON:,} bytes")
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, RecursionError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} does not hold a JSON object")
