@@ -481,7 +481,7 @@ DAMAGES = {
     ),
     "a label too many": (
         of_json(lambda raw: raw | {"labels": [*raw["labels"], "newt"]}),
-        "does not fit its description",
+        r"classifier\.weight has shape \(3, 16\), trained\.json says \(4, 16\)",
     ),
     "another method": (
         of_json(lambda raw: raw | {"method": "feature"}),
@@ -493,7 +493,7 @@ DAMAGES = {
     ),
     "another size": (
         of_json(lambda raw: raw | {"adapter_size": 5}),
-        "does not fit its description",
+        r"down\.weight has shape \(4, 16\), trained\.json says \(5, 16\)",
     ),
     "no size": (of_json(without("adapter_size")), r"trained\.json is damaged.*adapter_size"),
 }
