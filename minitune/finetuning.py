@@ -85,6 +85,12 @@ def all_parameters(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_parameters()]
 
 
+def biases_and_classifier(model: BertForSequenceClassification) -> list[str]:
+    """The names of all biases, and of the classifier's weight (Ben Zaken et al. 2022, "BitFit")."""
+    biases = [name for name in all_parameters(model) if name.endswith(".bias")]
+    return ["classifier.weight", *biases]
+
+
 def for_all_parameters(hidden_size: int) -> float:
     """A peak learning rate: 3e-4 for a hidden size of 256, 1.4e-4 for 384, and 3.4e-5 for 768.
 
@@ -98,6 +104,11 @@ METHODS = {
         "the encoder is frozen and reads each text once; a linear classifier learns from features",
         trained=lambda model: parameters_of(model, ["head"]), pooling="layers",
         lr=lambda _: 3e-4, epochs=20, batch_rows=256,
+    ),
+    "bitfit": Method(
+        "the biases of the frozen encoder, those of its LayerNorms too, and the classifier",
+        trained=biases_and_classifier, pooling="mean",
+        lr=lambda _: 3e-3, epochs=1, batch_rows=32,
     ),
     "adapter": Method(
         "bottlenecks inside the frozen encoder, the LayerNorms of its layers, and the classifier",

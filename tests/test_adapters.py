@@ -100,6 +100,7 @@ def in_both_layers(names):
 EVERYTHING = EMBEDDINGS | in_both_layers(IN_A_LAYER | NORMS_OF_A_LAYER) | POOLER | CLASSIFIER
 TRAINED = {
     "feature": {"head.classifier.weight", "head.classifier.bias"},
+    "bitfit": {name for name in EVERYTHING - POOLER if name.endswith("bias")} | CLASSIFIER,
     "adapter": in_both_layers(ADAPTERS_OF_A_LAYER | NORMS_OF_A_LAYER) | CLASSIFIER,
     "full": EVERYTHING,
     "scratch": EVERYTHING,

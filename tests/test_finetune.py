@@ -55,7 +55,7 @@ TINY = [
     *("--epochs", str(EPOCHS), "--max-len", "32", "--batch-tokens", "256", "--lr", "3e-3"),
     *("--adapter-size", "8", "--precision", "fp32", "--device", "cpu"),
 ]
-METHODS = ["feature", "adapter", "full"]
+METHODS = ["feature", "bitfit", "adapter", "full"]
 TRAINED = [*METHODS, "scratch"]
 KEYS = {
     "method", "accuracy", "loss", "trainable_params", "total_params", "train_seconds", "tokens_per_second",
@@ -333,7 +333,7 @@ def test_full_leaves_a_bert_with_its_labels(compared, folder):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("method", ["feature", "adapter"])
+@pytest.mark.parametrize("method", ["feature", "bitfit", "adapter"])
 def test_the_others_leave_only_what_they_trained(compared, folder, method):
     directory = compared[0] / method
     files = {"trained.safetensors", "trained.json", "settings.json", "metrics.json", "log.jsonl"}
