@@ -157,6 +157,12 @@ def test_command_with_several_processes_runs(command, tmp_path, tiny):
     assert (tmp_path / "run" / "metrics.json").is_file()
 
 
+def test_the_python_example_of_the_readme_runs(tiny, monkeypatch, capfd):
+    (example,) = [block for page, language, block in BLOCKS if language == "python"]
+    exec(example.replace("runs/finetune/adapter", str(tiny.fine_tuned)), {})
+    assert re.match(r"(negative|positive) \{'negative': 0\.\d+", capfd.readouterr().out)
+
+
 def anchors(page: Path) -> set[str]:
     """The names that headings of a page get: lower case, spaces as dashes, no punctuation."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
@@ -177,3 +183,5 @@ def test_links_lead_to_files_and_headings_that_exist(page):
 def test_readme_and_package_give_the_same_reading_order():
     listed = re.findall(r"^\| \[(\w+)\.py\]\(minitune/\w+\.py\)", README.read_text(), re.M)
     assert listed == re.findall(r"^    (\w+) {2,}\S", minitune.__doc__, re.M)
+    lessons = {path.stem for path in (ROOT / "minitune").glob("*.py")} - {"__init__"}
+    assert set(listed) == lessons

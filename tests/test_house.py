@@ -1,0 +1,57 @@
+"""The house: imports run one way, and what makes things fast knows nothing of the lessons."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "minitune"
+# A floor may import from floors below it; within a floor imports make no circle.
+FLOORS = [
+    {"train", "finetune", "prompt"},
+    {"finetuning", "prediction"},
+    {"checkpoint"},
+    {"pretraining", "classification", "features", "adapters", "prompting", "calibration"},
+    {"model", "attention", "initialization", "optimizer", "training"},
+    {"masking", "tokenizer", "corpus", "data"},
+    {"fast", "support"},
+    {"batching"},
+]
+FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
+
+
+def room(path: Path) -> str:
+    """The module that a file belongs to; files in a folder count as the folder."""
+    inside = path.relative_to(PACKAGE) if PACKAGE in path.parents else Path(path.name)
+    return inside.parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> set[str]:
+    """The rooms that a file imports from, anywhere in it."""
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        rooms |= {name.split(".")[1] for name in names if name.startswith("minitune.")}
+    return rooms - {room(path)}
+
+
+FILES = [ROOT / f"{script}.py" for script in sorted(FLOORS[0])]
+FILES += [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
+
+
+def test_every_module_has_its_floor():
+    assert {room(path) for path in FILES} == set(FLOOR)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_run_one_way(path):
+    wrong = [name for name in imported(path) if FLOOR[name] < FLOOR[room(path)]]
+    assert not wrong, f"{path.relative_to(ROOT)} imports {wrong} from a floor above"
+
+
+def test_no_two_modules_import_each_other():
+    pairs = {(room(path), name) for path in FILES for name in imported(path)}
+    assert not [pair for pair in pairs if pair[::-1] in pairs]
