@@ -1,5 +1,11 @@
 """The task of pretraining: what is masked at each step, both losses, and the validation rows."""
 
+import itertools
+import json
+import math
+import re
+import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,11 +13,17 @@ import pytest
 import torch
 
 import minitune.corpus
+import train
 from minitune.batching import PackedBatch
+from minitune.checkpoint import load_masked_lm
 from minitune.corpus import Corpus
 from minitune.data import Dataset
+from minitune.initialization import start_with_frequencies, start_with_neighbours
 from minitune.model import BertConfig, BertForMaskedLM
+from minitune.optimizer import Optimizer
 from minitune.pretraining import MaskedBatch, MaskedLanguageModelling
+from minitune.prompting import FillMask, fill_blanks, in_words
+from minitune.support.runtime import Runtime
 
 CPU = torch.device("cpu")
 SPECIAL = torch.tensor([0, 1, 2, 3, 4])
@@ -114,14 +126,14 @@ def task(tmp_path, monkeypatch):
     words = ["".join("abcdefghij"[int(digit)] for digit in f"{i:04d}") + "z" for i in range(40)]
     texts = [" ".join(rng.choice(words, rng.integers(2, 40))) for _ in range(300)]
     (tmp_path / "texts.txt").write_text("\n".join(texts) + "\n")
-    # Too few entries for whole words.
-    corpus = Corpus.open(Dataset(str(tmp_path / "texts.txt")), None, 30)
+    # Too few entries for all words to be whole.
+    corpus = Corpus.open(Dataset(str(tmp_path / "texts.txt")), None, 64)
     defaults = {"max_len": 32, "batch_tokens": 128, "rate": 0.15, "whole_word": False, "seed": 0}
 
     def build(**options):
         return MaskedLanguageModelling(corpus, **(defaults | options))
 
-    build.corpus = corpus
+    build.corpus, build.corpus_path = corpus, tmp_path / "texts.txt"
     return build
 
 
@@ -178,10 +190,10 @@ def test_validation_reads_every_token_once_and_masks_15_percent_of_them(task):
 
 
 def test_a_quick_evaluation_reads_every_eighth_batch(task):
-    many = task(batch_tokens=32)
-    batches = many.validation_batches(quick=False)
+    many = task(max_len=12, batch_tokens=12)
+    batches, quick = many.validation_batches(quick=False), many.validation_batches(quick=True)
     assert len(batches) > 16
-    assert many.validation_batches(quick=True) == batches[::8]
+    assert list(map(id, quick)) == list(map(id, batches[::8]))
 
 
 def test_a_run_evaluates_twelve_times_but_not_at_its_end_where_all_rows_are_read(task):
@@ -214,3 +226,130 @@ def test_whole_words_are_masked_whole_in_training(task):
         assert torch.equal(chosen[goes_on], chosen[goes_on.roll(-1)])
         followed += goes_on.sum().item()
     assert followed > 100
+
+
+# train.py
+
+
+@pytest.fixture
+def pretrain(task, tmp_path, monkeypatch):
+    """Runs train.py in this process, on the texts of `task`, and gives the directory of the run."""
+    small = replace(CONFIG, vocab_size=8192, hidden_dropout_prob=0.0)
+    monkeypatch.setitem(train.PRESETS, "tiny", small)
+
+    def run(*options):
+        out = tmp_path / "run"
+        given = ["--data", task.corpus_path, "--out", out, "--vocab-size", 64, "--steps", 1]
+        given += ["--max-len", 32, "--batch-tokens", 128, "--precision", "fp32", "--device", "cpu"]
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, [*given, *options])])
+        train.main()
+        return out
+
+    return run
+
+
+def random_start(corpus, seed):
+    """The model that train.py starts from, as its docstrings say."""
+    torch.manual_seed(seed)
+    model = BertForMaskedLM(replace(CONFIG, vocab_size=corpus.tokenizer.vocab_size))
+    start_with_neighbours(model.bert)
+    start_with_frequencies(model.head, torch.from_numpy(corpus.unigrams))
+    return model
+
+
+OTHER_OPTIONS = {  # than the defaults: what they mean for the task, the optimizer, and the run
+    "--mask-rate 0.4": ("rate", 0.4),
+    "--whole-word": ("whole_word", True),
+    "--summary-weight 0.5": ("summary_weight", 0.5),
+    "--seed 3": ("seed", 3),
+    "--max-len 16": ("max_len", 16),
+    "--batch-tokens 64": ("batch_tokens", 64),
+    "--optimizer adamw": ("name", "adamw"),
+    "--lr 0.02": ("lr", 0.02),
+    "--adamw-lr 0.004": ("adamw_lr", 0.004),
+    "--weight-decay 0.5": ("weight_decay", 0.5),
+    "--accumulate 2": ("accumulate", 2),
+}
+
+
+@pytest.mark.parametrize("options", ["", *OTHER_OPTIONS, "--optimizer adamw --lr 0.02"])
+def test_each_option_has_its_effect_on_a_step(task, pretrain, monkeypatch, options):
+    parts = []
+    loss_of = MaskedLanguageModelling.loss
+    counted = lambda *given: parts.append(1) or loss_of(*given)  # noqa: E731
+    monkeypatch.setattr(MaskedLanguageModelling, "loss", counted)
+    out = pretrain(*options.split())
+
+    recipe = {"rate": 0.15, "whole_word": False, "summary_weight": 1.0, "seed": 0}
+    recipe |= {"max_len": 32, "batch_tokens": 128, "name": "muon", "lr": None, "adamw_lr": 0.001}
+    recipe |= {"weight_decay": 0.01, "accumulate": 1}
+    for option, (name, value) in OTHER_OPTIONS.items():
+        if option in options:
+            recipe[name] = value
+    name, lr, adamw_lr, decay, accumulate = (
+        recipe.pop(key) for key in ("name", "lr", "adamw_lr", "weight_decay", "accumulate")
+    )
+    model = random_start(task.corpus, recipe["seed"])
+    optimizer = Optimizer(model, name, lr or train.PEAK_LR[name], adamw_lr, decay)
+    batch = next(task(**recipe).batches(0))
+    both, reported = loss_of(task(**recipe), model, *batch.to(CPU))
+    (both / len(batch)).backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+    for part in optimizer.parts:
+        part.step()
+
+    (entry,) = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert entry["loss"] == pytest.approx(reported.item() / len(batch), rel=1e-5)
+    assert entry["gradient_norm"] == pytest.approx(norm, rel=1e-4)
+    assert len(parts) == accumulate
+    saved, _ = load_masked_lm(out)
+    for (key, expected), found in zip(model.named_parameters(), saved.parameters(), strict=True):
+        if accumulate == 1:  # else rounding differs, and a first step makes much of it
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6, msg=key)
+
+
+def test_the_figures_are_those_of_the_saved_model_and_of_the_validation_rows(task, pretrain):
+    out = pretrain("--steps", 3, "--optimizer", "adamw", "--lr", 0.02)
+    model, _ = load_masked_lm(out)
+    batches = task().validation_batches(quick=False)
+    with torch.no_grad():
+        logits = torch.cat([model(b.batch, b.positions) for b in batches]).double()
+    labels = torch.cat([batch.labels for batch in batches])
+    figures = json.loads((out / "metrics.json").read_text())
+    loss = -logits.log_softmax(-1)[range(len(labels)), labels].mean().item()
+    accuracy = (logits.argmax(-1) == labels).double().mean().item()
+    assert figures["loss"] == pytest.approx(loss, rel=1e-5) and 0 < accuracy < 1
+    assert figures["masked_accuracy"] == pytest.approx(accuracy)
+    p = task.corpus.unigrams / task.corpus.unigrams.sum()
+    assert figures["unigram_loss"] == pytest.approx(-(p[p > 0] * np.log(p[p > 0])).sum())
+    assert figures["uniform_loss"] == pytest.approx(math.log(task.corpus.tokenizer.vocab_size))
+    steps = itertools.islice(task().batches(0), 3)
+    assert figures["steps"] == 3 and figures["tokens"] == sum(step.tokens for step in steps)
+    assert figures["total_params"] == sum(p.numel() for p in model.parameters())
+
+
+def test_a_picture_that_cannot_be_drawn_loses_nothing(pretrain, monkeypatch, capsys):
+    def broken(*_):
+        raise ValueError("negative values")
+
+    monkeypatch.setattr("minitune.support.plots.plot_pretraining", broken)
+    out = pretrain()
+    found = {path.name for path in out.iterdir()}
+    assert found >= {"metrics.json", "model.safetensors"} and "loss.png" not in found
+    printed = capsys.readouterr()
+    assert f"warning: {out}/loss.png was not drawn: negative values" in printed.err
+    assert f"wrote {out}" in printed.out
+
+
+def test_examples_show_the_guesses_for_the_masked_word(task, capsys):
+    held_out, tokenizer = task().held_out, task.corpus.tokenizer
+    fill_mask = FillMask(random_start(task.corpus, 0).eval(), tokenizer, Runtime.start("cpu"))
+    lines = train.fill_examples(fill_mask, held_out)
+    texts = [tokenizer.decode(ids[1:-1].tolist()) for ids in held_out.read(range(len(held_out)))]
+    assert len(lines) == 6
+    for text, answer in zip(lines[::2], lines[1::2], strict=True):
+        word, guesses = re.fullmatch(r" +it was: (\w+); the model says: (.*)", answer).groups()
+        before, after = text.strip().split("____")
+        assert any(full.startswith(f"{before}{word}{after}") for full in texts)
+        (expected,) = fill_blanks(fill_mask, text.strip().replace("____", "[MASK]"), 4)
+        assert guesses == in_words(expected)
