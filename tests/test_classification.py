@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from minitune.batching import shuffled_batches
+from minitune.batching import PackedBatch, shuffled_batches
 from minitune.classification import Classification, Examples, Sequences
 from minitune.features import Features
 from minitune.model import BertConfig, BertForSequenceClassification
@@ -127,9 +127,7 @@ def test_parts_of_a_batch_hold_every_row_once_and_none_is_empty(examples, parts)
 
 
 def test_the_losses_of_parts_add_up_to_that_of_the_whole(examples):
-    torch.manual_seed(0)
-    config = BertConfig(605, 16, 2, 2, 24, initializer_range=0.2, id2label={0: "a", 1: "b"})
-    model, task = BertForSequenceClassification(config), task_for(examples)
+    model, task = classifier(), task_for(examples)
     batch = examples.select(np.arange(13))
     with torch.no_grad():
         minimised, reported = task.loss(model, *batch.to(CPU.device))
@@ -206,6 +204,71 @@ def test_accuracy_and_loss_are_those_of_a_loop_over_the_rows(batch_tokens):
         loss += math.log(sum(math.exp(x) for x in row)) - row[label]
     assert 0 < right < 11
     assert metrics == {"accuracy": right / 11, "loss": pytest.approx(loss / 11, rel=1e-6)}
+
+
+def classifier(**options):
+    torch.manual_seed(0)
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24} | options
+    names = {0: "a", 1: "b"}
+    return BertForSequenceClassification(
+        BertConfig(605, 16, initializer_range=0.2, id2label=names, **sizes)
+    )
+
+
+def train_in_place(model, task, directory, before):
+    """Train at a learning rate that changes no weight; each step's (loss, metrics of validation)."""
+    torch.manual_seed(before)
+    run = Run(directory)
+    run.start({})
+    trainer = Trainer(model, Optimizer(model, "adamw", 1e-30, 1e-30, 0.0), task, run, CPU, seed=5)
+    trainer.steps = task.steps
+    trainer.train()
+    return [(entry["loss"], entry["validation"]) for entry in run.read_log()]
+
+
+def test_dropout_is_on_in_training_by_each_steps_own_seed_and_off_in_evaluation(examples, tmp_path):
+    model = classifier(hidden_dropout_prob=0.3).eval()
+    task = task_for(examples, batch_tokens=10_000, epochs=5)  # every step has all rows
+    (inputs, labels) = examples.to(CPU.device)
+    with torch.no_grad():
+        logs = model(*inputs).double().log_softmax(-1)
+    loss = -logs[range(40), labels].mean().item()
+    steps = train_in_place(model, task, tmp_path / "one", before=0)
+    for _, metrics in steps:
+        assert metrics["loss"] == pytest.approx(loss, rel=1e-5)
+        assert metrics["accuracy"] == (logs.argmax(-1) == labels).double().mean().item()
+    losses = sorted([loss, *(reported for reported, _ in steps)])
+    assert len(losses) == 6 and min(np.diff(losses)) > 1e-4  # no two steps drop the same numbers
+    assert steps == train_in_place(model, task, tmp_path / "two", before=1)
+
+
+def test_dropout_stands_after_the_embeddings_in_each_layer_twice_and_before_the_classifier():
+    model, seen = classifier(hidden_dropout_prob=0.3).train(), []
+    names = {module: name for name, module in model.named_modules()}
+
+    def watch(module, inputs, output):
+        seen.append((names[module], [inputs[0], output]))
+
+    for name, module in model.named_modules():
+        if name.endswith("dropout") or name in ("bert.embeddings", "classifier"):
+            module.register_forward_hook(watch)
+    model(PackedBatch.from_sequences([torch.tensor(ids(1, 2, 3)), torch.tensor(ids(4))]))
+    layers = [f"bert.layers.{i}.dropout" for i in (0, 0, 1, 1)]
+    embedded = ["bert.embeddings.dropout", "bert.embeddings"]
+    assert [name for name, _ in seen] == [*embedded, *layers, "dropout", "classifier"]
+    for name, (before, after) in seen:
+        if name.endswith("dropout"):
+            number = before != 0  # rows of padding are zero before
+            assert number.any() and 0.1 < (after[number] == 0).double().mean() < 0.5
+    assert seen[0][1][1] is seen[1][1][1]  # what the embeddings give has been through dropout
+    assert seen[-2][1][1] is seen[-1][1][0]  # and so has what the classifier reads
+
+
+def test_evaluation_leaves_the_model_in_its_mode(examples):
+    for training in (True, False):
+        model = classifier(hidden_dropout_prob=0.3).train(training)
+        first, second = (evaluate(model, examples.batches(60), CPU) for _ in range(2))
+        assert first == second and model.training is training
 
 
 def test_processes_share_the_rows_out_and_add_up_what_they_found():
