@@ -23,15 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minitune import checkpoint
 from minitune.attention import BACKENDS, resolve_backend
 from minitune.calibration import CALIBRATIONS, compare_prompts
-from minitune.checkpoint import (
-    default_model,
-    find_model,
-    load_masked_lm,
-    load_tokenizer,
-    read_config,
-)
 from minitune.data import Dataset, Reviews, label_index
 from minitune.prediction import Ensemble, print_answers, say
 from minitune.prompting import TEMPLATES, WORDS, FillMask, Prompt, fill_blanks, generate, in_words
@@ -53,8 +47,7 @@ def parser() -> cli.Parser:
     texts = "reviews, or a .txt .csv .tsv .jsonl file, or - for the lines of stdin"
     options.add_argument("texts", nargs="*", metavar="TEXT", type=cli.text, help=texts)
     add = options.group("what else it can do")
-    evaluate = "score every template on test rows: imdb, rotten_tomatoes, a file"
-    add("--evaluate", evaluate, metavar="DATA")
+    add("--evaluate", "score every template on the test rows of this dataset", metavar="DATA")
     add("--fill", "the most probable words for each [MASK] in it", metavar="SENTENCE")
     add("--generate", "write N tokens after each TEXT", int_range(1, 10**6), metavar="N")
     add = options.group("how a text becomes a query")
@@ -63,27 +56,18 @@ def parser() -> cli.Parser:
     add("--template", template, default=TEMPLATES, nargs="+", metavar="SENTENCE")
     words = "the words of each label; where data has numbers, 0 is the first label"
     add("--words", words, nargs="+", metavar="LABEL=WORD,WORD")
-    calibrate = "three ways that need no labels, or none; default: the best on validation rows"
-    add("--calibrate", calibrate, CALIBRATIONS, BEST)
-    data = "whose train rows are read for --calibrate prior and --shots"
-    add("--data", data, default="imdb")
-    unlabelled = "so many reviews for --calibrate prior"
-    add("--unlabelled", unlabelled, int_range(1, 10**6), 256, metavar="N")
-    add("--shots", "put K answered training reviews in front", int_range(1, 64), 0, metavar="K")
-    add(
-        "--max-len",
-        "tokens of a query; a longer text loses its beginning",
-        int_range(8, 10**6),
-        128,
-    )
+    add("--calibrate", "without labels; default: the best on validation rows", CALIBRATIONS, BEST)
+    add("--data", "its train rows are for --calibrate prior and --shots", default="imdb")
+    add("--unlabelled", "so many reviews for --calibrate prior", int_range(1, 10**6), 256)
+    add("--shots", "put so many answered train rows in front", int_range(1, 64), 0)
+    add("--max-len", "tokens of a query; a text loses its beginning", int_range(8, 10**6), 128)
     add("--batch-tokens", "tokens in a batch", int_range(8, 10**7))
     add = options.group("what comes out")
     add("--top", "so many of the most probable words", int_range(1, 1000), 5)
     temperature = "of --generate; 0: always the most probable token"
     add("--temperature", temperature, float_range(0, 100, above=False), 0.7)
     add("--json", "print one JSON object a line", bool)
-    curves = "compare.json of finetune.py --train-examples, to be drawn beside the prompt"
-    add("--curves", curves, cli.path, metavar="FILE")
+    add("--curves", "a compare.json of finetune.py --train-examples, to draw", cli.path)
     add("--out", "--evaluate writes its results here", cli.path, Path("runs/prompt"))
     cli.add_machine_options(options, BACKENDS)
     return options
@@ -92,13 +76,12 @@ def parser() -> cli.Parser:
 def read_arguments() -> argparse.Namespace:
     """The options, which ask for one job."""
     args = parser().parse_args()
-    answer = bool(args.texts) or args.generate is not None
-    if (args.evaluate is not None) + (args.fill is not None) + answer != 1:
+    if sum(map(bool, (args.texts or args.generate, args.evaluate, args.fill))) != 1:
         jobs = "texts (also with --generate N), --evaluate DATA, --fill SENTENCE"
         raise UserError(f"give one of: {jobs}")
     if args.generate and not args.texts:
         raise UserError("--generate needs a text to continue")
-    if args.shots and (args.fill is not None or args.generate):
+    if args.shots and (args.fill or args.generate):
         raise UserError("--shots is for reviews")
     args.words = read_words(args.words) if args.words else WORDS
     return args
@@ -122,23 +105,21 @@ def main() -> None:
     runtime = Runtime.start(args.device, args.precision)
 
     # 1. A pretrained model, as it is.
-    name, why = (args.model, "as given") if args.model else default_model()
-    source = find_model(name)
-    head_size = read_config(source).head_size
+    name, why = (args.model, "as given") if args.model else checkpoint.default_model()
+    source = checkpoint.find_model(name)
+    head_size = checkpoint.read_config(source).head_size
     attention = resolve_backend(args.attention, runtime.device, runtime.dtype, head_size)
-    model, has_head = load_masked_lm(source, attention)
+    model, has_head = checkpoint.load_masked_lm(source, attention)
     if not has_head:
         way_out = f"python train.py --init {name} gives it one"
         raise UserError(f"{name} has no masked-LM head to fill blanks with; {way_out}")
-    tokenizer = load_tokenizer(source, model.config)
+    tokenizer = checkpoint.load_tokenizer(source, model.config)
     fill_mask = FillMask(model.to(runtime.device).eval(), tokenizer, runtime, args.batch_tokens)
-    say(
-        f"model: {name} ({why}); {runtime.describe()}; precision: {runtime.precision}; "
-        f"attention: {attention}"
-    )
+    machine = f"{runtime.describe()}; precision: {runtime.precision}; attention: {attention}"
+    say(f"model: {name} ({why}); {machine}")
 
     # 2. Blanks anywhere in a sentence, or at its end.
-    if args.fill is not None:
+    if args.fill:
         print_blanks(fill_blanks(fill_mask, args.fill, args.top), args.json)
         return
     for text in args.texts if args.generate else ():
@@ -151,7 +132,7 @@ def main() -> None:
     # 3. One blank in a template: what the model thinks of a text.
     cli.choose_max_len(args.max_len, model.config.max_position_embeddings)
     prompts = [Prompt(sentence, args.words, fill_mask, args.max_len) for sentence in args.template]
-    if args.evaluate is not None:
+    if args.evaluate:
         evaluate(args, prompts, name)
         return
     if args.shots:
@@ -209,6 +190,7 @@ def evaluate(args: argparse.Namespace, prompts: list[Prompt], model: str) -> Non
     if args.shots:  # do demonstrations help?
         compared[args.shots] = [copy.copy(prompt) for prompt in prompts]
         demonstrate(args, compared[args.shots], reviews)
+    prompts[0].scores([[]])  # an error for damaged weights, before there is a directory
     args.out.mkdir(parents=True, exist_ok=True)
 
     started, rows = time.monotonic(), []
@@ -219,8 +201,8 @@ def evaluate(args: argparse.Namespace, prompts: list[Prompt], model: str) -> Non
     baselines = evaluate_baselines(reviews.texts, reviews.labels, len(reviews.names))
     baselines = [row | {"interval": interval(row["accuracy"], len(texts))} for row in baselines]
     facts = {"model": model, "data": args.evaluate, "words": args.words, "max_len": args.max_len}
-    facts |= {"seed": args.seed, "seconds": seconds}
-    facts |= {"device": prompts[0].fill_mask.runtime.describe()}
+    device = prompts[0].fill_mask.runtime.describe()
+    facts |= {"seed": args.seed, "seconds": seconds, "device": device}
     write_json(args.out / "prompts.json", facts | {"rows": rows, "with_labels": baselines})
 
     if args.json:

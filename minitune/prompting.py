@@ -72,10 +72,12 @@ class FillMask:
     def log_probabilities(self, queries: Sequence[ClozeQuery]) -> Iterator[tuple[int, Tensor]]:
         """The index of each query and its float32 log-probabilities (P, V), shortest queries first.
 
-        Raises UserError where these are not numbers.
+        Raises UserError where these are not numbers, or a query is longer than the model's positions.
         """
-        device, tokenizer = self.runtime.device, self.tokenizer
-        lengths = np.array([len(query.ids) for query in queries])
+        device, lengths = self.runtime.device, np.array([len(query.ids) for query in queries])
+        longest, most = lengths.max(initial=0), self.model.config.max_position_embeddings
+        if longest > most:
+            raise UserError(f"{longest} tokens are too many, the model has {most} positions")
         for indices in sorted_batches(lengths, self.batch_tokens or reading_tokens(device)):
             chosen = [queries[i] for i in indices]
             batch = PackedBatch.from_sequences([torch.tensor(query.ids) for query in chosen])
@@ -86,7 +88,7 @@ class FillMask:
             # The head in float32: in bfloat16 its log-probabilities come in steps of 1/16.
             logits = self.model.head(hidden.float(), self.model.bert.embeddings.word.weight)
             # Some embeddings have more rows than there are words; these have no name to answer with.
-            logs = logits.log_softmax(-1)[:, : tokenizer.vocab_size].cpu()
+            logs = logits.log_softmax(-1)[:, : self.tokenizer.vocab_size].cpu()
             if logs.isnan().any():
                 raise UserError("the model's answers are no numbers: its weights must be damaged")
             sizes = [len(query.positions) for query in chosen]
@@ -101,13 +103,6 @@ class FillMask:
                 words = map(self.tokenizer.token, tokens)
                 answers[i] = [*answers[i], list(zip(words, p, strict=True))]
         return answers
-
-    def frame(self, ids: list[int], option: str) -> list[int]:
-        """[CLS] ids [SEP]; UserError, which names the option, where the model lacks positions."""
-        longest = self.model.config.max_position_embeddings - 2
-        if len(ids) > longest:
-            raise UserError(f"{option}: {len(ids)} tokens, the model has room for {longest}")
-        return self.tokenizer.frame(ids)
 
 
 class Template:
@@ -230,16 +225,14 @@ class Prompt:
 
 
 def fill_blanks(fill_mask: FillMask, sentence: str, count: int) -> list[Words]:
-    """For each [MASK] of the sentence the `count` most probable words, each blank by itself.
-
-    Raises UserError where there is no [MASK], or the sentence is longer than the model's positions.
-    """
-    tokenizer, ids = fill_mask.tokenizer, []
+    """For each [MASK] the `count` most probable words, each by itself; UserError where none is."""
+    tokenizer = fill_mask.tokenizer
     if MASK not in sentence:
         raise UserError(f"--fill: the sentence has no {MASK}")
+    ids = []
     for part in tokenizer.encode(sentence.split(MASK)):
         ids += [*part, tokenizer.mask_id]
-    ids = fill_mask.frame(ids[:-1], "--fill")
+    ids = tokenizer.frame(ids[:-1])
     positions = [i for i, token in enumerate(ids) if token == tokenizer.mask_id]
     return fill_mask.words([ClozeQuery(ids, positions)], count)[0]
 
@@ -261,12 +254,10 @@ def generate(fill_mask: FillMask, prompt: str, count: int, temperature: float, s
 
     The argmax of log p + temperature · Gumbel noise is a draw from softmax(log p / temperature)
     (Maddison et al. 2014, "A* Sampling"); at 0 it is the most probable token.
-
-    Raises UserError where the tokens are more than the model's positions.
     """
     tokenizer = fill_mask.tokenizer
     start = tokenizer.encode([prompt])[0]
-    ids = torch.tensor(fill_mask.frame([*start, *[tokenizer.mask_id] * count], "--generate"))
+    ids = torch.tensor(tokenizer.frame([*start, *[tokenizer.mask_id] * count]))
     certainty = torch.zeros(count)  # log-probability of each new token when it was written
     generator = torch.Generator().manual_seed(seed)
     rounds = min(ROUNDS, count)

@@ -70,10 +70,11 @@ def folder(tmp_path_factory):
         num_attention_heads=2,
         intermediate_size=64,
         max_position_embeddings=64,
+        hidden_dropout_prob=0.3,  # which must have no part in an answer
         id2label={0: "no", 1: "yes"},
     )
     torch.manual_seed(0)
-    model = pretrain(BertForMaskedLM(config), tokenizer)
+    model = pretrain(BertForMaskedLM(config).eval(), tokenizer)
     for name in ("learned", "biased"):
         (folder / name).mkdir()
         save_model(model, tokenizer, folder / name)
@@ -124,7 +125,7 @@ def succeed(ask):
 # Answers
 
 
-def test_an_answer_has_label_probability_and_the_words_wanted(succeed):
+def test_an_answer_has_label_probability_and_the_most_probable_words(succeed):
     done = succeed("the film was good", "a long one " * 30, *ASK)
     rows = list(csv.DictReader(io.StringIO(done.out)))
     assert [row["text"] for row in rows] == ["the film was good", "a long one " * 30]
@@ -261,6 +262,23 @@ def test_a_text_that_looks_like_a_template_is_only_text(succeed):
     assert not any(json.loads(line)["truncated"] for line in lines)
 
 
+@pytest.mark.parametrize("max_len, same", [("24", True), ("60", False)])
+def test_of_a_long_text_so_many_tokens_are_read_as_max_len_allows(succeed, max_len, same):
+    end = " the film was good" * 6
+    lines = succeed(f"bad bad{end}", f"great great{end}", *ASK, "--json", "--max-len", max_len).out
+    bad, great = map(json.loads, lines.splitlines())
+    assert bad["truncated"] == great["truncated"] == same
+    assert (bad["probabilities"] == great["probabilities"]) == same
+
+
+def test_a_word_may_be_several(succeed):
+    one, two = (
+        json.loads(succeed("the cast", *ASK[:3], "--words", "a=good", f"b={word}", "--json").out)
+        for word in ("bad", "bad joke")
+    )
+    assert one["probabilities"] != two["probabilities"]
+
+
 def test_three_labels(succeed):
     [line] = succeed(
         "the cast", "--words", "a=good", "b=bad", "c=dull", *ASK[:3], "--json"
@@ -276,6 +294,14 @@ def test_blanks_are_filled(succeed):
         probabilities = [word["probability"] for word in blank["words"]]
         assert len(probabilities) == 4 and probabilities == sorted(probabilities, reverse=True)
     assert succeed("--fill", "the [MASK] was [MASK]").out.startswith("blank 1: ")
+
+
+def test_temperature_zero_writes_the_same_whatever_the_seed(succeed):
+    words = ["--generate", "20", "the film", "--temperature"]
+    cold = {succeed(*words, "0", "--seed", seed).out for seed in "01"}
+    default = {succeed(*words[:-1], "--seed", seed).out for seed in "0123"}
+    assert len(cold) == 1 and len(default) > 1
+    assert {succeed(*words, "0.7", "--seed", seed).out for seed in "0123"} == default
 
 
 def test_text_is_written(succeed):
@@ -319,7 +345,7 @@ def padded(folder, tmp_path):
     return tmp_path / "padded"
 
 
-def test_only_words_that_exist_are_wanted(succeed, padded):
+def test_only_words_that_exist_are_among_the_most_probable(succeed, padded):
     filled = json.loads(succeed("--fill", "the [MASK]", "--json", "--top", "50", model=padded).out)
     assert len(filled["words"]) == 50 and all(word["word"] for word in filled["words"])
     answer = json.loads(succeed("the film", *ASK, "--json", "--top", "50", model=padded).out)
@@ -386,7 +412,7 @@ def test_the_table_says_what_the_answers_are(succeed, folder, tmp_path, model):
 
 
 def test_what_is_evaluated_and_what_is_shown(succeed, folder, monkeypatch):
-    """Test rows with their labels are asked about; train rows are demonstrations, or read without labels."""
+    """Test rows are evaluated; train rows are demonstrations, or read without their labels."""
     compared, shown = [], []
     compare, demonstrate = prompt.compare_prompts, prompt.Prompt.demonstrate
 
@@ -454,9 +480,27 @@ def test_an_evaluation_may_be_made_again(succeed, folder, tmp_path):
     }
 
 
+@pytest.mark.parametrize("broken", ["prompt_table", "plot_prompts", "plot_when_labels_pay"])
+def test_results_are_written_before_they_are_printed_and_drawn(
+    ask, folder, tmp_path, monkeypatch, broken
+):
+    def fail(*arguments):
+        raise OSError("no space left")
+
+    module = prompt if broken == "prompt_table" else minitune.support.plots
+    monkeypatch.setattr(module, broken, fail)
+    (tmp_path / "compare.json").write_text(json.dumps({"rows": curve()}))
+    options = [*ASK, "--out", "result", "--curves", "compare.json"]
+    done = ask("--evaluate", folder / "data.csv", *options)
+    assert done.status == (2 if broken == "prompt_table" else 0)
+    saved = json.loads((tmp_path / "result" / "prompts.json").read_text())
+    assert len(saved["rows"]) == 3 * len(CALIBRATIONS)
+    assert ("warning: result/" in done.err) == (broken != "prompt_table")
+
+
 def test_nothing_changes_a_weight(succeed, folder, monkeypatch):
     """Not in the file, and not in memory while it runs."""
-    loaded, load = [], prompt.load_masked_lm
+    loaded, load = [], prompt.checkpoint.load_masked_lm
 
     def watched(*arguments):
         model, has_head = load(*arguments)
@@ -465,7 +509,7 @@ def test_nothing_changes_a_weight(succeed, folder, monkeypatch):
         )
         return model, has_head
 
-    monkeypatch.setattr(prompt, "load_masked_lm", watched)
+    monkeypatch.setattr(prompt.checkpoint, "load_masked_lm", watched)
     before = weights_hash(folder / "learned")
     jobs = [["a film", *ASK, "--calibrate", name, "--shots", "2"] for name in CALIBRATIONS]
     jobs += [[folder / "data.csv", *ASK], ["--fill", "the [MASK]"], ["--generate", "9", "the"]]
@@ -556,6 +600,7 @@ REFUSED = {
     ),
     "a small blank": (["a film", "--template", "{text} [mask]"], ["{text} [mask]", "[MASK] once"]),
     "an empty template": (["a film", "--template", ""], ["--template", "empty"]),
+    "a template that is only a text": (["a", "--template", "{text}"], ["{text}", "[MASK] once"]),
     "one bad template of two": (["a film", *ASK[:2], "it is", *ASK[3:]], ["'it is'", "{text}"]),
     "a template without a blank": (
         ["a film", "--template", "{text} fine"],
@@ -592,15 +637,18 @@ REFUSED = {
     "a file that is no UTF-8": (["latin.txt", *ASK], ["latin.txt", "UTF-8"]),
     "data that is not there": (["--evaluate", "nowhere.csv", *ASK], ["--evaluate nowhere.csv"]),
     "a sentence without a blank": (["--fill", "the film"], ["--fill", "[MASK]"]),
-    "a long sentence": (["--fill", "[MASK]" + " the" * 99], ["--fill", "62"]),
-    "more to write than positions": (["--generate", "99", "the film"], ["--generate", "62"]),
+    "a long sentence": (["--fill", "[MASK]" + " the" * 99], ["102 tokens", "64 positions"]),
+    "more to write than positions": (["--generate", "99", "the film"], ["103", "64 positions"]),
     "nothing to write": (["--generate", "0", "the film"], ["--generate", "0"]),
-    "negative heat": (
+    "a negative temperature": (
         ["--generate", "3", "the film", "--temperature", "-1"],
         ["--temperature", "-1"],
     ),
-    "heat that is no number": (["--generate", "3", "the film", "--temperature", "nan"], ["nan"]),
-    "no words wanted": (["a film", *ASK, "--top", "0"], ["--top", "0"]),
+    "a temperature that is no number": (
+        ["--generate", "3", "the film", "--temperature", "nan"],
+        ["nan"],
+    ),
+    "no words to print": (["a film", *ASK, "--top", "0"], ["--top", "0"]),
     "no shots": (["a film", *ASK, "--shots", "0"], ["--shots", "0"]),
     "a file for results": (["--evaluate", "DATA", *ASK, "--out", "few.csv"], ["few.csv"]),
     "results below a file": (["--evaluate", "DATA", *ASK, "--out", "few.csv/x"], ["few.csv/x"]),
@@ -610,11 +658,19 @@ REFUSED = {
     ),
     "half precision": (["a film", *ASK, "--precision", "fp16"], ["--precision fp16"]),
     "a text that is no UTF-8": (["caf\udce9", *ASK], ["UTF-8"]),
-    "something to go on after that is no UTF-8": (["--generate", "3", "caf\udce9"], ["UTF-8"]),
+    "a text to continue that is no UTF-8": (["--generate", "3", "caf\udce9"], ["UTF-8"]),
     "words that are no UTF-8": (
         ["a film", *ASK[:3], "--words", "no=bad", "yes=caf\udce9"],
         ["UTF-8"],
     ),
+    "an empty model": (["a film", "--model", ""], ["--model", "empty"]),
+    "an empty dataset": (["a film", *ASK, "--data", " "], ["--data", "empty"]),
+    "an empty output": (["--evaluate", "DATA", *ASK, "--out", ""], ["--out", "empty"]),
+    "nothing to evaluate": (["--evaluate", ""], ["--evaluate", "empty"]),
+    "nothing to fill": (["--fill", ""], ["--fill", "empty"]),
+    "empty words": (["a film", *ASK[:3], "--words", ""], ["--words", "empty"]),
+    "no curves": (["--evaluate", "DATA", *ASK, "--curves", ""], ["--curves", "empty"]),
+    "shots for a text to continue": (["--generate", "3", "a", "--shots", "2"], ["--shots"]),
     "no such option": (["a film", *ASK, "--templates", "x"], ["--templates"]),
     "more shots than room": (["a film", *ASK, "--shots", "20"], ["--shots 20"]),
     "more shots than rows": (["a film", *ASK, "--shots", "64"], ["64"]),
@@ -684,13 +740,26 @@ def test_bad_standard_input_is_refused(refused, stdin, naming):
     refused("-", *ASK, stdin=stdin, naming=[naming])
 
 
-@pytest.mark.parametrize(
-    "words", [["a film", *ASK], ["--fill", "[MASK]"], ["--generate", "3", "the film"]]
-)
+JOBS = [["a film", *ASK], ["--fill", "[MASK]"], ["--generate", "3", "the film"]]
+
+
+@pytest.mark.parametrize("words", [*JOBS, ["--evaluate", "DATA", *ASK, "--out", "result"]])
+def test_weights_whose_products_are_no_numbers_are_refused(
+    refused, folder, tmp_path_factory, words
+):
+    damaged = tmp_path_factory.mktemp("damaged")
+    model, _ = prompt.checkpoint.load_masked_lm(folder / "learned")
+    model.bert.layers[0].feed_forward.down.weight.data.fill_(1e38)
+    save_model(model, Tokenizer.load(folder / "learned"), damaged)
+    words = [folder / "data.csv" if word == "DATA" else word for word in words]
+    refused(*words, model=damaged, naming=["weights"])
+
+
+@pytest.mark.parametrize("words", JOBS)
 @pytest.mark.parametrize(
     "model, naming", [("classifier", "no masked-LM head"), ("nowhere", "nowhere")]
 )
-def test_a_model_that_cannot_be_asked_is_refused(refused, monkeypatch, words, model, naming):
+def test_a_model_that_cannot_fill_blanks_is_refused(refused, monkeypatch, words, model, naming):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     refused(*words, model=model, naming=[naming])
 
@@ -714,7 +783,7 @@ def test_a_template_with_dollars_is_drawn(succeed, folder, tmp_path):
     assert (tmp_path / "result" / "prompts.png").is_file()
 
 
-def test_hardly_any_heat_is_the_most_probable(succeed):
+def test_the_lowest_temperature_writes_the_most_probable(succeed):
     words = ["--generate", "5", "the film", "--temperature"]
     assert succeed(*words, "1e-320").out == succeed(*words, "0").out
 

@@ -64,6 +64,10 @@ def prompt(fill_mask):
     return Prompt(CLOZE, LABELS, fill_mask, max_len=24)
 
 
+def pack(ids):
+    return PackedBatch.from_sequences([torch.tensor(ids)])
+
+
 def ids_of(fill_mask, *texts):
     return fill_mask.tokenizer.encode(list(texts))
 
@@ -107,10 +111,10 @@ def test_a_long_text_is_cut_only_as_far_as_it_must_be(fill_mask, sentence):
     tokens = ids_of(fill_mask, sentence.replace("{text}", " ").replace("[MASK]", " "))[0]
     longest = max(len(ids) for ids in ids_of(fill_mask, "bad", "dull", "good", "forgettable"))
     assert prompt.room == 20 - 2 - len(tokens) - longest  # 2: [CLS] and [SEP]
-    question = prompt.query(
+    query_alone = prompt.query(
         ids_of(fill_mask, "film " * 99)[0], (fill_mask.tokenizer.mask_id,) * longest
     )
-    assert len(question.ids) == 20
+    assert len(query_alone.ids) == 20
 
 
 @pytest.mark.parametrize("text", ["it was [MASK] [MASK]", "[SEP] [CLS]", "{text} was {text}"])
@@ -157,7 +161,7 @@ SEVERAL = {"no": ["bad", "so dull a film"], "yes": ["forgettable", "good", "grea
 
 def log_probability(model, ids, at, token):
     """Of `token` at one place of one sequence, which is read alone."""
-    logits = model(PackedBatch.from_sequences([torch.tensor(ids)]), torch.tensor([at]))[0]
+    logits = model(pack(ids), torch.tensor([at]))[0]
     return logits[token].item() - math.log(sum(math.exp(x) for x in logits.tolist()))
 
 
@@ -183,7 +187,7 @@ def score_of_word(model, tokenizer, parts, text, word):
         ("{text}[MASK]", ["TEXT", "BLANK"]),
     ],
 )
-def test_scores_are_those_of_asking_for_one_token_after_another(
+def test_scores_are_those_of_guessing_one_token_after_another(
     fill_mask, monkeypatch, sentence, parts
 ):
     tokenizer, texts = (
@@ -206,14 +210,14 @@ def test_scores_are_those_of_asking_for_one_token_after_another(
     assert {len(ids) for ids in prompt.verbalizer.ids} >= {1, 2, 4}
 
 
-def test_the_words_wanted_are_those_of_a_plain_forward_pass(prompt, fill_mask):
+def test_the_most_probable_words_are_those_of_a_plain_forward_pass(prompt, fill_mask):
     tokenizer = fill_mask.tokenizer
     texts = ids_of(fill_mask, "the plot was dull , all in all", "great")  # the longer one first
     for text, words in zip(texts, prompt.most_probable_words(texts, 4), strict=True):
         before, after = ids_of(fill_mask, "it was", ".")
         ids = [tokenizer.cls_id, *text, *before, tokenizer.mask_id, *after, tokenizer.sep_id]
         blank = torch.tensor([ids.index(tokenizer.mask_id)])
-        logits = fill_mask.model(PackedBatch.from_sequences([torch.tensor(ids)]), blank)[0]
+        logits = fill_mask.model(pack(ids), blank)[0]
         top = logits.softmax(-1)[: tokenizer.vocab_size].topk(4)
         assert [word for word, _ in words] == [tokenizer.token(i) for i in top.indices.tolist()]
         assert [p for _, p in words] == pytest.approx(top.values.tolist(), abs=1e-5)
@@ -345,7 +349,7 @@ def test_predictions_come_in_the_order_of_the_texts_and_say_what_was_cut(fill_ma
             assert list(prediction.words) == [word for word, _ in words]
 
 
-# How much depends on how one asks
+# Every template with every calibration
 
 
 def test_every_row_is_what_its_scores_are_worth(fill_mask):
@@ -391,40 +395,44 @@ def test_a_row_by_hand():
 # Demonstrations
 
 
-def test_demonstrations_stand_in_front_and_the_question_is_asked(prompt, fill_mask):
+def test_demonstrations_stand_in_front_of_the_query(prompt, fill_mask):
     tokenizer = fill_mask.tokenizer
     shown = ids_of(fill_mask, "the film was bad", "the film was good " * 20)
-    question = prompt.query(ids_of(fill_mask, "a cast")[0], (tokenizer.mask_id,))
+    query_alone = prompt.query(ids_of(fill_mask, "a cast")[0], (tokenizer.mask_id,))
     prompt.demonstrate(shown, [0, 1])
     query = prompt.query(ids_of(fill_mask, "a cast")[0], (tokenizer.mask_id,))
     assert len(query.ids) <= CONFIG.max_position_embeddings
-    assert query.ids[-len(question.ids) + 1 :] == question.ids[1:]
+    assert query.ids[-len(query_alone.ids) + 1 :] == query_alone.ids[1:]
     assert (
         query.ids[query.positions[0]] == tokenizer.mask_id
         and query.ids.count(tokenizer.mask_id) == 1
     )
-    front = tokenizer.decode(query.ids[1 : -len(question.ids) + 1])
+    front = tokenizer.decode(query.ids[1 : -len(query_alone.ids) + 1])
     assert front.startswith("the film was bad it was bad.") and front.endswith("it was good.")
 
 
 @pytest.mark.parametrize("labels", [[0], [1, 0], [0, 1, 1]])
-def test_long_demonstrations_keep_their_end_and_leave_room_for_the_question(fill_mask, labels):
+def test_long_demonstrations_keep_their_end_and_leave_room_for_the_query(fill_mask, labels):
     tokenizer, words = fill_mask.tokenizer, {"no": ["bad film"], "yes": ["good"]}
     prompt = Prompt(CLOZE, words, fill_mask, max_len=16)
     shown = ids_of(fill_mask, *("plot " * (40 + i) + "was the end" for i in range(len(labels))))
     prompt.demonstrate(shown, labels)
-    question = prompt.query(ids_of(fill_mask, "film " * 40)[0], (tokenizer.mask_id,))
+    query_alone = prompt.query(ids_of(fill_mask, "film " * 40)[0], (tokenizer.mask_id,))
     assert (
-        CONFIG.max_position_embeddings - 16 <= len(question.ids) <= CONFIG.max_position_embeddings
+        CONFIG.max_position_embeddings - 16
+        <= len(query_alone.ids)
+        <= CONFIG.max_position_embeddings
     )
-    rest = question.ids[1:]
+    rest = query_alone.ids[1:]
     for text, label in zip(shown, labels, strict=True):
         answer = ids_of(fill_mask, f"it was {('bad film', 'good')[label]} .")[0]
         length = next(n for n in range(len(rest)) if rest[n : n + len(answer)] == answer)
         assert length >= 8 and rest[:length] == text[-length:]
         rest = rest[length + len(answer) :]
     assert rest[: prompt.room] == ids_of(fill_mask, "film " * prompt.room)[0]
-    assert rest.index(tokenizer.mask_id) == question.positions[0] - (len(question.ids) - len(rest))
+    assert rest.index(tokenizer.mask_id) == query_alone.positions[0] - (
+        len(query_alone.ids) - len(rest)
+    )
 
 
 @pytest.mark.parametrize("shots", [3, 9, 64])
@@ -433,7 +441,7 @@ def test_too_many_demonstrations_are_refused(prompt, fill_mask, shots):
         prompt.demonstrate(ids_of(fill_mask, *["film"] * shots), [0] * shots)
 
 
-def test_without_demonstrations_the_question_stands_alone_again(prompt, fill_mask):
+def test_without_demonstrations_the_query_stands_alone_again(prompt, fill_mask):
     text, blank = ids_of(fill_mask, "film")[0], (fill_mask.tokenizer.mask_id,)
     before = prompt.query(text, blank)
     prompt.demonstrate(ids_of(fill_mask, "dull"), [0])
@@ -476,10 +484,15 @@ def test_other_special_tokens_in_a_sentence_to_fill_are_only_text(fill_mask, mon
     assert special == [tokenizer.cls_id, tokenizer.sep_id] and len(query.positions) == 1
 
 
-@pytest.mark.parametrize("sentence", ["no blank", "", "[mask]", "[MASK] " + "film " * 100])
-def test_a_sentence_without_a_blank_or_too_long_is_refused(fill_mask, sentence):
+@pytest.mark.parametrize("sentence", ["no blank", "", "[mask]"])
+def test_a_sentence_without_a_blank_is_refused(fill_mask, sentence):
     with pytest.raises(UserError, match="--fill"):
         fill_blanks(fill_mask, sentence, 3)
+
+
+def test_a_sentence_longer_than_the_positions_is_refused(fill_mask):
+    with pytest.raises(UserError, match="103 tokens.*64 positions"):
+        fill_blanks(fill_mask, "[MASK] " + "film " * 100, 3)
 
 
 @pytest.mark.parametrize("count", [1, 7, 25])
@@ -526,6 +539,21 @@ def test_special_tokens_are_never_written_however_probable(fill_mask, monkeypatc
     assert not set(ids[len(start) :]) & set(fill_mask.tokenizer.special_ids.tolist())
 
 
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_tokens_are_drawn_at_the_temperature(fill_mask, temperature):
+    tokenizer = fill_mask.tokenizer
+    [start] = ids_of(fill_mask, "the film")
+    ids = tokenizer.frame([*start, tokenizer.mask_id])
+    logits = fill_mask.model(pack(ids), torch.tensor([3]))[0, : tokenizer.vocab_size].detach()
+    logits[tokenizer.special_ids] = -math.inf
+    expected = (logits / temperature).softmax(0)
+    fill_mask.log_probabilities = lambda queries: [(0, logits.log_softmax(0)[None].clone())]
+    texts = [generate(fill_mask, "the film", 1, temperature, seed) for seed in range(2000)]
+    for token in expected.topk(3).indices.tolist():
+        p, word = expected[token].item(), tokenizer.decode([*start, token])
+        assert abs(texts.count(word) / 2000 - p) < 4 * math.sqrt(p * (1 - p) / 2000)
+
+
 def test_cold_is_the_most_probable_and_heat_is_chance(fill_mask, monkeypatch):
     fill_mask.model.head.bias.data *= 3
     coldest = written(fill_mask, monkeypatch, "the film", 20, 0, 0)
@@ -545,11 +573,11 @@ def test_cold_is_the_most_probable_and_heat_is_chance(fill_mask, monkeypatch):
 
 def test_the_longest_text_that_fits_is_written(fill_mask):
     generate(fill_mask, "the film", 60, 0, seed=0)
-    with pytest.raises(UserError, match="--generate: 63 tokens.*62"):
+    with pytest.raises(UserError, match="65 tokens.*64 positions"):
         generate(fill_mask, "the film", 61, 0, seed=0)
 
 
-def test_the_least_certain_words_are_guessed_anew(fill_mask, monkeypatch):
+def test_the_least_certain_words_are_guessed_again(fill_mask, monkeypatch):
     """With a model whose certainty is known: the first of four blanks is the least sure, then the next."""
     rounds = []
 
@@ -565,20 +593,13 @@ def test_the_least_certain_words_are_guessed_anew(fill_mask, monkeypatch):
     assert [set(blanks) for blanks in rounds] == [{1, 2, 3, 4}, {1, 2, 3}, {1, 2}, {1}]
 
 
-def test_more_words_than_positions_are_refused(fill_mask):
-    with pytest.raises(UserError, match="--generate"):
-        generate(fill_mask, "the film", 100, 0, seed=0)
-
-
 def test_reading_gives_log_probabilities_and_leaves_the_weights_alone(fill_mask):
     before = {name: tensor.clone() for name, tensor in fill_mask.model.state_dict().items()}
     query = ClozeQuery(
         [fill_mask.tokenizer.cls_id, fill_mask.tokenizer.mask_id, fill_mask.tokenizer.sep_id], [1]
     )
     [(index, logs)] = fill_mask.log_probabilities([query])
-    logits = fill_mask.model(
-        PackedBatch.from_sequences([torch.tensor(query.ids)]), torch.tensor([1])
-    )
+    logits = fill_mask.model(pack(query.ids), torch.tensor([1]))
     assert (
         fill_mask.tokenizer.vocab_size < CONFIG.vocab_size
     )  # more rows than words: those compete, unnamed
@@ -588,3 +609,32 @@ def test_reading_gives_log_probabilities_and_leaves_the_weights_alone(fill_mask)
     assert all(
         torch.equal(before[name], tensor) for name, tensor in fill_mask.model.state_dict().items()
     )
+
+
+def test_each_query_gets_the_log_probabilities_at_its_own_positions(fill_mask):
+    lengths, positions = [9, 4, 30, 6], [[1, 7], [2], [3, 11, 28], [4]]
+    rows = [torch.randint(5, 60, (n,), generator=torch.Generator().manual_seed(n)) for n in lengths]
+    queries = [ClozeQuery(r.tolist(), p) for r, p in zip(rows, positions, strict=True)]
+    for fill_mask.batch_tokens in (1, 20, 1000):
+        answers = dict(fill_mask.log_probabilities(queries))
+        assert answers.keys() == set(range(4))
+        for i, query in enumerate(queries):
+            alone = fill_mask.model(pack(query.ids), torch.tensor(query.positions)).log_softmax(-1)
+            torch.testing.assert_close(answers[i], alone[:, : answers[i].size(1)])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_numbers_are_an_error(prompt, fill_mask, value):
+    fill_mask.model.bert.layers[1].feed_forward.up.weight.data[3, 3] = value
+    for job in (
+        lambda: prompt.scores(ids_of(fill_mask, "the film")),
+        lambda: fill_blanks(fill_mask, "the [MASK]", 3),
+        lambda: generate(fill_mask, "the film", 3, 0.7, 0),
+    ):
+        with pytest.raises(UserError, match="weights"):
+            job()
+
+
+@pytest.mark.parametrize("text", ["", "\u00ad", "[MASK]", "[CLS] [SEP] [PAD]", "日本"])
+def test_a_text_with_no_token_or_no_known_one_gets_a_score(prompt, fill_mask, text):
+    assert prompt.scores(ids_of(fill_mask, text)).isfinite().all()
