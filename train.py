@@ -27,7 +27,7 @@ from minitune.optimizer import Optimizer
 from minitune.pretraining import MaskedLanguageModelling
 from minitune.prompting import ClozeQuery, FillMask, in_words
 from minitune.support import cli
-from minitune.support.cli import float_range, int_range
+from minitune.support.cli import choose_max_len, float_range, int_range
 from minitune.support.errors import UserError, plural
 from minitune.support.runs import Run
 from minitune.support.runtime import Runtime
@@ -36,10 +36,7 @@ from minitune.training import Trainer
 STARTED = time.monotonic()
 PEAK_LR = {"muon": 0.01, "adamw": 0.001}
 FEW_STEPS = 200  # in a run that is planned by time
-TOO_FEW_STEPS = (
-    "warning: so few steps teach a model next to nothing; give it more --minutes, "
-    "stop what else runs on this machine, or take a smaller --batch-tokens or --preset"
-)
+TOO_FEW = "warning: so few steps teach next to nothing; take more --minutes or a smaller --preset"
 MAY_CHANGE = {"out", "lr", "adamw_lr", "device", "precision", "attention", "save_minutes"}
 
 
@@ -96,8 +93,7 @@ def pretrain(args: argparse.Namespace, run: Run) -> None:
     source = find_model(args.init) if args.init else None
     config = read_config(source) if source else PRESETS[args.preset]
     attention = resolve_backend(args.attention, runtime.device, runtime.dtype, config.head_size)
-    limits = config.max_position_embeddings, args.batch_tokens
-    args.max_len = cli.choose_max_len(args.max_len, *limits)
+    args.max_len = choose_max_len(args.max_len, config.max_position_embeddings, args.batch_tokens)
     tokenizer, origin = None, f"{args.preset}, from random weights"
     if source:
         tokenizer = load_tokenizer(source, config)
@@ -151,7 +147,7 @@ def pretrain(args: argparse.Namespace, run: Run) -> None:
         trainer.plan(STARTED + 60 * args.minutes)
         runtime.log(f"plan: {plural(trainer.steps, 'step')} in {args.minutes:g} minutes")
         if trainer.steps < FEW_STEPS:
-            runtime.log(TOO_FEW_STEPS)
+            runtime.log(TOO_FEW)
     final = trainer.train()
 
     # 5. Write the result, and only then look at it.
@@ -161,20 +157,17 @@ def pretrain(args: argparse.Namespace, run: Run) -> None:
     if not runtime.is_main:
         return
     save_model(model, corpus.tokenizer, args.out)
+    seconds, total = trainer.seconds, trainer.earlier_seconds + time.monotonic() - STARTED
     metrics = {"method": "pretrain", "loss": final["loss"], "masked_accuracy": final["accuracy"]}
-    metrics |= {"uniform_loss": task.uniform, "unigram_loss": task.unigram, "seed": args.seed}
+    metrics |= {"uniform_loss": task.uniform, "unigram_loss": task.unigram}
+    metrics |= {"validation_every": trainer.validation_every, "train_examples": len(task.train)}
     metrics |= {"trainable_params": parameters, "total_params": parameters}
-    metrics |= {"steps": trainer.steps, "tokens": trainer.tokens, "train_examples": len(task.train)}
-    metrics |= {"validation_every": trainer.validation_every}
-    metrics |= {
-        "train_seconds": round(trainer.seconds, 1),
-        "total_seconds": round(trainer.earlier_seconds + time.monotonic() - STARTED, 1),
-        "tokens_per_second": round(trainer.tokens / trainer.seconds),
-        "peak_memory_bytes": runtime.peak_memory(),
-        "saved_bytes": (args.out / "model.safetensors").stat().st_size,
-    }
-    metrics |= {"device": runtime.describe(), "precision": runtime.precision}
-    run.finish(metrics | {"attention": attention})
+    metrics |= {"steps": trainer.steps, "tokens": trainer.tokens, "seed": args.seed}
+    metrics |= {"train_seconds": round(seconds, 1), "total_seconds": round(total, 1)}
+    metrics |= {"tokens_per_second": round(trainer.tokens / seconds)}
+    metrics |= {"saved_bytes": (args.out / "model.safetensors").stat().st_size}
+    metrics |= {"peak_memory_bytes": runtime.peak_memory(), "device": runtime.describe()}
+    run.finish(metrics | {"precision": runtime.precision, "attention": attention})
     for line in fill_examples(FillMask(model.eval(), corpus.tokenizer, runtime), task.held_out):
         runtime.log(line)
     with cli.drawing(args.out / "loss.png") as picture:
@@ -183,7 +176,7 @@ def pretrain(args: argparse.Namespace, run: Run) -> None:
         plot_pretraining(run.read_log(), task.uniform, task.unigram, final, picture)
     runtime.log(f"wrote {args.out}: the model, loss.png, metrics.json, log.jsonl")
     if trainer.steps < FEW_STEPS and not args.steps:
-        runtime.log(TOO_FEW_STEPS)
+        runtime.log(TOO_FEW)
 
 
 def fill_examples(fill_mask: FillMask, chunks: Chunks, count: int = 3) -> list[str]:

@@ -9,7 +9,6 @@ task; which parameters learn besides the head is what finetuning.METHODS are abo
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -22,19 +21,6 @@ from minitune.tokenizer import Tokenizer
 HEAD_SHARE = 0.25  # of a text that is cut, this much from its beginning and the rest from its end
 
 
-class Inputs(Protocol):
-    """What a classifier reads, one entry a text: `Sequences`, or features.Features."""
-
-    unit: str  # of the lengths
-    lengths: np.ndarray  # (N,) how much each entry counts in a batch
-
-    def select(self, indices: np.ndarray) -> "Inputs":
-        """Only these entries, in this order."""
-
-    def pack(self) -> PackedBatch | Tensor:
-        """All entries, as the model reads them."""
-
-
 class Sequences:
     """Texts as token ids with [CLS] and [SEP], at most `max_len` each.
 
@@ -42,7 +28,7 @@ class Sequences:
     2019, "How to Fine-Tune BERT for Text Classification?", section 5.3.1).
     """
 
-    unit = "tokens"
+    unit = "tokens"  # of the lengths
 
     def __init__(self, texts: Sequence[str], tokenizer: Tokenizer, max_len: int):
         room = max_len - 2
@@ -58,9 +44,8 @@ class Sequences:
     def select(self, indices: np.ndarray) -> "Sequences":
         """Only these texts, in this order."""
         chosen = copy.copy(self)
-        chosen.ids = [self.ids[i] for i in indices]
+        chosen.ids, chosen.lengths = [self.ids[i] for i in indices], self.lengths[indices]
         chosen.truncated = [self.truncated[i] for i in indices]
-        chosen.lengths = self.lengths[indices]
         return chosen
 
     def pack(self) -> PackedBatch:
@@ -72,7 +57,7 @@ class Sequences:
 class Examples:
     """Inputs and their labels: a whole split, or the few of a batch."""
 
-    inputs: Inputs
+    inputs: Sequences  # or features.Features, vectors with the same methods
     labels: Tensor  # (N,) int64, indices into id2label
 
     def __len__(self) -> int:
@@ -121,9 +106,8 @@ class Classification:
         ends, rows = [], 0
         for step, indices in enumerate(self._shuffled(), start=1):
             rows += len(indices)
-            if rows == len(self.train):
+            if rows == (len(ends) + 1) * len(self.train):
                 ends.append(step)
-                rows = 0
             if len(ends) == epochs:
                 return ends
 
