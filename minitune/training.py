@@ -36,9 +36,9 @@ TOLERANCE = 0.05  # share of its steps by which a plan may be off before it is c
 class Task(Protocol):
     """What the loop needs of a task: MaskedLanguageModelling, Classification.
 
-    Its batches (MaskedBatch, Examples) have `tokens`, how many are read; `len`, the predictions that
-    the loss is a mean over; `split(parts)`, at most so many shares; and `to(device)`, which gives
-    (inputs, labels) such that `model(*inputs)` has one row of logits a label.
+    Its batches (MaskedBatch, Examples) have `tokens`, how many are read; `len`, the number of
+    predictions that the loss is a mean over; `split(parts)`, at most so many shares; and
+    `to(device)`, the (inputs, labels) for which `model(*inputs)` has a row of logits a label.
     """
 
     unit: str  # of a batch's size, "tokens" as a rule
@@ -219,7 +219,7 @@ class Trainer:
         return evaluate(self.model, batches, self.runtime)
 
     def _validate(self) -> dict:
-        """Evaluate quickly, keep the weights if they are the best, and report; returns the metrics."""
+        """Evaluate quickly, keep the weights if they are best, and report; returns the metrics."""
         metrics, score = self.evaluate(quick=True), self.task.score
         best = {"loss": self.best_loss, "accuracy": self.best_accuracy}
         if score and (not self.best_step or score(metrics) > score(best)):
@@ -304,7 +304,7 @@ class Trainer:
 
     @torch.no_grad()
     def restore(self, checkpoint: dict[str, Tensor]) -> None:
-        """Continue from what `save` wrote. Raises UserError where this run cannot have written it."""
+        """Continue from what `save` wrote. UserError where this run cannot have written it."""
         damaged, state = f"{self.run.state_path} is damaged, or of another run", self._state()
         # The scaler alone depends on --precision, which may change.
         scaler = {k: checkpoint.get(k, t) for k, t in state.items() if k.startswith("scaler/")}

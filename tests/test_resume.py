@@ -1,4 +1,4 @@
-"""train.py as a whole: nothing is lost by kills, Ctrl-C or a NaN, and its options do what they say."""
+"""train.py as a whole: kills, Ctrl-C and a NaN lose nothing, and options do what they say."""
 
 import contextlib
 import json
@@ -44,7 +44,7 @@ def text(tmp_path_factory) -> Path:
     )
     rng = random.Random(0)
     lines = [
-        f"{rng.choice(names)} {rng.choice(verbs)} the film number {i}, and {rng.choice(names)} did not."
+        f"{rng.choice(names)} {rng.choice(verbs)} film number {i}, and {rng.choice(names)} did not."
         for i in range(400)
     ]
     path = tmp_path_factory.mktemp("text") / "films.txt"

@@ -389,6 +389,33 @@ def test_evaluations_are_logged_at_their_steps_and_all_rows_are_read_at_the_end(
     assert final["loss"] == pytest.approx(loss, rel=1e-5)
 
 
+def dropped_in_training(directory) -> list[list[bool]]:
+    """Which inputs dropout drops, at each step of a training with evaluations in between."""
+    trainer, masks = toy_trainer(directory), []
+    trainer.model = nn.Sequential(nn.Dropout(0.5), trainer.model)
+    trainer.steps = 6
+
+    def look(dropout, x, y):
+        if trainer.model.training:
+            masks.append((y == 0).flatten().tolist())
+        else:
+            assert torch.equal(x[0], y)
+
+    trainer.model[0].register_forward_hook(look)
+    trainer.train()
+    evaluated = [entry["step"] for entry in trainer.run.read_log() if "validation" in entry]
+    assert evaluated == [1, 2, 3, 4, 5]
+    return masks
+
+
+def test_dropout_depends_on_the_step_alone_and_is_off_in_evaluations(tmp_path):
+    masks = dropped_in_training(tmp_path / "a")
+    assert len(masks) == 6 and all(4 < sum(mask) < 20 for mask in masks)  # of 24
+    assert len(set(map(tuple, masks))) == 6
+    torch.rand(7)  # whatever else was random before
+    assert dropped_in_training(tmp_path / "b") == masks
+
+
 # A run that is planned by time. A step takes a second, all evaluations 24 rows of a third.
 
 EVALUATIONS = (120 + 12 * 15) / 8 / 3  # seconds: one full one, twelve quick ones

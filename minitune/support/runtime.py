@@ -1,8 +1,7 @@
-"""What a program runs on: its device, its number format, its processes, and the memory they use.
+"""What a program runs on: device, precision, processes, memory; and its lines and progress bars.
 
-`torchrun --nproc-per-node N train.py` starts N processes with the environment set; without it there
-is one. Every process computes a share of each batch, gradients are summed, and only the main
-process writes and prints.
+`torchrun --nproc-per-node N train.py` starts N processes, else there is one. Each computes a share
+of every batch, gradients are summed, and only the main process writes and prints.
 """
 
 import contextlib
@@ -40,19 +39,18 @@ class Runtime:
 
     @classmethod
     def start(cls, device: str = "auto", precision: str = "auto") -> "Runtime":
-        """Choose the device ("auto", "cpu" or "cuda") and the precision, and join the other processes.
+        """Choose device ("auto", "cpu" or "cuda") and precision, and join the other processes.
 
         "auto" is a GPU if there is one, and bf16 where the hardware multiplies it, else fp32.
         Raises UserError for what this machine cannot do.
         """
-        has_gpu = torch.cuda.is_available()
-        if device == "cuda" and not has_gpu:
+        if device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: torch finds no CUDA device here")
         if device == "auto":
-            device = "cuda" if has_gpu else "cpu"
+            device = "cuda" if torch.cuda.is_available() else "cpu"
         if precision == "fp16" and device == "cpu":
             raise UserError("--precision fp16 needs a CUDA device; on a CPU use bf16 or fp32")
-        rank, world_size = (int(os.environ.get(*x)) for x in (("RANK", 0), ("WORLD_SIZE", 1)))
+        rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if world_size > 1:
             backend = "gloo" if device == "cpu" else "nccl"
             if device == "cuda":
@@ -81,11 +79,9 @@ class Runtime:
 
         The numbers are those of autocast, which would convert them again for every batch.
         """
-        for linear in module.modules():
-            if isinstance(linear, nn.Linear):
-                for p in linear.parameters():
-                    if not p.requires_grad:
-                        p.data = p.data.to(self.dtype)
+        linear = (m for m in module.modules() if isinstance(m, nn.Linear))
+        for p in (p for m in linear for p in m.parameters() if not p.requires_grad):
+            p.data = p.data.to(self.dtype)
 
     @property
     def is_main(self) -> bool:
@@ -93,16 +89,12 @@ class Runtime:
         return self.rank == 0
 
     def log(self, line: str) -> None:
-        """Print a line on the main process, above any progress bar.
-
-        Where stdout cannot be written (`| head -1`, a full disk), the work continues without it.
-        """
-        if not self.is_main:
-            return
+        """Print a line on the main process, above any progress bar."""
         try:
-            with tqdm.external_write_mode(file=sys.stdout):
-                print(line, flush=True)
-        except OSError:
+            if self.is_main:
+                with tqdm.external_write_mode(file=sys.stdout):
+                    print(line, flush=True)
+        except OSError:  # `| head -1`, a full disk: the work continues without lines
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def progress(self, items: Iterable | None = None, **options) -> tqdm:
@@ -117,7 +109,7 @@ class Runtime:
         return f"{name}, {torch.get_num_threads()} threads"
 
     def describe_precision(self) -> str:
-        """The precision and the reason for it."""
+        """The precision, and why."""
         return f"{self.precision} ({self.precision_reason})"
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -133,18 +125,16 @@ class Runtime:
         if self.world_size == 1:
             return
         for p in parameters:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         flat = self.sum(torch.cat([p.grad.flatten() for p in parameters]))
         for p, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             p.grad.copy_(grad.view_as(p))
 
     def broadcast(self, value: Any) -> Any:
         """The main process's value, on every process."""
-        if self.world_size == 1:
-            return value
         box = [value]
-        dist.broadcast_object_list(box, device=self.device)
+        if self.world_size > 1:
+            dist.broadcast_object_list(box, device=self.device)
         return box[0]
 
     def barrier(self) -> None:
@@ -157,12 +147,11 @@ class Runtime:
             dist.destroy_process_group()
 
     def peak_memory(self) -> int:
-        """Bytes: the most that tensors took on the GPU, or that this process took in all on a CPU."""
+        """Bytes: the most that tensors took on the GPU, or this process in all on a CPU."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        with contextlib.suppress(OSError, StopIteration):  # Linux, where the peak can be reset
-            lines = Path("/proc/self/status").read_text().splitlines()
-            return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+        with contextlib.suppress(OSError, IndexError):  # Linux, where the peak can be reset
+            return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
 
@@ -196,9 +185,8 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 def keep_freed_memory() -> None:
     """Let this process keep the memory that its tensors free, for those of the next step.
 
-    By default glibc returns it to the system, which has to find and clear the same pages again at
-    every step: on a CPU up to a fifth of full fine-tuning (tests/benchmarks/LOG.md). Other C
-    libraries: no change.
+    By default glibc returns it to the system and gets it back, cleared, at every step: on a CPU up
+    to a fifth of full fine-tuning (tests/benchmarks/LOG.md). Other C libraries: no change.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     # Before version 2.35 glibc refuses more than 32 MB and answers 0.
