@@ -60,11 +60,10 @@ class Method:
     options: tuple[str, ...] = ()  # of the command line, that `insert` takes
     pretrained: bool = True  # False: all weights start at random
 
-    def recipe(self, args: argparse.Namespace, train: Examples, size: int, young: bool) -> dict:
+    def recipe(self, args: argparse.Namespace, train: Examples, size: int, source: Path) -> dict:
         """The numbers of a training: what the options give, else what suits these rows.
 
-        `size` is the model's hidden size. `young` word embeddings began at random: they move only
-        where a step reads the word, so that a larger learning rate suits them.
+        `size` is the model's hidden size, `source` the directory of its pretrained weights.
         """
         rows = max(1, min(self.batch_rows, len(train) // LEAST_BATCHES))
         longest, mean = int(train.inputs.lengths.max()), train.tokens / len(train)
@@ -74,10 +73,11 @@ class Method:
         steps = -(-train.tokens // batch_tokens)  # in an epoch
         epochs = args.epochs or max(self.epochs, min(-(-LEAST_STEPS // steps), MOST_EPOCHS))
         lr = args.lr or self.lr(size)
+        # Word embeddings move only where a step reads the word. Young ones want a larger rate.
+        young = not self.pretrained or (self.trained is all_parameters and began_at_random(source))
         rates = {"embeddings": 5.0 if young else 1.0, "lowest_layer": self.lowest_layer}
-        rates = {"lr": lr, "adamw_lr": self.adamw * lr, "lr_multipliers": rates}
-        numbers = {"epochs": epochs, "batch_tokens": batch_tokens}
-        return {"optimizer": self.optimizer, **numbers, **rates}
+        recipe = {"optimizer": self.optimizer, "epochs": epochs, "batch_tokens": batch_tokens}
+        return recipe | {"lr": lr, "adamw_lr": self.adamw * lr, "lr_multipliers": rates}
 
 
 def all_parameters(model: nn.Module) -> list[str]:
@@ -236,26 +236,31 @@ def fine_tune(experiment: Experiment, setup: Setup) -> dict:
     runtime.barrier()  # the directory is there
 
     learner, examples, reading = prepare_rows(model, experiment, setup)
-    young = not method.pretrained or began_at_random(setup.source)
-    young = young and method.trained is all_parameters
-    recipe = method.recipe(args, examples["train"], model.bert.config.hidden_size, young)
+    hidden_size = model.bert.config.hidden_size
+    recipe = method.recipe(args, examples["train"], hidden_size, setup.source)
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     sizes = {"trainable_params": sum(map(sizes.get, trained)), "total_params": sum(sizes.values())}
     runtime.log("trains {:,} of {:,} parameters: {}".format(*sizes.values(), in_short(trained)))
-    best, cost = train(learner, examples, recipe, experiment, setup, started)
+    candidates, cost = train(learner, examples, recipe, experiment, setup, started)
+    best = candidates[0]
+    origin = "epoch {best_epoch} of training {best_training}"
+    if best["average_of"] > 1:
+        origin = "the average of {average_of} trainings"
+    runtime.log(f"best: {origin}, validation accuracy {{accuracy:.2%}}".format(**best))
 
     batches = examples["test"].batches(recipe["batch_tokens"])
-    test = evaluate(learner, batches, runtime)  # of the test rows, this once
-    runtime.log(f"test accuracy {test['accuracy']:.2%}")
+    metrics = {"method": experiment.method} | evaluate(learner, batches, runtime)  # only this once
+    runtime.log(f"test accuracy {metrics['accuracy']:.2%}")
     seconds = cost["seconds"] + reading.get("seconds", 0.0)
-    speed = round(reading.get("tokens", cost["tokens"]) / seconds)
-    metrics = {"method": experiment.method, **test, **best, **recipe, **sizes, "trained": trained}
-    metrics |= {"train_seconds": round(seconds, 1), "tokens_per_second": speed}
     total_seconds = cost["earlier_seconds"] + time.monotonic() - started
-    metrics |= {"total_seconds": round(total_seconds, 1), "steps": cost["steps"]}
-    metrics |= {"peak_memory_bytes": runtime.peak_memory(), "soup": args.soup}
+    metrics |= {"validation_accuracy": best["accuracy"], "validation_loss": best["loss"]}
+    metrics |= {key: best.get(key) for key in ("average_of", "best_training", "best_epoch")}
+    metrics |= recipe | sizes | {"trained": trained, "candidates": candidates, "soup": args.soup}
     metrics |= {"train_examples": len(examples["train"]), "seed": experiment.seed}
+    metrics |= {"train_seconds": round(seconds, 1), "total_seconds": round(total_seconds, 1)}
+    metrics["tokens_per_second"] = round(reading.get("tokens", cost["tokens"]) / seconds)
+    metrics |= {"steps": cost["steps"], "peak_memory_bytes": runtime.peak_memory()}
     metrics |= {"model": args.model, "data": args.data, "device": runtime.describe()}
     metrics |= {"precision": runtime.precision, "attention": setup.attention}
     if runtime.is_main:
@@ -297,76 +302,51 @@ def train(
     experiment: Experiment,
     setup: Setup,
     started: float,
-) -> tuple[dict, dict]:
+) -> tuple[list[dict], dict]:
     """Train once, or --soup times from the same weights; the learner gets the best by validation.
 
-    That is the best epoch of a training, or the average of two trainings or more. Returns its
-    figures, and what all of it took; `started` is when this process began with it.
+    That is the best epoch of a training, or the average of two trainings or more. Returns the
+    figures of these, the best first, and the cost; `started` is when this process began.
     """
     args, run, runtime = setup.args, experiment.run, setup.runtime
-    rates = [
-        recipe["lr"],
-        recipe["adamw_lr"],
-        args.weight_decay,
-        LRMultipliers(**recipe["lr_multipliers"]),
-    ]
+    rates = [recipe[key] for key in ("optimizer", "lr", "adamw_lr")]
+    rates += [args.weight_decay, LRMultipliers(**recipe["lr_multipliers"])]
     options = {"accumulate": args.accumulate, "save_minutes": args.save_minutes, "warmup": 0.1}
-    size, epochs, start = (
-        recipe["batch_tokens"],
-        recipe["epochs"],
-        copy.deepcopy(learner.state_dict()),
-    )
-    weights, candidates, log = [], [], []
+    plan = {key: recipe[key] for key in ("batch_tokens", "epochs")}
+    start, log, found = copy.deepcopy(learner.state_dict()), [], []  # (figures, weights)
     cost = {"steps": 0, "tokens": 0, "seconds": 0.0, "earlier_seconds": 0.0}
     for k in range(args.soup):
         part = run if args.soup == 1 else Run(run.state_path.parent / f"training-{k + 1}")
         part.state_path.parent.mkdir(parents=True, exist_ok=True)
-        learner.load_state_dict(start)
         seed = experiment.seed + SOUP_SEEDS * k
-        rows = examples["train"], examples["validation"]
-        task = Classification(*rows, batch_tokens=size, epochs=epochs, seed=seed)
-        optimizer = Optimizer(learner, recipe["optimizer"], *rates)
+        learner.load_state_dict(start)
+        task = Classification(examples["train"], examples["validation"], seed=seed, **plan)
+        optimizer = Optimizer(learner, *rates)
         trainer = Trainer(learner, optimizer, task, part, runtime, seed=seed, **options)
-        trainer.steps = task.steps
-        if k == 0:
-            trainer.started = started
+        trainer.steps, trainer.started = task.steps, started
         name = f"training {k + 1} of {args.soup}: " if args.soup > 1 else ""
-        steps = f"{epochs} epoch{'s' * (epochs > 1)}, {task.steps:,} steps of at most {size:,} {task.unit}"
-        runtime.log(f"{name}{steps}, {in_words(recipe)}")
+        runtime.log(f"{name}{task.steps:,} steps, {in_words(recipe, task.unit)}")
         if checkpoint := part.load():
             trainer.restore(checkpoint)
             runtime.log(f"resumed at step {trainer.step:,} of {trainer.steps:,}")
-        validation = trainer.train()
-        epoch = task.epoch_ends.index(trainer.best_step) + 1
-        candidates.append(
-            {**validation, "best_training": k + 1, "best_epoch": epoch, "average_of": 1}
-        )
-        weights.append(trainer.best_weights)
-        log += [{"training": k + 1} | entry for entry in part.read_log()]
+        figures = trainer.train() | {"average_of": 1, "best_training": k + 1}
+        figures["best_epoch"] = task.epoch_ends.index(trainer.best_step) + 1
+        found.append((figures, trainer.best_weights))
         cost = {key: value + getattr(trainer, key) for key, value in cost.items()}
+        log += [{"training": k + 1} | entry for entry in part.read_log()]
+        started = time.monotonic()
     for count in range(2, args.soup + 1):
-        weights.append(average(weights[:count]))
-        trainer.load(weights[-1])
-        origin = {"best_training": None, "best_epoch": None, "average_of": count}
-        candidates.append(trainer.evaluate() | origin)
-        words = f"the average of {count} trainings: validation accuracy"
-        runtime.log(f"{words} {candidates[-1]['accuracy']:.2%}")
-    best = max(candidates, key=task.score)
-    trainer.load(weights[candidates.index(best)])
+        weights = average([weights for _, weights in found[:count]])
+        trainer.load(weights)
+        found.append((trainer.evaluate() | {"average_of": count}, weights))
+        accuracy = found[-1][0]["accuracy"]
+        runtime.log(f"the average of {count} trainings: validation accuracy {accuracy:.2%}")
     if args.soup > 1 and runtime.is_main:  # one log of all trainings
         lines = "".join(json.dumps(entry) + "\n" for entry in log)
         write_atomically(run.directory / "log.jsonl", lines.encode())
-    words = (
-        "best: epoch {best_epoch} of training {best_training}, validation accuracy {accuracy:.2%}"
-    )
-    if best["average_of"] > 1:
-        words = "best: the average of {average_of} trainings, validation accuracy {accuracy:.2%}"
-    runtime.log(words.format(**best))
-    figures = {
-        f"validation_{key}" if key in ("accuracy", "loss") else key: value
-        for key, value in best.items()
-    }
-    return figures | {"candidates": candidates}, cost
+    found.sort(key=lambda one: task.score(one[0]), reverse=True)
+    trainer.load(found[0][1])
+    return [figures for figures, _ in found], cost
 
 
 @torch.no_grad()
@@ -400,9 +380,10 @@ def in_short(names: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(re.sub(r"\.(weight|bias)$", "", name) for name in short))
 
 
-def in_words(recipe: dict) -> str:
-    """The optimizer and its peak learning rates."""
-    words = f"{recipe['optimizer']} at {recipe['lr']:.2g}"
+def in_words(recipe: dict, unit: str) -> str:
+    """The numbers of a training; `unit` is that of a batch's size."""
+    words = "{epochs} epochs, at most {batch_tokens:,} {unit} a step, {optimizer} at {lr:.2g}"
+    words = words.format(unit=unit, **recipe).replace("1 epochs,", "1 epoch,")
     if recipe["optimizer"] == "muon":
         words += f", adamw at {recipe['adamw_lr']:.2g} for the rest"
     for part, multiplier in recipe["lr_multipliers"].items():
