@@ -106,7 +106,8 @@ def open_runs(args: argparse.Namespace, stack: contextlib.ExitStack) -> list[Exp
     methods = [name for name in METHODS if name in args.method]
     if len(methods) > 1 and "scratch" not in methods:
         methods.append("scratch")  # methods are compared with what they start from, nothing
-    names = {*METHODS, "compare.json", "compare.json.partial", "compare.png"}
+    names = {*METHODS, "compare.json", "compare.png"}
+    names |= {f"{name}.partial" for name in names}  # a kill may leave it
     refuse_foreign_files(args.out, names, "run of finetune.py")
     sizes = list(dict.fromkeys(args.train_examples or [None]))
     experiments = []
@@ -130,9 +131,10 @@ def finished_runs(out: Path, settings: dict) -> list[tuple[dict, dict]]:
     """(experiment, metrics) of all runs in --out, earlier ones too, on this base model and data."""
     runs = {}
     for file in sorted(out.rglob("metrics.json")):
-        saved, metrics = read_json(file.with_name("settings.json")), read_json(file)
-        if not {"accuracy", "method", "train_examples"} <= metrics.keys():
-            raise UserError(f"{file} is damaged: a figure is missing")
+        metrics, saved = read_json(file), read_json(file.with_name("settings.json"))
+        kinds = [type(metrics.get(key)) for key in ("accuracy", "train_examples")]
+        if kinds != [float, int] or metrics.get("method") not in METHODS:
+            raise UserError(f"{file} is damaged: it has no accuracy of a method")
         if all(saved.get(key) == settings[key] for key in ("base_hash", "dataset")):
             runs[json.dumps(saved["experiment"])] = saved["experiment"], metrics
     return sorted(runs.values(), key=lambda run: list(METHODS).index(run[1]["method"]))
@@ -158,8 +160,8 @@ def fine_tune_all(args: argparse.Namespace, experiments: list[Experiment]) -> No
         args.model, why = default_model()
     source = find_model(args.model)
     config = read_config(source)
-    size = f"{config.num_hidden_layers} layers of {config.hidden_size}"
-    runtime.log(f"model: {args.model} ({why}), {size}")
+    why += f"), {config.num_hidden_layers} layers of {config.hidden_size}"
+    runtime.log(f"model: {args.model} ({why}")
     tokenizer = load_tokenizer(source, config)
     attention = resolve_backend(args.attention, runtime.device, runtime.dtype, config.head_size)
     args.max_len = choose_max_len(args.max_len, config.max_position_embeddings, args.batch_tokens)
@@ -175,10 +177,11 @@ def fine_tune_all(args: argparse.Namespace, experiments: list[Experiment]) -> No
         sequences = Sequences(reviews.texts[split], tokenizer, args.max_len)
         examples[split] = Examples(sequences, reviews.labels[split])
     cut = sum(examples["train"].inputs.truncated) / len(examples["train"])
-    where = f"{args.max_len} tokens keep their two ends: {cut:.0%} of the training rows"
-    runtime.log(f"texts of more than {where}")
-    runtime.log(f"device: {runtime.describe()}")
-    runtime.log(f"precision: {runtime.describe_precision()}; attention: {attention}")
+    runtime.log(
+        f"{cut:.0%} of the training rows have over {args.max_len} tokens; two ends are kept"
+    )
+    precision = f"precision: {runtime.describe_precision()}; attention: {attention}"
+    runtime.log(f"device: {runtime.describe()}\n{precision}")
 
     # 3. Train each method from the same weights, on the same rows.
     settings = {key: value for key, value in vars(args).items() if key not in NOT_SETTINGS}

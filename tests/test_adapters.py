@@ -458,19 +458,25 @@ def test_runs_that_share_a_base_give_what_each_gives_alone(base, tmp_path):
         ("sentiment", "adapter", NAMES, 4),
         ("stars", "adapter", stars, 7),
         ("features", "feature", NAMES, 0),
+        ("biases", "bitfit", NAMES, 0),
     ):
         save_to(tmp_path / name, as_trained(base, method, labels, units), base, method, labels)
         alone[name] = logits(Classifier.load(str(tmp_path / name), FP32).model, batch)
     together = load_together({name: str(tmp_path / name) for name in alone}, FP32)
-    for name in ("sentiment", "features", "stars", "sentiment", "stars", "features"):
+    for name in ("sentiment", "biases", "features", "stars", "sentiment", "stars", "biases"):
         assert torch.equal(logits(together[name].model, batch), alone[name]), name
     assert list(together["stars"].labels.items()) == list(stars.items())
-    frozen = EMBEDDINGS | in_both_layers(IN_A_LAYER)
-    states = [together[name].model.state_dict() for name in alone]
-    for name in frozen:  # in memory only once
-        assert len({state[name].data_ptr() for state in states}) == 1
+    # What is frozen in several is in memory only once, and as it was.
     pretrained = load_for_classification(base, NAMES)[0].state_dict()
-    assert all(torch.equal(states[0][name], pretrained[name]) for name in frozen)
+    for name, tensor in pretrained.items():
+        frozen = [
+            parameter
+            for classifier in together.values()
+            for path, parameter in classifier.model.named_parameters()
+            if path == name and not parameter.requires_grad
+        ]
+        assert len({parameter.data_ptr() for parameter in frozen}) == min(len(frozen), 1), name
+        assert all(torch.equal(parameter, tensor) for parameter in frozen), name
 
 
 def test_runs_on_different_bases_and_whole_models_do_not_go_together(base, tmp_path, tokenizer):

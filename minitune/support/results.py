@@ -52,9 +52,11 @@ def summarise(runs: list[dict], test_rows: int, order: Sequence[str] = ()) -> li
     for count, method in sorted(groups, key=lambda g: (g[0], [*order, g[1]].index(g[1]))):
         group = groups[count, method]
         row = {"method": method, "train_examples": count, "seeds": len(group)}
-        for key, value in group[0].items():
-            if isinstance(value, int | float) and key not in row and key != "seed":
-                row[key] = mean(run[key] for run in group)
+        for key in group[0]:
+            values = [run.get(key) for run in group]
+            numbers = all(isinstance(value, int | float) for value in values)
+            if numbers and key not in row and key != "seed":
+                row[key] = mean(values)
         row["interval"] = interval(row["accuracy"], test_rows)
         accuracies = [run["accuracy"] for run in group]
         row["spread"] = stdev(accuracies) if len(group) > 1 else None
