@@ -259,14 +259,17 @@ def load_masked_lm(directory: Path, attention: str = "sdpa") -> tuple[BertForMas
 
 
 def load_for_classification(
-    directory: Path, labels: dict[int, str], attention: str = "sdpa"
+    directory: Path, labels: dict[int, str], attention: str = "sdpa", weights: bool = True
 ) -> tuple[BertForSequenceClassification, list[str]]:
     """A classifier on the encoder in a BERT directory, and the names of its parameters that are new.
 
-    These are the classifier, and the pooler where the directory has none.
+    These are the classifier, and the pooler where the directory has none; all of them if only the
+    shape is wanted and not the `weights`.
     """
     config = replace(read_config(directory), id2label=labels)
     model = BertForSequenceClassification(config, attention)
+    if not weights:
+        return model, [name for name, _ in model.named_parameters()]
     pretrained = nn.ModuleDict({"bert": model.bert, "pooler": model.pooler})
     missing = load_bert(pretrained, directory, optional=("pooler.",))
     return model, ["classifier.weight", "classifier.bias", *missing]

@@ -10,20 +10,14 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from minitune.adapters import adapter_parameters, insert_adapters, parameters_of
-from minitune.checkpoint import (
-    Trained,
-    began_at_random,
-    load_for_classification,
-    read_config,
-    save_model,
-)
+from minitune.checkpoint import Trained, began_at_random, load_for_classification, save_model
 from minitune.classification import Classification, Examples
 from minitune.data import Reviews
 from minitune.features import FeatureClassifier, Features, extract
@@ -132,28 +126,17 @@ METHODS = {
 
 
 def build(
-    method: str,
-    source: Path,
-    labels: dict[int, str],
-    attention: str = "sdpa",
-    pooling: str | None = None,
-    new_on: str = "cpu",
-    **options: int,
+    method: str, source: Path, labels: dict[int, str], attention="sdpa", pooling="", **options: int
 ) -> BertForSequenceClassification | FeatureClassifier:
     """The model of a method on the pretrained weights in `source`; what does not train is frozen.
 
-    `pooling` is by default the method's. `new_on` is the device of the parameters that the
-    pretrained model does not have: "meta" if they are loaded next, and need no memory before.
+    `options` are the method's. `pooling` is the method's if empty, else that of a saved model: its
+    new parameters take no memory ("meta") until it is filled.
     """
     recipe = METHODS[method]
-    if recipe.pretrained:
-        model, new = load_for_classification(source, labels, attention)
-    else:
-        config = replace(read_config(source), id2label=labels)
-        model = BertForSequenceClassification(config, attention)
-        new = all_parameters(model)
+    model, new = load_for_classification(source, labels, attention, recipe.pretrained)
     known = set(all_parameters(model)) - set(new)
-    with torch.device(new_on):
+    with torch.device("meta" if pooling else "cpu"):
         if (pooling or recipe.pooling) == FeatureClassifier.pooling:
             model = FeatureClassifier(model.bert, len(labels))
         else:
@@ -171,11 +154,9 @@ def load_trained(
     trained: Trained, directory: Path, source: Path, attention: str
 ) -> BertForSequenceClassification | FeatureClassifier:
     """The model of a run that saved what it trained, on the pretrained weights in `source`."""
+    shape = trained.labels, attention, trained.pooling
     try:
-        model = build(
-            trained.method, source, trained.labels, attention, trained.pooling, "meta",
-            **trained.options,
-        )  # fmt: skip
+        model = build(trained.method, source, *shape, **trained.options)
     except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{directory}/trained.json is damaged: {error!r}") from error
     trained.fill(model, directory)
