@@ -1,14 +1,17 @@
 """A tokenised corpus on disk: written once, then read through a memory map.
 
-    data/cache/KEY/tokenizer.json, vocab.txt    the tokenizer that made the ids
-    data/cache/KEY/SPLIT.tokens                 ids of all texts end to end, uint16 or uint32
-    data/cache/KEY/SPLIT.ends.npy               (N,) int64, where each text ends
-    data/cache/KEY/unigrams.npy                 (V,) int64, how often each id occurs in train
+    data/cache/KEY/tokenizer.json …     the tokenizer that made the ids
+    data/cache/KEY/SPLIT.tokens         ids of all texts end to end, uint16 or uint32
+    data/cache/KEY/SPLIT.ends.npy       (N,) int64, where each text ends
+    data/cache/KEY/unigrams.npy         (V,) int64, how often each id occurs in train
+    data/cache/KEY/index.json           sizes and checksums of these files
 
-KEY depends on all that the content depends on (files by name, size and time of change). Texts
-stream through in blocks; what stays in memory is where sequences start, 16 bytes each.
+KEY depends on all that the content depends on (files by name, size and time of change). The
+environment variable MINITUNE_CACHE names another directory than data/cache. Texts are read a part
+at a time; what stays in memory is where chunks start and how long they are, 12 bytes each.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -24,16 +27,18 @@ from torch import Tensor
 
 from minitune.data import Dataset
 from minitune.support.errors import UserError
-from minitune.support.runs import publish_directory
+from minitune.support.runs import publish_directory, read_json, write_json
 from minitune.tokenizer import Tokenizer
 
-CACHE = Path(__file__).parents[1] / "data" / "cache"
-FORMAT = 2  # raise it when the content of a cache changes for the same key
+CACHE = Path(os.environ.get("MINITUNE_CACHE") or Path(__file__).parents[1] / "data" / "cache")
+VERSION = 3  # of the files; raise it when they change for the same texts and tokenizer
 SPLITS = ("train", "validation")
-BLOCK = 1 << 20  # characters tokenised at a time
-PIECES_BLOCK = 1 << 18  # texts cut at a time
-DAY = 24 * 3600  # seconds
+FILES = ["tokenizer.json", "tokenizer_config.json", "vocab.txt", "unigrams.npy"]
+FILES += [f"{split}.{content}" for split in SPLITS for content in ("tokens", "ends.npy")]
+CHARACTERS_AT_ONCE = 1 << 20  # tokenised together
+TEXTS_AT_ONCE = 1 << 18  # cut together
 VOCABULARY_SAMPLE = 100 << 20  # bytes of text that a vocabulary is learned from
+DAY = 24 * 3600  # seconds
 
 
 class Corpus:
@@ -42,7 +47,7 @@ class Corpus:
     def __init__(self, directory: Path):
         self.directory = directory
         self.tokenizer = Tokenizer.load(directory)
-        self.unigrams = np.load(directory / "unigrams.npy")
+        self.unigrams = np.load(directory / "unigrams.npy")  # (V,) int64
         self.dtype = _dtype(self.tokenizer)
 
     @classmethod
@@ -53,30 +58,38 @@ class Corpus:
         vocab_size: int,
         log: Callable[[str], None] = print,
     ) -> "Corpus":
-        """The cached corpus, tokenised now if it is not there yet.
+        """The cached corpus, tokenised now if it is not there yet, or damaged.
 
         `tokenizer` None: one of `vocab_size` entries is learned from the training rows, and no
-        others (validation and test stay unseen).
+        others (validation and test stay unseen). All files are read once, to compare checksums
+        (1 to 2 GB a second).
         """
         directory = CACHE / cls.key(dataset, tokenizer, vocab_size)
-        if not directory.is_dir():
+        found = _inode(directory)
+        if damaged := _damaged(directory) if found else "":
+            log(f"{directory}: {damaged} is not what was written there")
+        if damaged or not found:
             log(f"tokenising {dataset.name} (once; kept in {directory})")
             _remove_leftovers(directory)
             partial = directory.with_name(f"{directory.name}.partial-{os.getpid()}")
+            old = partial.with_name(f"{partial.name}-old")
             partial.mkdir(parents=True)
             try:
                 _build(dataset, tokenizer, vocab_size, partial)
+                if found and _inode(directory) == found:  # no other process has replaced it
+                    with contextlib.suppress(FileNotFoundError):  # it does so just now
+                        directory.rename(old)
                 publish_directory(partial, directory)
-            except BaseException:
+            finally:
+                shutil.rmtree(old, ignore_errors=True)
                 shutil.rmtree(partial, ignore_errors=True)
-                raise
         return cls(directory)
 
     @staticmethod
     def key(dataset: Dataset, tokenizer: Tokenizer | None, vocab_size: int) -> str:
         """The name of this corpus's directory: another one for other texts or another tokenizer."""
         with_tokenizer = tokenizer.files()["tokenizer.json"].decode() if tokenizer else vocab_size
-        facts = [FORMAT, dataset.fingerprint(), with_tokenizer]
+        facts = [VERSION, dataset.fingerprint(), with_tokenizer]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
     def chunks(self, split: str, max_len: int, overlap: bool = True) -> "Chunks":
@@ -98,29 +111,23 @@ class Chunks:
     """
 
     def __init__(self, corpus: Corpus, split: str, max_len: int, overlap: bool):
+        self.tokenizer, self.dtype, self.max_len = corpus.tokenizer, corpus.dtype, max_len
+        self.path = corpus.directory / f"{split}.tokens"
         ends = np.load(corpus.directory / f"{split}.ends.npy", mmap_mode="r")
-        # In blocks, or the arrays in between would need several times the memory of the result.
-        blocks = [
-            _cut(ends[i : i + PIECES_BLOCK], ends[i - 1] if i else 0, max_len - 2, overlap)
-            for i in range(0, len(ends), PIECES_BLOCK)
+        # All texts at once would need several times the memory of the result.
+        parts = [
+            _cut(ends[i : i + TEXTS_AT_ONCE], ends[i - 1] if i else 0, max_len - 2, overlap)
+            for i in range(0, len(ends), TEXTS_AT_ONCE)
         ]
-        self.starts = np.concatenate([starts for starts, _ in blocks])  # (N,) int64
-        self.lengths = np.concatenate(
-            [lengths for _, lengths in blocks]
-        )  # (N,) int32, with the frame
-        self.path, self.dtype, self.max_len = (
-            corpus.directory / f"{split}.tokens",
-            corpus.dtype,
-            max_len,
-        )
-        self.tokenizer = corpus.tokenizer
+        self.starts = np.concatenate([starts for starts, _ in parts])  # (N,) int64
+        self.lengths = np.concatenate([lengths for _, lengths in parts])  # (N,) int32, framed
 
     def __len__(self) -> int:
         return len(self.starts)
 
     def read(self, indices: Iterable[int]) -> list[Tensor]:
         """The token ids of these chunks, each (n,) int64."""
-        # Mapped anew each time: pages of a map that stays open count as this process's memory.
+        # Mapped each time: pages of a map that stays open count as this process's memory.
         tokens = np.memmap(self.path, dtype=self.dtype, mode="r")
         cls, sep = np.split(np.array(self.tokenizer.frame([])), 2)
         bodies = (tokens[self.starts[i] :][: self.lengths[i] - 2] for i in indices)
@@ -154,8 +161,8 @@ def _build(dataset: Dataset, tokenizer: Tokenizer | None, vocab_size: int, direc
     for split in SPLITS:
         ends, end = [], 0
         with open(directory / f"{split}.tokens", "wb") as file:
-            for block in _blocks(row.text for row in dataset.rows(split)):
-                encoded = [ids for ids in tokenizer.encode(block) if ids]
+            for texts in _in_parts(row.text for row in dataset.rows(split)):
+                encoded = [ids for ids in tokenizer.encode(texts) if ids]
                 if not encoded:
                     continue
                 ends.append(end + np.cumsum([len(ids) for ids in encoded]))
@@ -168,6 +175,33 @@ def _build(dataset: Dataset, tokenizer: Tokenizer | None, vocab_size: int, direc
             raise UserError(f"{dataset.name} has too few texts: none is left for {split}")
         np.save(directory / f"{split}.ends.npy", np.concatenate(ends).astype(np.int64))
     np.save(directory / "unigrams.npy", unigrams)
+    index = {name: [(directory / name).stat().st_size, _sha256(directory / name)] for name in FILES}
+    write_json(directory / "index.json", index)
+
+
+def _damaged(directory: Path) -> str:
+    """The name of a file that is not what the index says; empty where all are."""
+    name = "index.json"
+    try:
+        index = read_json(directory / name)
+        for name in FILES:
+            size, checksum = index[name]
+            if (directory / name).stat().st_size != size or _sha256(directory / name) != checksum:
+                return name
+    except (OSError, UserError, LookupError, TypeError, ValueError):
+        return name
+    return ""
+
+
+def _inode(directory: Path) -> int | None:
+    """What tells a directory from another one that later has its name."""
+    with contextlib.suppress(OSError):
+        return directory.stat().st_ino if directory.is_dir() else None
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sample(dataset: Dataset) -> Iterator[str]:
@@ -177,17 +211,17 @@ def _sample(dataset: Dataset) -> Iterator[str]:
     return (row.text for row in islice(dataset.rows("train"), 0, None, every))
 
 
-def _blocks(texts: Iterable[str]) -> Iterator[list[str]]:
-    """The texts in lists of about BLOCK characters."""
-    block, size = [], 0
+def _in_parts(texts: Iterable[str]) -> Iterator[list[str]]:
+    """The texts in lists of about CHARACTERS_AT_ONCE characters."""
+    part, size = [], 0
     for text in texts:
-        block.append(text)
+        part.append(text)
         size += len(text)
-        if size >= BLOCK:
-            yield block
-            block, size = [], 0
-    if block:
-        yield block
+        if size >= CHARACTERS_AT_ONCE:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
 
 
 def _remove_leftovers(directory: Path) -> None:

@@ -3,12 +3,22 @@
 import pytest
 import torch
 
+import minitune.corpus
 from minitune.checkpoint import save_model
 from minitune.model import BertForMaskedLM
 from minitune.tokenizer import Tokenizer
 
 # The tensors here are tiny: a second thread gains nothing, and on a busy machine it is waited for.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def cache_of_the_tests(tmp_path_factory):
+    """Corpora that a test tokenises, in another process too, do not go to data/cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(minitune.corpus, "CACHE", tmp_path_factory.mktemp("cache"))
+        patch.setenv("MINITUNE_CACHE", str(minitune.corpus.CACHE))
+        yield
 
 
 @pytest.fixture

@@ -330,7 +330,7 @@ REFUSED = {
     ),
     "a config.json without end": (
         lambda d: os.truncate(d / "config.json", 1 << 40),
-        "more than 33,554,432 bytes",
+        "more than 16,777,216 bytes",
     ),
 }
 TOO_LARGE = {

@@ -1,6 +1,10 @@
-"""From texts to batches: the tokenizer, tokens kept on disk, chunks, and the order of batches."""
+"""From texts to batches: tokens kept on disk, their chunks, and the order of batches."""
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -70,9 +74,12 @@ def test_test_rows_are_not_in_the_corpus(tmp_path, cache):
     assert corpus.unigrams.sum() == 85
 
 
-@pytest.fixture
-def corpus_of(tmp_path, cache):
+@pytest.fixture(params=[(1 << 20, 1 << 18), (30, 3)], ids=["at once", "in parts"])
+def corpus_of(request, tmp_path, cache, monkeypatch):
     """Texts of so many words -> (their token ids in order, the corpus)."""
+    characters, texts_at_once = request.param
+    monkeypatch.setattr(minitune.corpus, "CHARACTERS_AT_ONCE", characters)
+    monkeypatch.setattr(minitune.corpus, "TEXTS_AT_ONCE", texts_at_once)
 
     def build(counts):
         words = unique_words(sum(counts) + 1)
@@ -86,37 +93,28 @@ def corpus_of(tmp_path, cache):
     return build
 
 
+@pytest.mark.parametrize("overlap", [True, False])
 @pytest.mark.parametrize("max_len", [8, 16, 50])
-def test_chunks_cover_every_token_and_cross_no_text(corpus_of, max_len):
-    counts = [
-        1,
-        max_len - 3,
-        max_len - 2,
-        max_len - 1,
-        2 * max_len - 4,
-        2 * max_len,
-        5,
-        7 * max_len,
-    ]
+def test_chunks_are_the_texts_cut_one_by_one(corpus_of, max_len, overlap):
+    body = max_len - 2
+    counts = [1, body - 1, body, body + 1, 2 * body, 2 * body + 4, 5, 7 * max_len]
     texts, corpus = corpus_of(counts)
-    chunks = corpus.chunks("train", max_len)
-    sequences = [sequence.tolist() for sequence in chunks.read(range(len(chunks)))]
-    assert chunks.lengths.tolist() == [len(sequence) for sequence in sequences]
-    assert {token for sequence in sequences for token in sequence[1:-1]} == set(sum(texts, []))
-    frame = (corpus.tokenizer.cls_id, corpus.tokenizer.sep_id)
-    text_of = {token: number for number, text in enumerate(texts) for token in text}
-    for sequence in sequences:
-        assert len(sequence) <= max_len
-        assert (sequence[0], sequence[-1]) == frame
-        body = sequence[1:-1]
-        text = texts[text_of[body[0]]]
-        start = text.index(body[0])
-        assert body == text[start : start + len(body)]  # neighbours in one text
-        assert len(body) in (
-            len(text),
-            max_len - 2,
-        )  # a whole text, or a full chunk of a longer one
-    assert [sequence[1:-1] for sequence in sequences[:3]] == texts[:3]
+    expected = []
+    for text in texts:
+        for start in range(0, len(text), body):
+            if overlap:
+                start = min(start, max(len(text) - body, 0))
+            expected.append([2, *text[start : start + body], 3])
+    chunks = corpus.chunks("train", max_len, overlap)
+    assert [sequence.tolist() for sequence in chunks.read(range(len(chunks)))] == expected
+    assert chunks.lengths.tolist() == [len(sequence) for sequence in expected]
+    assert len(chunks) == len(expected)
+
+
+def test_every_token_is_counted_once(corpus_of):
+    texts, corpus = corpus_of([3, 40, 9, 1, 7])
+    counts = np.bincount(sum(texts, []), minlength=corpus.tokenizer.vocab_size)
+    assert corpus.unigrams.tolist() == counts.tolist()
 
 
 def test_reading_some_chunks_gives_those(corpus_of):
@@ -174,6 +172,141 @@ def test_other_text_or_another_vocabulary_is_another_corpus(tmp_path, cache, tok
     assert (
         Corpus.open(data, tokenizer, 100).directory == Corpus.open(data, tokenizer, 200).directory
     )
+
+
+def content(directory):
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def overwritten(path):
+    """The same size, but two bytes in the middle."""
+    data = bytearray(path.read_bytes())
+    half = len(data) // 2
+    data[half - 1 : half + 1] = [data[half - 1] ^ 255, data[half] ^ 255]
+    path.write_bytes(data)
+
+
+def replaced_by_a_directory(path):
+    path.unlink()
+    path.mkdir()
+
+
+DAMAGE = {
+    "overwritten": overwritten,
+    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),  # zero is [PAD]
+    "cut short": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"\n"),
+    "missing": lambda path: path.unlink(),
+    "a directory": replaced_by_a_directory,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
+def test_a_damaged_file_is_found_and_everything_tokenised_again(tmp_path, cache, capsys, damage):
+    data = dataset(tmp_path, ["one two three four", "three", "four"])
+    directory = Corpus.open(data, None, 100).directory
+    before = content(directory)
+    for name in minitune.corpus.FILES:
+        damage(directory / name)
+        capsys.readouterr()
+        Corpus.open(data, None, 100)
+        first, second = capsys.readouterr().out.splitlines()
+        assert str(directory) in first and name in first and "tokenising" in second
+        assert content(directory) == before
+    assert list(cache.iterdir()) == [directory]
+
+
+@pytest.mark.parametrize(
+    "text", [None, "", "{", "[]", "{}", '{"train.tokens": 3}', "[" * 100_000, "\0"]
+)
+def test_a_damaged_index_is_written_again(tmp_path, cache, text):
+    data = dataset(tmp_path, ["one two three four", "three", "four"])
+    directory = Corpus.open(data, None, 100).directory
+    before = content(directory)
+    (directory / "index.json").unlink()
+    if text is not None:
+        (directory / "index.json").write_text(text)
+    Corpus.open(data, None, 100)
+    assert content(directory) == before
+    assert list(cache.iterdir()) == [directory]
+
+
+def test_a_corpus_that_another_process_has_mended_meanwhile_stays(tmp_path, cache, monkeypatch):
+    data = dataset(tmp_path, ["one two", "three", "four"])
+    directory = Corpus.open(data, None, 100).directory
+    (directory / "train.tokens").write_bytes(b"")
+    build, identity = minitune.corpus._build, []
+
+    def overtaken(*arguments):
+        monkeypatch.setattr(minitune.corpus, "_build", build)
+        Corpus.open(data, None, 100)  # as another process would
+        identity.append(directory.stat().st_ino)
+        build(*arguments)
+
+    monkeypatch.setattr(minitune.corpus, "_build", overtaken)
+    monkeypatch.setattr(minitune.corpus.os, "getpid", iter(range(9)).__next__)
+    assert len(Corpus.open(data, None, 100).chunks("train", 16)) == 2
+    assert identity == [directory.stat().st_ino]
+    assert list(cache.iterdir()) == [directory]
+
+
+def test_a_corpus_has_its_name_only_when_it_is_complete_and_on_disk(tmp_path, cache, monkeypatch):
+    data = dataset(tmp_path, ["one two", "three", "four"])
+    directory = cache / Corpus.key(data, None, 100)
+    synced, published = set(), []
+    fsync, rename = os.fsync, os.rename
+
+    def note_fsync(descriptor):
+        assert not directory.exists()
+        synced.add(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def note_rename(old, new):
+        published.append((Path(new), set(os.listdir(old))))
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "rename", note_rename)
+    Corpus.open(data, None, 100)
+    assert published == [(directory, {*minitune.corpus.FILES, "index.json"})]
+    assert synced >= {*minitune.corpus.FILES, "index.json"}
+
+
+def test_what_a_killed_process_left_is_removed_when_it_is_old(tmp_path, cache):
+    data = dataset(tmp_path, ["one two", "three", "four"])
+    directory = cache / Corpus.key(data, None, 100)
+    old, young, other = (
+        cache / f"{name}.partial-{i}"
+        for i, name in enumerate([directory.name, directory.name, "another"])
+    )
+    for path in (old, young, other):
+        path.mkdir(parents=True)
+        (path / "train.tokens").write_bytes(b"half")
+    for path in (old, other):
+        os.utime(path, (0, 0))
+    Corpus.open(data, None, 100)
+    assert sorted(cache.iterdir()) == sorted([directory, young, other])
+
+
+def test_two_processes_that_start_at_once_share_a_damaged_corpus(tmp_path, cache):
+    data = dataset(tmp_path, ["one two", "three", "four"])
+    directory = Corpus.open(data, None, 100).directory
+    before = content(directory)
+    overwritten(directory / "train.tokens")
+    command = (
+        "import minitune.corpus as c; from minitune.data import Dataset\n"
+        f"print(len(c.Corpus.open(Dataset({data.name!r}), None, 100).chunks('train', 16)))"
+    )
+    environment = os.environ | {"MINITUNE_CACHE": str(cache)}
+    started = [
+        subprocess.Popen([sys.executable, "-c", command], env=environment, stdout=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    for process in started:
+        output = process.communicate(timeout=120)[0].decode()
+        assert (process.returncode, output.splitlines()[-1]) == (0, "2")
+    assert content(directory) == before
+    assert list(cache.iterdir()) == [directory]
 
 
 def test_bad_input_leaves_nothing_behind(tmp_path, cache):

@@ -9,7 +9,7 @@ import tokenizers
 
 from minitune.checkpoint import load_tokenizer
 from minitune.model import BertConfig
-from minitune.support import tokenizer_files
+from minitune.support import runs
 from minitune.support.errors import UserError
 from minitune.tokenizer import SPECIAL_TOKENS, Tokenizer
 
@@ -376,6 +376,10 @@ REFUSED = {
     "vocab.txt that is empty": ({"vocab.txt": ""}, r"\[PAD\]"),
     "vocab.txt that is not UTF-8": ({"vocab.txt": b"[PAD]\n\xff"}, "utf-8"),
     "JSON without end": ({"tokenizer.json": '{"a":' * 100_000}, "tokenizer"),
+    "an empty object beside vocab.txt": (
+        {"tokenizer.json": {}, "vocab.txt": "\n".join(VOCAB)},
+        "tokenizer.json is empty",
+    ),
     "JSON of another kind": ({"tokenizer.json": [1]}, "tokenizer.json"),
     "nothing of a tokenizer": ({"tokenizer.json": {"model": 3}}, "tokenizer"),
 }  # fmt: skip
@@ -392,6 +396,8 @@ def test_a_directory_that_is_not_berts_is_refused_in_a_line(tmp_path, files, mes
 @pytest.mark.parametrize("name", ["tokenizer.json", "vocab.txt", "added_tokens.json"])
 def test_a_huge_file_is_not_read(tmp_path, monkeypatch, name):
     write(tmp_path, {"vocab.txt": "\n".join(VOCAB), name: " " * 2000})
-    monkeypatch.setattr(tokenizer_files, "LARGEST_FILE", 1999)
-    with pytest.raises(UserError, match=re.escape(f"{name} has more than 1,999 bytes")):
+    monkeypatch.setattr(runs, "LARGEST_TEXT", 1999)
+    with pytest.raises(
+        UserError, match=re.escape(f"{name} cannot be read: it has more than 1,999 bytes")
+    ):
         Tokenizer.load(tmp_path)

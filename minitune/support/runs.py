@@ -24,8 +24,8 @@ from minitune.support.errors import UserError
 
 # What --overwrite deletes when the new run starts. Other files are replaced one by one, as they
 # are written; without its weights a half-replaced model directory cannot be loaded by mistake.
-LARGEST_JSON = 32 << 20  # bytes
 OLD_RESULTS = ("metrics.json", "model.safetensors", "trained.safetensors", "log.jsonl")
+LARGEST_TEXT = 16 << 20  # bytes; as JSON this may take up to 0.4 GB of memory
 
 
 def refuse_foreign_files(out: Path, names: set[str], what: str) -> None:
@@ -218,13 +218,21 @@ def write_json(path: Path, value: dict) -> None:
     write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
+def read_text(path: Path) -> str:
+    """A file that is small, as settings and vocabularies are, or a UserError that names it."""
+    try:
+        if path.stat().st_size > LARGEST_TEXT:
+            raise ValueError(f"it has more than {LARGEST_TEXT:,} bytes")
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
 def read_json(path: Path) -> dict:
     """A JSON object, or a UserError that names the file."""
     try:
-        if path.stat().st_size > LARGEST_JSON:
-            raise ValueError(f"it has more than {LARGEST_JSON:,} bytes")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, RecursionError, ValueError) as error:
+        value = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} does not hold a JSON object")

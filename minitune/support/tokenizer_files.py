@@ -14,7 +14,7 @@ from pathlib import Path
 from tokenizers import AddedToken
 
 from minitune.support.errors import UserError
-from minitune.support.runs import read_json
+from minitune.support.runs import read_json, read_text
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 ROLES = {f"{token[1:-1].lower()}_token": token for token in SPECIAL_TOKENS}  # "pad_token": "[PAD]"
@@ -27,7 +27,6 @@ OPTIONS = {
     "tokenize_chinese_chars": ("handle_chinese_chars", True),
 }
 BERT_CLASSES, GENERAL_CLASS = ("BertTokenizer", "BertTokenizerFast"), "PreTrainedTokenizerFast"
-LARGEST_FILE = 16 << 20  # bytes; BERT's tokenizer.json has half a megabyte
 LARGEST_ID, MOST_ADDED = 10_000_000, 200_000  # the latter in characters of all together
 
 
@@ -39,7 +38,8 @@ def read_files(directory: Path) -> tuple[dict, dict]:
     if not any((directory / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
         raise UserError(f"{directory} has no tokenizer.json and no vocab.txt")
     names = ("tokenizer", "tokenizer_config", "special_tokens_map", "added_tokens", "config")
-    file, config, older, more, model = (_read(directory / f"{name}.json") for name in names)
+    file, config, older, more, model = (_read_json(directory / f"{name}.json") for name in names)
+    check(file or not (directory / "tokenizer.json").is_file(), "tokenizer.json is empty")
     kind = config.get("tokenizer_class") or model.get("tokenizer_class") or BERT_CLASSES[0]
     check(kind in (*BERT_CLASSES, GENERAL_CLASS), f"its class is {kind}")
     decoder = config.get("added_tokens_decoder", {})
@@ -49,7 +49,7 @@ def read_files(directory: Path) -> tuple[dict, dict]:
         check(_contents(config.get(key, value)) == [value], f"its {key} is not {value}")
     check(not config.get("split_special_tokens"), "it has split_special_tokens")
 
-    vocab = file["model"]["vocab"] if file else _read(directory / "vocab.txt")
+    vocab = file["model"]["vocab"] if file else _read_vocab(directory / "vocab.txt")
     missing = [token for token in SPECIAL_TOKENS if token not in vocab]
     check(not missing, f"it has no {', '.join(missing)}")
     ids = set(vocab.values())
@@ -103,13 +103,11 @@ def _contents(value: str | dict | list | None) -> list[str]:
     return [value] if value else []
 
 
-def _read(path: Path) -> dict:
-    """A JSON object, or tokens and their ids in a vocab.txt; empty where there is no such file."""
-    if not path.is_file():
-        return {}
-    if path.stat().st_size > LARGEST_FILE:
-        raise UserError(f"{path} has more than {LARGEST_FILE:,} bytes")
-    if path.suffix == ".json":
-        return read_json(path)
-    lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    return {token: index for index, token in enumerate(lines)}  # of equal lines the last counts
+def _read_json(path: Path) -> dict:
+    return read_json(path) if path.is_file() else {}
+
+
+def _read_vocab(path: Path) -> dict[str, int]:
+    """A token a line, with its number as id; of equal lines the last counts."""
+    lines = read_text(path).removesuffix("\n").split("\n")
+    return {token: index for index, token in enumerate(lines)}
