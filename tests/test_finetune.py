@@ -28,9 +28,9 @@ from safetensors.torch import load_file
 import finetune
 from minitune import finetuning
 from minitune.checkpoint import load_classifier, save_model
-from minitune.classification import Sequences
+from minitune.classification import Examples, Sequences
 from minitune.data import Reviews, label_index
-from minitune.features import pooled_layers
+from minitune.features import Features, pooled_layers
 from minitune.finetuning import average
 from minitune.model import BertConfig, BertForMaskedLM
 from minitune.prediction import Classifier
@@ -686,6 +686,59 @@ def test_word_vectors_and_lower_layers_learn_at_rates_of_their_own(
     assert (", lowest layer at 0.33 times that" in done.out) == (lowest_layer != 1)
     expected = {"embeddings": embeddings, "lowest_layer": lowest_layer}
     assert metrics(tmp_path / "out" / method)["lr_multipliers"] == expected
+
+
+@pytest.mark.parametrize(
+    ("method", "rows", "length", "epochs", "batch_tokens"),
+    [
+        ("full", 8, 10, 20, 10),  # a row a step, and no more than 20 epochs
+        ("full", 800, 10, 16, 320),  # 32 rows a step, and 400 steps
+        ("bitfit", 12_800, 10, 1, 320),
+        ("adapter", 20_000, 300, 1, 4096),  # fewer rows where they are long
+        ("feature", 20_000, 1, 20, 256),
+        ("scratch", 100, 5000, 4, 5000),  # at least one row
+    ],
+)
+def test_the_recipe_suits_the_number_of_rows(method, rows, length, epochs, batch_tokens):
+    lengths = np.full(rows, length)
+    train = Examples(SimpleNamespace(lengths=lengths, unit="tokens"), torch.zeros(rows).long())
+    args = SimpleNamespace(epochs=None, batch_tokens=None, lr=None)
+    recipe = finetuning.METHODS[method].recipe(args, train, 768, Path("no run"))
+    assert (recipe["epochs"], recipe["batch_tokens"]) == (epochs, batch_tokens)
+    args = SimpleNamespace(epochs=3, batch_tokens=6000, lr=0.5)
+    given = finetuning.METHODS[method].recipe(args, train, 768, Path("no run"))
+    assert [given[key] for key in ("epochs", "batch_tokens", "lr")] == [3, 6000, 0.5]
+
+
+def test_the_learning_rates_of_the_methods():
+    lr = {name: method.lr(768) for name, method in finetuning.METHODS.items()}
+    of_all = {"full": 20 / 768**2, "scratch": 20 / 768**2}
+    assert lr == {"feature": 3e-4, "bitfit": 3e-3, "adapter": 1e-2} | of_all
+    train = Examples(Features(torch.zeros(9, 1)), torch.zeros(9).long())
+    args = SimpleNamespace(epochs=None, batch_tokens=None, lr=None)
+    recipe = finetuning.METHODS["adapter"].recipe(args, train, 768, Path("no run"))
+    assert (recipe["optimizer"], recipe["adamw_lr"]) == ("muon", pytest.approx(2e-3))
+
+
+def test_each_option_of_the_recipe_has_its_effect(folder, tmp_path):
+    def run_with(name, *words):
+        succeed(*options(folder, tmp_path / name, "--method", "adapter", "--epochs", "1", *words))
+        return metrics(tmp_path / name / "adapter"), weights(tmp_path / name / "adapter")
+
+    figures, trained = run_with("as it is")
+    for words, key, expected in (
+        (("--epochs", "2"), "epochs", 2),
+        (("--lr", "1e-3"), "lr", 1e-3),
+        (("--batch-tokens", "128"), "batch_tokens", 128),
+        (("--adapter-size", "5"), "trainable_params", 2 * 2 * (2 * 32 * 5 + 32 + 5) + 4 * 64 + 66),
+        (("--weight-decay", "9"), "steps", figures["steps"]),
+        (("--accumulate", "2"), "steps", figures["steps"]),
+        (("--max-len", "16"), "method", "adapter"),
+    ):
+        changed, other = run_with(words[0], *words)
+        assert changed[key] == expected, words
+        assert not torch.equal(other["classifier.weight"], trained["classifier.weight"]), words
+    assert json.loads((tmp_path / "--max-len/adapter/trained.json").read_text())["max_len"] == 16
 
 
 # New reviews
