@@ -11,7 +11,6 @@ import itertools
 import math
 import signal
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from statistics import median
 from typing import Any, Protocol
@@ -30,7 +29,7 @@ LOG_EVERY = 10  # steps
 REPORT_EVERY = 10  # seconds: evaluations of small tasks come faster than anyone reads
 PROBE_STEPS, PROBE_SHARE = 100, 0.05  # to measure the speed: steps, or share of the time, at most
 EVALUATION_SHARE = 0.2  # of the time, at most
-TOLERANCE = 0.05  # share of its steps by which a plan may be off before it is changed
+CHECKS, TOLERANCE = 20, 0.05  # of a plan: how often, and by what share it may be off
 
 
 class Task(Protocol):
@@ -96,7 +95,6 @@ class Trainer:
         self.best_weights = {name: p.detach().clone() for name, p in trained}
         self.started, self.earlier_seconds = time.monotonic(), 0.0  # in processes before this one
         self.deadline: float | None = None  # of time.monotonic(), where steps are planned by time
-        self.recent: deque[float] = deque(maxlen=50)  # `seconds` after each of the last steps
         self.save_seconds, self.last_save = 60 * save_minutes, -math.inf  # also at the first step
         self.last_report = -math.inf
         self.signals: list[int] = []  # to stop
@@ -140,8 +138,8 @@ class Trainer:
         self._stop(signals)
         with self._clock():
             self._update(norm)
-        self._count(batch)
-        if self.deadline and self.step % LOG_EVERY == 0:
+        self.step, self.tokens = self.step + 1, self.tokens + batch.tokens
+        if self.deadline and self.step % max(LOG_EVERY, self.steps // CHECKS) == 0:
             self._keep_deadline()
         entry = {"step": self.step, "steps": self.steps, "loss": loss}
         entry["gradient_norm"] = norm if math.isfinite(norm) else None
@@ -185,11 +183,6 @@ class Trainer:
                 self.scaler.step(optimizer)
         self.scaler.update()  # lowers the scale after an overflow
         self.optimizer.zero_grad()
-
-    def _count(self, batch: Any) -> None:
-        """One more step is done."""
-        self.step, self.tokens = self.step + 1, self.tokens + batch.tokens
-        self.recent.append(self.seconds)
 
     @contextlib.contextmanager
     def _clock(self) -> Iterator[None]:
@@ -243,48 +236,46 @@ class Trainer:
         Measured on a copy, so that a run of N steps is the same however N was set. Evaluations that
         would take over EVALUATION_SHARE of the time read an evenly spread part of the rows.
         """
-        self.deadline, started = deadline, time.monotonic()
+        self.deadline, self.steps, started = deadline, 10**9, time.monotonic()
         mine = self.model.train(), self.trained, self.optimizer, self.scaler
-        probe, probe.steps = copy.copy(self), 10**9
+        probe, times, tokens = copy.copy(self), [], 0
         probe.model, probe.trained, probe.optimizer, probe.scaler = copy.deepcopy(mine)
         for batch in itertools.islice(self.task.batches(0), PROBE_STEPS):
-            with probe._clock():
-                _, norm, _ = probe._gradients(batch)
-                probe._update(norm)
-            probe._count(batch)
+            before = time.monotonic()
+            _, norm, _ = probe._gradients(batch)
+            probe._update(norm)
+            times.append(time.monotonic() - before)
+            tokens += batch.tokens
             late = time.monotonic() - started > PROBE_SHARE * (deadline - started)
-            if self.runtime.broadcast(late and probe.step > 1):
+            if self.runtime.broadcast(late and len(times) > 1):
                 break
-        share = probe._evaluation_seconds() / max(deadline - time.monotonic(), 1e-6)
-        every = self.runtime.broadcast(math.ceil(share / EVALUATION_SHARE))
-        self.validation_every = probe.validation_every = max(every, 1)
-        if every > 1:
-            self.runtime.log(f"little time to evaluate: 1 of {every:,} validation batches is read")
-        self.steps = probe._steps_left()
-        self.recent.clear()
+        # The first steps allocate memory and compile kernels.
+        pace, tokens = median(times[len(times) // 2 :]), tokens / len(times)
+        share = self._evaluation_seconds(pace / tokens) / max(deadline - time.monotonic(), 1e-6)
+        self.validation_every = self.runtime.broadcast(max(1, math.ceil(share / EVALUATION_SHARE)))
+        if self.validation_every > 1:
+            part = f"1 of {self.validation_every:,} validation batches"
+            self.runtime.log(f"little time to evaluate: {part} is read")
+        self.steps = self._steps_left(pace, tokens)
 
     def _keep_deadline(self) -> None:
         """Move the end of the run, and of the schedule, where the speed is not what was planned."""
-        steps = self.step + self._steps_left()
+        steps = self.step + self._steps_left(self.seconds / self.step, self.tokens / self.step)
         if abs(steps - self.steps) > TOLERANCE * self.steps:
             self.runtime.log(f"the speed has changed: {steps:,} steps instead of {self.steps:,}")
             self.steps = steps
 
-    def _steps_left(self) -> int:
-        """How many more steps fit in before the deadline; one at least."""
-        seconds = self.deadline - time.monotonic() - self._evaluation_seconds()
-        return self.runtime.broadcast(max(1, int(seconds / self._pace())))
+    def _steps_left(self, pace: float, tokens: float) -> int:
+        """How many more steps of so many seconds and tokens end before the deadline; at least one."""
+        seconds = self.deadline - time.monotonic() - self._evaluation_seconds(pace / tokens)
+        return self.runtime.broadcast(max(1, int(seconds / pace)))
 
-    def _evaluation_seconds(self) -> float:
-        """Of all evaluations to come: forward passes, a third of the work of a step."""
+    def _evaluation_seconds(self, pace: float) -> float:
+        """Of all evaluations to come: a third of the `pace`, the seconds to train on a token."""
         full, quick = (self.task.validation_batches(quick) for quick in (False, True))
         quick_ones = self.task.evaluations * (1 - self.step / self.steps)
         tokens = sum(b.tokens for b in full) + quick_ones * sum(b.tokens for b in quick)
-        return tokens / self.validation_every / (self.tokens / self.step) * self._pace() / 3
-
-    def _pace(self) -> float:
-        """Seconds a step: the median of the last ones, without the very first."""
-        return median(after - before for before, after in itertools.pairwise(self.recent))
+        return tokens / self.validation_every * pace / 3
 
     def save(self) -> None:
         """Write a checkpoint, from which a run is resumed to the same bits."""
