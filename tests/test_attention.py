@@ -176,7 +176,7 @@ def test_padded_gradients_of_fewer_queries_are_those_of_its_output(set_sizes):
 def test_padded_refuses_rows_that_belong_to_no_sequence():
     *qkv, _ = random_inputs([9], 8)
     qkv = [x.detach().requires_grad_() for x in qkv]
-    with pytest.raises(ValueError, match="9 queries, 9 keys; lengths of 8 and 8"):
+    with pytest.raises(ValueError, match="9 queries, 9 keys; lengths of 8, 8"):
         attention(*qkv, cumulative([8]), 8, "padded")
 
 

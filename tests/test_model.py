@@ -299,7 +299,7 @@ def test_what_runs_by_default_is_the_textbook_computation(monkeypatch, job, dtyp
     textbook = train("reference", enabled=False)
 
     assert fast.keys() == textbook.keys()
-    share = 1e-5 if dtype == torch.float32 else 0.05
+    share = 1e-5 if dtype == torch.float32 else 0.1
     for name, exact in textbook.items():
         # A key's bias changes no attention weight, so a third of qkv's has no gradient but noise.
         assert (fast[name] - exact).norm() <= share * exact.norm(), name

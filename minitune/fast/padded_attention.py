@@ -1,11 +1,10 @@
 """Attention by plain matrix multiplications over padded lengths, for a CPU that has bfloat16.
 
-There oneDNN compiles a kernel for every new shape of a multiplication, which takes 1 to 3 ms, and
-texts come in all lengths: with `attention.reference` compiling was a third of a training step
-(tests/benchmarks/LOG.md). Lengths that are multiples of 64 are few, and come again. So here, and
-only in here, rows of zeros stand after a text; a bias hides them as keys, and as queries their
-outputs are not read. Neighbours so short that they fit into 64 rows together share them, and the
-bias hides the keys of each from the other.
+There oneDNN compiles a kernel for every new shape of a multiplication, in 1 to 3 ms, and texts come
+in all lengths: compiling was a third of a training step. Lengths that are multiples of 64 are few,
+and come again. So here, and only here, rows of zeros stand after a text; a bias hides them as keys,
+and as queries their outputs are not read. Neighbours so short that they fit into 64 rows together
+share them, and the bias hides the keys of each from the other.
 """
 
 import functools
@@ -19,12 +18,9 @@ from torch.autograd.function import once_differentiable
 
 KEY_MULTIPLE = 64  # of rows of keys, and of queries where these are the same tokens
 QUERY_MULTIPLE = 16  # of rows of queries where only some tokens are queries
-# Scores of a group that has more than one block. More take more memory and are hardly faster; with
-# a quarter of them attention takes 1.2 to 1.3 times as long (tests/benchmarks/LOG.md).
-GROUP_SCORES = 2**22
+GROUP_SCORES = 2**22  # of several blocks at most; a quarter takes 1.2 to 1.3 times as long
 # The softmax of a token, H·n numbers, is kept for the backward pass if it takes no more than so
-# many hidden vectors of H·D; else it is recomputed, which takes a tenth of a step. With heads of 64
-# it is kept up to 512 tokens.
+# many hidden vectors of H·D (with heads of 64: up to 512 tokens). Else it is recomputed.
 KEPT_VECTORS = 8
 
 Lengths = tuple[int, ...]  # cumulative, starting with 0
@@ -33,20 +29,19 @@ Lengths = tuple[int, ...]  # cumulative, starting with 0
 class Padded(torch.autograd.Function):
     """softmax(q kᵀ / √D) v for packed q (M, H, D), k and v (T, H, D).
 
-    By hand, to keep no more than it has to: padded q, k and v, and the softmax only where it is
-    small. Raises ValueError where the cumulative lengths do not end with M and T.
+    It keeps padded q, k and v, and the softmax only where it is small.
+
+    Raises ValueError where the cumulative lengths do not end with M and T.
     """
 
     @staticmethod
     def forward(
         ctx, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens: Tensor
     ) -> Tensor:
-        ends = tuple(cu_seqlens_q.tolist()), tuple(cu_seqlens.tolist())
-        if (len(q), len(k)) != (ends[0][-1], ends[1][-1]):
-            raise ValueError(
-                f"{len(q)} queries, {len(k)} keys; lengths of {ends[0][-1]} and {ends[1][-1]}"
-            )
-        ctx.groups, ctx.T = plan(*ends, q.size(1), q.device), len(k)
+        cu_q, cu_k = tuple(cu_seqlens_q.tolist()), tuple(cu_seqlens.tolist())
+        if (len(q), len(k)) != (cu_q[-1], cu_k[-1]):
+            raise ValueError(f"{len(q)} queries, {len(k)} keys; lengths of {cu_q[-1]}, {cu_k[-1]}")
+        ctx.groups, ctx.T = plan(cu_q, cu_k, q.size(1), q.device), len(k)
         out, kept = q.new_empty(q.shape), []
         q, k, v = vectors(q), vectors(k), vectors(v)
         with torch.autocast(q.device.type, enabled=False):  # everything in the precision of q
@@ -131,8 +126,7 @@ class Group:
         """Attention weights (S, H, m, n), zero for keys that are not of the query's sequence."""
         scores = q1 @ k1.mT
         if self.bias is not None:
-            # A seventh of the time of masked_fill_. It hides no NaN and no ∞: these end training.
-            scores += self.bias
+            scores += self.bias  # a seventh of the time of masked_fill_
         else:
             for block, length in zip(scores, self.keys.lengths, strict=True):
                 block[..., length:] = -torch.inf

@@ -5,9 +5,9 @@
 
 The number of tokens is fixed: longer sequences are fewer. Backends take turns, so that noise falls
 on all alike; times are medians, `ratio` compares forward + backward with the reference's. Work
-counts as 4n²D operations a head forward, 2.5 times that backward (five products, not two). Memory
-is the peak of one forward and backward beyond what was there: GPU memory, or the resident set of a
-process of its own.
+counts as 4n²D operations a head forward, and 2.5 times that backward, which multiplies five times
+instead of twice. Memory is the peak of one forward and backward beyond what was there: GPU memory,
+or the resident set of a process of its own.
 """
 
 import argparse
@@ -26,10 +26,7 @@ from torch import Tensor
 
 from minitune.attention import BACKENDS, attention, obstacle_to_triton
 from minitune.support.plots import plt, save
-from minitune.support.runtime import (
-    Runtime,
-    keep_freed_memory,
-)
+from minitune.support.runtime import Runtime, keep_freed_memory
 
 
 class Problem:
@@ -63,7 +60,7 @@ class Problem:
         """How long the work takes."""
         started = time.perf_counter()
         work(backend)
-        if self.device.type == "cuda":  # which works while Python goes on
+        if self.device.type == "cuda":  # which works asynchronously
             torch.cuda.synchronize(self.device)
         return time.perf_counter() - started
 
@@ -90,10 +87,10 @@ def memory(args: argparse.Namespace, n: int, backend: str) -> int:
     return problem.runtime.peak_memory() - before
 
 
-def anew(work: Callable, *args, gives_back: bool = False):
-    """What `work` returns in a new process; with `gives_back` one that keeps nothing freed for later."""
+def in_new_process(work: Callable, *args, returns_memory: bool = False):
+    """What `work` returns there; with `returns_memory` freed memory goes back to the system."""
     os.environ.pop(THRESHOLD, None)
-    if gives_back:
+    if returns_memory:
         os.environ[THRESHOLD] = "65536"  # bytes; from there on glibc gives back what is freed
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(work, args)
@@ -109,18 +106,18 @@ def measure(args: argparse.Namespace, n: int) -> dict[str, dict]:
     for _ in range(args.rounds + 1):
         for (name, work), seconds in times.items():
             seconds.append(problem.seconds(work, name))
-    ms = {
-        key: 1e3 * statistics.median(taken[1:]) for key, taken in times.items()
-    }  # the first compiles
+    # Without the first, which compiles.
+    ms = {key: 1e3 * statistics.median(taken[1:]) for key, taken in times.items()}
     figures = {}
     for name in names:
-        of = args, n, name
-        peak = (memory(*of) if args.device == "cuda" else anew(memory, *of, gives_back=True)) / 1e6
+        if args.device == "cuda":
+            peak = memory(args, n, name) / 1e6
+        else:
+            peak = in_new_process(memory, args, n, name, returns_memory=True) / 1e6
         forward, both = ms[name, problem.forward], ms[name, problem.both]
         ratio, speed = both / ms["reference", problem.both], 3.5 * problem.operations / both / 1e9
-        print(
-            f"{n:6}  {name:<12}{forward:8.2f} ms{both:10.2f} ms{ratio:8.2f}{speed:9.3f}{peak:7.0f} MB"
-        )
+        line = f"{n:6}  {name:<12}{forward:8.2f} ms{both:10.2f} ms{ratio:8.2f}{speed:9.3f}"
+        print(f"{line}{peak:7.0f} MB")
         figures[name] = {"ms": both, "MB": peak}
     return figures
 
@@ -158,7 +155,8 @@ def main() -> None:
     keep_freed_memory()  # as the scripts do
     runtime = Runtime.start(args.device, args.precision)
     args.precision, machine = runtime.precision, runtime.describe()
-    title = f"{args.tokens:,} tokens, {args.heads} heads of {args.head_size}, {args.precision}; {machine}"
+    title = f"{args.tokens:,} tokens, {args.heads} heads of {args.head_size}, {args.precision}"
+    title += f"; {machine}"
     print(title)
     print("     n  backend      forward   + backward   ratio  TFLOP/s    memory")
     results = {n: measure(args, n) for n in args.lengths}

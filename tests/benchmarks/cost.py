@@ -1,4 +1,4 @@
-"""How the cost of a training step grows: speed and memory against length and batch size, for each attention.
+"""Speed and memory of a training step against length and batch size, for each attention.
 
     python -m tests.benchmarks.cost --plot cost.png           ten minutes on two cores
     python -m tests.benchmarks.cost --lengths 64 512 --batches 2048
@@ -24,18 +24,19 @@ from minitune.batching import PackedBatch
 from minitune.model import PRESETS, BertForMaskedLM
 from minitune.optimizer import Optimizer
 from minitune.support.plots import plt, save
-from minitune.support.runtime import (
-    Runtime,
-    keep_freed_memory,
-)
-from tests.benchmarks.attention import anew
+from minitune.support.runtime import Runtime, keep_freed_memory
+from tests.benchmarks.attention import in_new_process
 
 CONFIG = replace(PRESETS["tiny"], max_position_embeddings=2048)
 LENGTH, TOKENS = 256, 4096  # where the other one varies
 RATE, STEPS = 0.15, 3
 COLOURS = {
-    "reference": "#969696", "padded": "#756bb1", "tiled": "#fd8d3c", "sdpa": "#08519c", "triton": "#31a354",
-}  # fmt: skip
+    "reference": "#969696",
+    "padded": "#756bb1",
+    "tiled": "#fd8d3c",
+    "sdpa": "#08519c",
+    "triton": "#31a354",
+}
 
 
 class Stepper:
@@ -51,14 +52,9 @@ class Stepper:
         """Sequences of n random words, the blanks in them, and what belongs there."""
         sequences = list(torch.randint(5, CONFIG.vocab_size, (max(1, tokens // n), n)))
         batch = PackedBatch.from_sequences(sequences)
-        positions = (
-            torch.randperm(batch.tokens.numel())[: round(RATE * batch.tokens.numel())].sort().values
-        )
-        return (
-            batch.to(self.device),
-            positions.to(self.device),
-            batch.tokens[positions].to(self.device),
-        )
+        T = batch.tokens.numel()
+        positions = torch.randperm(T)[: round(RATE * T)].sort().values
+        return tuple(x.to(self.device) for x in (batch, positions, batch.tokens[positions]))
 
     def step(self, batch: PackedBatch, positions: Tensor, labels: Tensor) -> float:
         """Seconds."""
@@ -103,21 +99,14 @@ def plot(rows: list[dict], title: str, path: Path) -> None:
     }
     units = {"tokens_per_second": "tokens a second", "MB": "peak of a step (MB)"}
     for line, (varied, label) in zip(panels, labels.items(), strict=True):
-        own = [row for row in rows if row["varied"] == varied]
+        chosen = [row for row in rows if row["varied"] == varied]
         for axes, (key, unit) in zip(line, units.items(), strict=True):
-            for name in dict.fromkeys(row["attention"] for row in own):
-                points = [(row[varied], row[key]) for row in own if row["attention"] == name]
-                width = (
-                    5 if name == "tiled" else 1.5
-                )  # it needs the memory of sdpa, to be seen beneath it
-                axes.plot(
-                    *zip(*points, strict=True),
-                    "o-",
-                    color=COLOURS[name],
-                    label=name,
-                    linewidth=width,
-                )
-            ticks = sorted({row[varied] for row in own})
+            for name in dict.fromkeys(row["attention"] for row in chosen):
+                points = [(row[varied], row[key]) for row in chosen if row["attention"] == name]
+                width = 5 if name == "tiled" else 1.5  # sdpa, drawn above it, needs the same memory
+                points, style = zip(*points, strict=True), {"color": COLOURS[name], "label": name}
+                axes.plot(*points, "o-", linewidth=width, **style)
+            ticks = sorted({row[varied] for row in chosen})
             axes.set_xscale("log", base=2)
             axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
             axes.set(xlabel=label, ylabel=unit, ylim=(0, None))
@@ -139,20 +128,19 @@ def main() -> None:
     args = parser.parse_args()
     runtime = Runtime.start(args.device, args.precision)
     device = runtime.device
-    names = [
-        n for n in BACKENDS if n != "triton" or not obstacle_to_triton(device, CONFIG.head_size)
-    ]
+    obstacle = obstacle_to_triton(device, CONFIG.head_size)
+    names = [name for name in BACKENDS if name != "triton" or not obstacle]
     chosen = resolve_backend("auto", device, runtime.dtype, CONFIG.head_size)
     title = f"{runtime.describe()}, {runtime.precision}; auto is {chosen}"
     print(title)
     rows = []
-    shapes = [("length", n, TOKENS) for n in args.lengths] + [
-        ("batch", LENGTH, t) for t in args.batches
-    ]
+    shapes = [("length", n, TOKENS) for n in args.lengths]
+    shapes += [("batch", LENGTH, tokens) for tokens in args.batches]
     for varied, n, tokens in shapes:
         for name in names:
             problem = name, runtime.precision, args.device, n, tokens
-            rate, peak = anew(speed, *problem), anew(memory, *problem, gives_back=True)
+            rate = in_new_process(speed, *problem)
+            peak = in_new_process(memory, *problem, returns_memory=True)
             row = {"attention": name, "varied": varied, "length": n, "batch": tokens}
             rows.append(row | {"tokens_per_second": rate, "MB": peak / 1e6})
             figures = f"{rate:9,.0f} tokens/s{peak / 1e6:8,.0f} MB"

@@ -1,4 +1,4 @@
-"""Where the time goes: from a training step as one would first write it to minitune's, a change at a time.
+"""Where the time goes: from a plain training step to minitune's, a change at a time.
 
     python -m tests.benchmarks.ladder --plot ladder.png            ten minutes on two cores
     python -m tests.benchmarks.ladder --jobs full --rounds 3
@@ -8,8 +8,8 @@ snippets of Rotten Tomatoes, 32 a batch. Every rung keeps the changes of those b
 train on the same sequences and take turns, there and back, so that noise falls on all alike. The
 first ratio is the median of what a rung gained over the one below within a round, with the least
 and the largest; the last what all of them gained. Padding is put in as tokens: that is the
-arithmetic of padded code. On all rungs the process keeps freed memory, and a GELU is made again on
-the way back, as in the scripts.
+arithmetic of padded code. On all rungs the process keeps freed memory, and a GELU is recomputed in
+the backward pass, as in the scripts.
 """
 
 import argparse
@@ -33,13 +33,12 @@ from minitune.classification import Sequences
 from minitune.corpus import Corpus
 from minitune.data import Dataset, Reviews
 from minitune.fast.layers import ByteDropout, pad_rows
-from minitune.masking import mask_tokens
 from minitune.model import PRESETS, BertForMaskedLM
 from minitune.support.plots import plt, save
 from minitune.support.runtime import Runtime, keep_freed_memory, multiplies_bf16
 
 CPU = torch.device("cpu")
-RATE, SPECIAL, MASK = 0.15, torch.tensor([0, 1, 2, 3, 4]), 4  # of our own tokenizer
+RATE, MASK = 0.15, 4  # the last special id of a tokenizer that train.py makes
 
 
 @dataclass(frozen=True)
@@ -50,12 +49,12 @@ class Rung:
     fused: bool = False  # AdamW in one kernel a tensor
     masked_only: bool = False  # the masked-LM head at the blanks, not at every token
     bytewise: bool = False  # dropout
-    last_layer: bool = False  # goes on with those tokens alone that a head reads
+    last_layer: bool = False  # computes no states that no head reads
     grouped: bool = False  # batches of alike lengths
     packed: bool = False  # no padding
     attention: str = "reference"
     precision: str = "fp32"
-    rounded: bool = False  # numbers of rows, so that they are few
+    padded_rows: bool = False  # so that matrices have few different numbers of rows
 
 
 def rungs(job: str) -> list[Rung]:
@@ -73,7 +72,9 @@ def rungs(job: str) -> list[Rung]:
     if multiplies_bf16(CPU):
         changes += [("bf16, attention: reference", {"precision": "bf16", "attention": "reference"})]
         fastest = resolve_backend("auto", CPU, torch.bfloat16, 64)
-        changes += [(f"few shapes, attention: {fastest}", {"rounded": True, "attention": fastest})]
+        changes += [
+            (f"few shapes, attention: {fastest}", {"padded_rows": True, "attention": fastest})
+        ]
     ladder = [Rung("padded, float32, plain AdamW")]
     for name, change in changes:
         ladder.append(replace(ladder[-1], name=name, **change))
@@ -87,10 +88,8 @@ class Climber:
         self.rung, self.sequences, self.labels = rung, sequences, labels
         torch.manual_seed(0)
         if job == "mlm":
-            self.model, self.loss = (
-                BertForMaskedLM(PRESETS["tiny"], rung.attention),
-                self.loss_of_blanks,
-            )
+            self.model = BertForMaskedLM(PRESETS["tiny"], rung.attention)
+            self.loss = self.loss_of_blanks
         else:
             labels = {0: "negative", 1: "positive"}
             self.model, _ = load_for_classification(find_model("minilm"), labels, rung.attention)
@@ -115,21 +114,17 @@ class Climber:
 
     def loss_of_blanks(self, rows: np.ndarray) -> Tensor:
         batch = self.pack(rows)
-        masked = mask_tokens(
-            batch.tokens,
-            torch.Generator().manual_seed(0),
-            rate=RATE,
-            mask_id=MASK,
-            special_ids=SPECIAL,
-            vocab_size=self.model.config.vocab_size,
-        )
-        batch = replace(batch, tokens=masked.tokens)
+        ordinary = (batch.tokens > MASK).nonzero().squeeze(1)  # neither special nor padding
+        order = torch.randperm(len(ordinary), generator=torch.Generator().manual_seed(0))
+        positions = ordinary[order[: round(RATE * len(ordinary))]].sort().values
+        labels = batch.tokens[positions]
+        batch = replace(batch, tokens=batch.tokens.index_fill(0, positions, MASK))
         if self.rung.last_layer:
-            return F.cross_entropy(self.model(batch, masked.positions).float(), masked.labels)
+            return F.cross_entropy(self.model(batch, positions).float(), labels)
         hidden, targets = self.model.bert(batch), torch.full_like(batch.tokens, -100)
-        targets[masked.positions] = masked.labels
+        targets[positions] = labels
         if self.rung.masked_only:
-            hidden, targets = hidden[masked.positions], masked.labels
+            hidden, targets = hidden[positions], labels
         logits = self.model.head(hidden, self.model.bert.embeddings.word.weight)
         return F.cross_entropy(logits.float(), targets)
 
@@ -144,7 +139,7 @@ class Climber:
 
     def climb(self) -> float:
         """Seconds for all sequences once."""
-        minitune.model.pad_rows = pad_rows if self.rung.rounded else lambda x: x
+        minitune.model.pad_rows = pad_rows if self.rung.padded_rows else lambda x: x
         started, runtime = time.perf_counter(), Runtime.start("cpu", self.rung.precision)
         for rows in self.batches:
             with runtime.autocast():
@@ -167,9 +162,8 @@ def problem(job: str, rows: int) -> tuple[list[Tensor], Tensor]:
     chosen = np.random.default_rng(0).permutation(len(reviews.texts["train"]))[:rows]
     texts = [reviews.texts["train"][row] for row in chosen]
     ids = Sequences(texts, load_tokenizer(source, read_config(source)), 256).ids
-    return [torch.from_numpy(x).long() for x in ids], reviews.labels["train"][
-        torch.from_numpy(chosen)
-    ]
+    labels = reviews.labels["train"][torch.from_numpy(chosen)]
+    return [torch.from_numpy(x).long() for x in ids], labels
 
 
 JOBS = {
@@ -190,10 +184,11 @@ def measure(job: str, rounds: int) -> Iterator[dict]:
         order = range(len(climbers))
         for i in order if round_number % 2 else reversed(order):
             seconds[i].append(climbers[i].climb())
-    seconds = [own[1:] for own in seconds]  # the first compiles kernels
+    seconds = [taken[1:] for taken in seconds]  # the first compiles kernels
     for i, climber in enumerate(climbers):
-        gains = [below / own for below, own in zip(seconds[max(i - 1, 0)], seconds[i], strict=True)]
-        in_all = [bottom / own for bottom, own in zip(seconds[0], seconds[i], strict=True)]
+        below, taken = seconds[max(i - 1, 0)], seconds[i]
+        gains = [old / new for old, new in zip(below, taken, strict=True)]
+        in_all = [bottom / new for bottom, new in zip(seconds[0], taken, strict=True)]
         row = {
             "job": what,
             "rung": climber.rung.name,
@@ -215,16 +210,16 @@ def plot(rows: list[dict], title: str, path: Path) -> None:
     size = 8, 2.6 * len(jobs)
     figure, panels = plt.subplots(len(jobs), 1, figsize=size, layout="constrained", squeeze=False)
     for (axes,), job in zip(panels, jobs, strict=True):
-        own = [row for row in rows if row["job"] == job]
-        speeds = [row["tokens_per_second"] for row in own]
-        axes.barh(range(len(own)), speeds, color="#6baed6")
-        for y, row in enumerate(own):
+        ladder = [row for row in rows if row["job"] == job]
+        speeds = [row["tokens_per_second"] for row in ladder]
+        axes.barh(range(len(ladder)), speeds, color="#6baed6")
+        for y, row in enumerate(ladder):
             text = f" {speeds[y]:,.0f}" + (f"   × {row['gain']:.2f}" if y else "")
-            if y == len(own) - 1:
+            if y == len(ladder) - 1:
                 text += f"   (× {row['in_all']:.1f} in all)"
             axes.text(speeds[y], y, text, va="center", fontsize=9)
-        names = [own[0]["rung"], *(f"+ {row['rung']}" for row in own[1:])]
-        axes.set_yticks(range(len(own)), names)
+        names = [ladder[0]["rung"], *(f"+ {row['rung']}" for row in ladder[1:])]
+        axes.set_yticks(range(len(ladder)), names)
         axes.invert_yaxis()
         axes.set(xlim=(0, 1.5 * max(speeds)), xlabel="tokens a second, padding not counted")
         axes.set_title(job)

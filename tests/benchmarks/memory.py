@@ -1,7 +1,7 @@
 """Peak memory and time to the first step of train.py, for texts of several sizes.
 
-    python tests/benchmarks/memory.py              200 MB and 1000 MB; ten minutes or so on two
-    cores python tests/benchmarks/memory.py 5 20         other sizes, in MB
+    python -m tests.benchmarks.memory              200 MB and 1000 MB; ten minutes on two cores
+    python -m tests.benchmarks.memory 5 20         other sizes, in MB
 
 Texts stream through, and tokens are read from disk, so the peak should hardly grow with the text.
 Each size is run twice: tokenising, and with the tokens of the first run already on disk. Texts,
@@ -77,9 +77,9 @@ def main() -> None:
                     out = Path(folder) / f"run-{on_disk}"
                     seconds, peak, printed = run(text, out, args.steps)
                     tokens = re.search(r"([\d,]+) training tokens", printed)[1]
-                    own = json.loads((out / "metrics.json").read_text())["peak_memory_bytes"]
+                    reported = json.loads((out / "metrics.json").read_text())["peak_memory_bytes"]
                     line = f"{text.stat().st_size / MB:>5.0f} MB  {tokens:>12}  {on_disk:>7}  "
-                    line += f"{seconds:>11.1f} s  {peak / MB:>4.0f} MB  {own / MB:>11.0f} MB"
+                    line += f"{seconds:>11.1f} s  {peak / MB:>4.0f} MB  {reported / MB:>11.0f} MB"
                     print(line, flush=True)
             finally:
                 if kept := re.search(r"kept in (.+)\)", (Path(folder) / "run-no.log").read_text()):

@@ -1,14 +1,14 @@
-"""The plateau of a from-scratch BERT, and four ways to meet it. Takes about 4 · MINUTES.
+"""The plateau of a BERT that is trained from scratch, from four starts. Takes about 4 · MINUTES.
 
     python -m tests.benchmarks.plateau [--minutes 3] [--out runs/plateau]
 
-Trains the tiny preset on the same IMDb batches, each way for the same time, and draws the training
-losses:
+Trains the preset `tiny` on the same IMDb batches, each way for the same time, and draws the losses.
+All start with the log-frequency bias of the decoder.
 
-    adamw        BERT's own initial weights (and, as in all, the log-frequency bias), AdamW on
-    everything muon         the same weights, Muon on the hidden matrices sinusoids    Muon, and
-    positions that start as small sinusoids neighbours   Muon, and heads that start by attending to
-    the words next door: what train.py does
+    adamw        BERT's initial weights; AdamW for all of them
+    muon         the same weights; Muon for the hidden matrices
+    sinusoids    Muon, and positions that start as small sinusoids
+    neighbours   Muon, and heads that start by attending to the words next to each word, as train.py
 """
 
 import argparse
@@ -30,6 +30,7 @@ from minitune.initialization import (
 from minitune.model import PRESETS, BertForMaskedLM
 from minitune.optimizer import Optimizer
 from minitune.pretraining import MaskedLanguageModelling
+from minitune.support.plots import plt, save
 from minitune.support.runtime import Runtime
 
 WAYS = {
@@ -49,6 +50,7 @@ def prepare(model: BertForMaskedLM, way: str) -> None:
 
 
 def main() -> None:
+    """Train each way, and draw."""
     options = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -96,30 +98,25 @@ def main() -> None:
 
 def draw(curves: dict, unigram: float, path: Path) -> None:
     """Smoothed losses over minutes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for (way, curve), color in zip(
-        curves.items(), ("#969696", "#fd8d3c", "#6baed6", "#08519c"), strict=True
-    ):
+    colors = "#969696", "#fd8d3c", "#6baed6", "#08519c"
+    for (way, curve), color in zip(curves.items(), colors, strict=True):
         smooth, points = curve[0][1], []
         for minute, loss in curve:
             smooth += 0.08 * (loss - smooth)
             points.append((minute, smooth))
         axes.plot(*zip(*points, strict=True), color=color, label=WAYS[way])
     axes.axhline(unigram, color="#636363", linestyle="--", linewidth=1)
-    note = f"words by their frequency alone: {unigram:.2f}"
-    axes.text(
-        axes.get_xlim()[1], unigram, note, va="bottom", ha="right", fontsize=9, color="#636363"
+    note, style = (
+        f"words by their frequency alone: {unigram:.2f}",
+        {"fontsize": 9, "color": "#636363"},
     )
+    axes.text(axes.get_xlim()[1], unigram, note, va="bottom", ha="right", **style)
     axes.set(xlabel="minutes on two CPU cores", ylabel="masked-LM loss (nats a token)")
     axes.set_title("The plateau, and the way out of it", loc="left")
     axes.legend(frameon=False, loc="lower left")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    save(figure, path)
 
 
 if __name__ == "__main__":

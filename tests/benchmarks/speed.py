@@ -3,15 +3,18 @@
     python -m tests.benchmarks.speed [--preset tiny] [--batch-tokens 4096] [--rounds 5]
 
 In turns, so that noise falls on both: a round of training steps, then a round of the matrix
-products of such a step alone, at the same shapes and in the same precision (for every linear map:
-forward, input gradient, weight gradient). Prints real tokens per second, the FLOP/s of forward and
-backward and of the products, their ratio, and the optimizer's share of a step; medians over the
-rounds.
+multiplications of such a step alone, at the same shapes and in the same precision (for every linear
+map: forward, input gradient, weight gradient). Prints real tokens per second, the FLOP/s of forward
+and backward and of the multiplications alone, their ratio, and the optimizer's share of a step;
+medians over the rounds.
 
-FLOPs of a step = 3 · [T·(L-1)·24d² + T·4d² + M·20d² + 4d·((L-1)·Σnᵢ² + Σmᵢnᵢ) + M·2(d² + dV)] for T
-tokens in sequences of nᵢ, of which M, mᵢ in each, are read (blanks and [CLS]), so that the last
-layer needs of the others only keys and values: two a multiplication, backward twice forward;
-lookups, LayerNorm, softmax, GELU count nothing.
+    FLOPs of a step = 3 · [(L-1)·T·24d² + T·6d² + M·18d²       linear maps; those of the last layer
+                           + 4d·((L-1)·Σnᵢ² + Σmᵢnᵢ)           attention
+                           + M·2(d² + dV)]                     the head
+
+for T tokens in sequences of nᵢ, of which M, mᵢ in each, are read (blanks and [CLS]); two for a
+multiplication with its addition, backward twice forward; lookups, LayerNorm, softmax and GELU count
+nothing.
 """
 
 import argparse
@@ -37,22 +40,18 @@ def flops(masked: MaskedBatch, config) -> float:
     M = len(masked) + len(lengths)
     queries = masked.batch.count_before(masked.positions).diff() + 1  # the blanks, and [CLS]
     attention = 4 * d * ((L - 1) * (lengths**2).sum().item() + (queries * lengths).sum().item())
-    layers = T * (L - 1) * 24 * d**2 + T * 4 * d**2 + M * 20 * d**2
+    layers = T * (L - 1) * 24 * d**2 + T * 6 * d**2 + M * 18 * d**2
     return 3 * (layers + attention + M * 2 * (d**2 + d * V))
 
 
-def products(T: int, M: int, config, dtype: torch.dtype) -> tuple[list, float]:
-    """The matrix products of a step as operands, and their FLOPs."""
+def matmuls(T: int, M: int, config, dtype: torch.dtype) -> tuple[list, float]:
+    """The operands of a step's matrix multiplications, and their FLOPs."""
     d, f, V = config.hidden_size, config.intermediate_size, config.vocab_size
     shapes = [(T, d, 3 * d), (T, d, d), (T, d, f), (T, f, d)] * (config.num_hidden_layers - 1)
-    shapes += [(T, d, 2 * d), (M, d, d), (M, d, d), (M, d, f), (M, f, d)]  # the last layer
+    shapes += [(T, d, 3 * d), (M, d, d), (M, d, f), (M, f, d)]  # the last layer
     shapes += [(M, d, d), (M, d, V)]  # the head
     operands = [
-        (
-            torch.randn(rows, a, dtype=dtype),
-            torch.randn(b, a, dtype=dtype),
-            torch.randn(rows, b, dtype=dtype),
-        )
+        [torch.randn(size, dtype=dtype) for size in ((rows, a), (b, a), (rows, b))]
         for rows, a, b in shapes
     ]
     return operands, sum(3 * 2.0 * rows * a * b for rows, a, b in shapes)
@@ -100,9 +99,9 @@ def main() -> None:
     batches = task.batches(0)
     T = args.batch_tokens
     read = round(T * args.mask_rate) + T // args.max_len
-    operands, product_flops = products(T, read, config, runtime.dtype)
+    operands, matmul_flops = matmuls(T, read, config, runtime.dtype)
 
-    rates = {"tokens/s": [], "step": [], "products": [], "share": [], "optimizer": []}
+    rates = {"tokens/s": [], "step": [], "matmuls": [], "share": [], "optimizer": []}
     for round_number in range(args.rounds + 1):
         tokens = done = model_seconds = optimizer_seconds = 0.0
         for _ in range(8):
@@ -120,12 +119,12 @@ def main() -> None:
             model_seconds += middle - started
             tokens += batch.tokens
             done += flops(batch, config)
-        peak = product_flops / statistics.median(multiply(operands) for _ in range(4))
+        peak = matmul_flops / statistics.median(multiply(operands) for _ in range(4))
         if round_number == 0:
             continue  # warming up
         rates["tokens/s"].append(tokens / (model_seconds + optimizer_seconds))
         rates["step"].append(done / model_seconds / 1e9)
-        rates["products"].append(peak / 1e9)
+        rates["matmuls"].append(peak / 1e9)
         rates["share"].append(done / model_seconds / peak)
         rates["optimizer"].append(optimizer_seconds / (model_seconds + optimizer_seconds))
     median = {name: statistics.median(values) for name, values in rates.items()}
@@ -133,7 +132,7 @@ def main() -> None:
     print(f"{args.preset}, {T} tokens a step, {runtime.precision}, {args.optimizer}")
     print(f"tokens/s                     {median['tokens/s']:,.0f}")
     print(f"forward and backward         {median['step']:,.0f} GFLOP/s")
-    print(f"its matrix products alone    {median['products']:,.0f} GFLOP/s")
+    print(f"its matmuls alone            {median['matmuls']:,.0f} GFLOP/s")
     print(f"share of that peak           {median['share']:.0%} ({spread})")
     print(f"optimizer's share of a step  {median['optimizer']:.0%}")
 
