@@ -28,6 +28,7 @@ from minitune.support.cli import (
     add_machine_options,
     check_same,
     choose_max_len,
+    drawing,
     float_range,
     int_range,
     path,
@@ -209,9 +210,10 @@ def fine_tune_all(args: argparse.Namespace, experiments: list[Experiment]) -> No
     rows = summarise(results, test_rows, order)
     runtime.log(f"\n{test_rows:,} test rows of {args.data}:\n{table(rows)}")
     write_json(args.out / "compare.json", {"rows": rows, "runs": results})
-    from minitune.support.plots import plot_comparison  # matplotlib takes a second to import
+    with drawing(args.out / "compare.png") as picture:
+        from minitune.support.plots import plot_comparison  # matplotlib takes a second to import
 
-    plot_comparison(rows, f"{args.model} on {args.data}", args.out / "compare.png")
+        plot_comparison(rows, f"{args.model} on {args.data}", picture)
     runtime.log(f"wrote {args.out}: a directory for each method, compare.png, compare.json")
 
 
