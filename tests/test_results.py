@@ -359,6 +359,7 @@ def test_no_plateau_is_shaded_where_there_is_none(draw, losses):
     assert not axes.patches
 
 
-def test_a_slow_fall_from_the_unigram_entropy_is_no_plateau():
+def test_of_a_slow_fall_only_what_is_near_the_unigram_entropy_is_shaded():
     minutes, losses = np.linspace(0, 15, 300).tolist(), np.linspace(6.7, 5.9, 300).tolist()
-    assert plots.plateau(minutes, losses, 6.68) is None
+    start, stop = plots.plateau(minutes, losses, 6.68)
+    assert start == 0 and stop == pytest.approx(15 * (6.7 - 6.58) / 0.8, abs=0.2)

@@ -80,14 +80,14 @@ def plateau(
     """The longest time in which the loss stays within `margin` nats of the unigram entropy, or None.
 
     That is the loss of a model that knows how frequent words are, and nothing else. Single batches
-    vary: what counts is the median of up to 21 in a row. A loss that only falls through the margin
-    has no plateau: a line fitted to the medians may fall by `margin` at most.
+    vary: what counts is the median of up to 21 in a row. A loss that only falls through the margin,
+    from its upper to its lower end, has no plateau: a line through the medians may not fall so far.
     """
     medians = np.array([median(losses[max(0, i - 10) : i + 11]) for i in range(len(losses))])
     inside = np.abs(medians - unigram) <= margin
     spans = []
     for a, b in np.flatnonzero(np.diff(inside, prepend=False, append=False)).reshape(-1, 2):
-        if b - a >= 3 and abs(np.polyfit(range(a, b), medians[a:b], 1)[0]) * (b - a) <= margin:
+        if b - a >= 3 and abs(np.polyfit(range(a, b), medians[a:b], 1)[0]) * (b - a) < 1.5 * margin:
             spans.append((minutes[a], minutes[b - 1]))
     return max(spans, key=lambda span: span[1] - span[0], default=None)
 
