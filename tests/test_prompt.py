@@ -574,6 +574,13 @@ def test_unlabelled_reviews_may_have_no_labels(succeed, tmp_path):
     assert "calibration: prior" in done.err
 
 
+def test_a_prior_without_train_rows_is_refused(refused, tmp_path):
+    for name in ("train/pos", "train/neg", "test/pos", "test/neg"):
+        (tmp_path / "tree" / name).mkdir(parents=True)
+    (tmp_path / "tree/test/pos/1_9.txt").write_text("the film was good")
+    refused("a film", *ASK, "--data", "tree", naming=["tree", "no train rows"])
+
+
 # Bad input: one line that names the culprit, status 2
 
 REFUSED = {
