@@ -60,7 +60,7 @@ def parser() -> Parser:
     add("--out", "each method writes to OUT/METHOD", path, Path("runs/finetune"))
     add("--resume", "continue the runs in --out", bool)
     add("--overwrite", "replace the runs in --out", bool)
-    add("--save-minutes", "minutes between checkpoints", float_range(0, 1e6), 2)
+    add("--save-minutes", "minutes between checkpoints", float_range(0, 1e6), "2")
     add = options.group("the recipe; what is not given is the method's own")
     add("--epochs", "how often the training rows are read", int_range(1, 10_000))
     soup = "train N times from the same weights, in other orders, and try their average too"
@@ -122,6 +122,8 @@ def open_runs(args: argparse.Namespace, stack: contextlib.ExitStack) -> list[Exp
         experiment = Experiment(method, size, args.seed + k, stack.enter_context(run))
         if settings := experiment.run.settings:
             check_same(args, settings, MAY_CHANGE, directory)
+            if not settings.keys() >= {"base_hash", "dataset", "soup"}:
+                raise UserError(f"--resume: the settings of the run in {directory} are not whole")
             if settings["experiment"] != experiment.description:
                 raise UserError(f"--resume: the run in {directory} is {settings['experiment']}")
         experiments.append(experiment)

@@ -54,7 +54,7 @@ def parser() -> cli.Parser:
     add = options.group("how long")
     add("--minutes", "for all of it, tokenising included", float_range(0, 1e6), 17)
     add("--steps", "exactly so many optimizer steps instead", int_range(1, 10**9))
-    add("--save-minutes", "minutes between checkpoints", float_range(0, 1e6), 2)
+    add("--save-minutes", "minutes between checkpoints", float_range(0, 1e6), "2")
     add = options.group("the recipe")
     add("--mask-rate", "share of the tokens to guess", float_range(0, 0.9), 0.15)
     add("--whole-word", "mask whole words, not single tokens", bool)

@@ -936,6 +936,13 @@ def test_ctrl_c_saves_and_resume_goes_on_with_all_methods(compared, folder, tmp_
     ]
 
 
+def test_resume_keeps_an_option_that_is_zero(folder, tmp_path):
+    words = ("--method", "feature", "--epochs", "1", "--weight-decay", "0")
+    succeed(*options(folder, tmp_path, *words))
+    succeed("--resume", "--out", tmp_path)
+    assert_refused("--resume", "--out", tmp_path, "--weight-decay", "0.5", naming="weight-decay")
+
+
 def test_a_finished_command_only_prints_its_table_again(compared):
     out, printed = compared
     before = contents(out)
@@ -983,6 +990,38 @@ def test_resume_notices_that_the_base_or_the_data_changed(unfinished, tmp_path, 
     before = contents(unfinished)
     assert_refused("--resume", "--out", unfinished, naming="changed")
     assert contents(unfinished) == before
+
+
+DAMAGED_SETTINGS = {
+    "method": [-5, "abc", [], ["x"], {}],
+    "model": [-5, ["x"], "/no/such/model"],
+    "data": [True, [], "/no/such/data"],
+    "test": [1.5, {"a": 1}],
+    "train_examples": [-5, [1], ["x"], True],
+    "seeds": [0, -5, 10**30, 1.5, "", ["x"]],
+    "save_minutes": [-1, [], "x"],
+    "epochs": [0, "x", 10**30],
+    "soup": [0, {}, True],
+    "lr": [-1, "x", []],
+    "max_len": [1, "x", []],
+    "experiment": [None, 7, {}, []],
+    "base_hash": [None, 7],
+    "dataset": [None, "x"],
+}
+
+
+@pytest.mark.parametrize("key", DAMAGED_SETTINGS)
+def test_damaged_settings_are_an_error_of_one_line_and_lose_nothing(unfinished, key):
+    path = unfinished / "full" / "settings.json"
+    settings = json.loads(path.read_text())
+    for value in DAMAGED_SETTINGS[key]:
+        path.write_text(json.dumps(settings | {key: value}))
+        before = contents(unfinished)
+        assert_refused("--resume", "--out", unfinished)
+        assert contents(unfinished) == before, value
+    path.write_text(json.dumps({name: value for name, value in settings.items() if name != key}))
+    if key in ("experiment", "base_hash", "dataset", "soup"):
+        assert_refused("--resume", "--out", unfinished)
 
 
 def test_a_finished_run_is_not_compared_on_other_test_rows(unfinished, tmp_path):

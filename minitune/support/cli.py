@@ -84,9 +84,20 @@ class Parser(argparse.ArgumentParser):
         return add
 
     def resumed(self, saved: dict, may_change: set[str], where: object) -> argparse.Namespace:
-        """The options; those not given are a saved run's, and the others must not differ from it."""
-        self.set_defaults(**{key: value for key, value in saved.items() if key != "out"})
-        args = self.parse_args()
+        """The options; those not given are a saved run's, and the others must not differ from it.
+
+        Saved values are read as if they stood on the command line, so damaged ones are refused.
+        """
+        words = []
+        for action in self._actions:
+            value, flag = saved.get(action.dest), action.option_strings[0]
+            if action.dest == "out" or value is None or value is False:  # 0 is a value
+                continue
+            if action.nargs == "+" and isinstance(value, list):
+                words += [flag, *map(str, value)]
+            else:
+                words.append(flag if action.nargs == 0 and value is True else f"{flag}={value}")
+        args = self.parse_args([*words, *sys.argv[1:]])
         check_same(args, saved, may_change, where)
         return args
 
