@@ -18,7 +18,7 @@ from pathlib import Path
 
 from minitune.attention import BACKENDS, resolve_backend
 from minitune.checkpoint import default_model, find_model, load_tokenizer, read_config, weights_hash
-from minitune.classification import Examples, Sequences
+from minitune.classification import Examples, TokenizedTexts
 from minitune.data import SPLITS, Dataset, Reviews
 from minitune.finetuning import METHODS, Experiment, Setup, fine_tune
 from minitune.prediction import label_new_reviews
@@ -177,7 +177,7 @@ def fine_tune_all(args: argparse.Namespace, experiments: list[Experiment]) -> No
         reviews.balanced_subset("train", experiment.train_examples or 0, experiment.seed)
     examples = {}
     for split in SPLITS:
-        sequences = Sequences(reviews.texts[split], tokenizer, args.max_len)
+        sequences = TokenizedTexts(reviews.texts[split], tokenizer, args.max_len)
         examples[split] = Examples(sequences, reviews.labels[split])
     cut = sum(examples["train"].inputs.truncated) / len(examples["train"])
     runtime.log(

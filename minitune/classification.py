@@ -3,7 +3,7 @@
 Where the classification head is trained: `Classification.loss` compares its logits with the labels,
 and training.Trainer follows the gradient of that loss. The head is the `classifier` of
 model.BertForSequenceClassification, or features.FeatureHead. Every fine-tuning method has this
-task; which parameters learn besides the head is what finetuning.METHODS are about.
+task; the methods differ in which other parameters learn (finetuning.METHODS).
 """
 
 import copy
@@ -21,7 +21,7 @@ from minitune.tokenizer import Tokenizer
 HEAD_SHARE = 0.25  # of a text that is cut, this much from its beginning and the rest from its end
 
 
-class Sequences:
+class TokenizedTexts:
     """Texts as token ids with [CLS] and [SEP], at most `max_len` each.
 
     A longer text keeps its beginning and its end, where reviewers say what they think (Sun et al.
@@ -41,7 +41,7 @@ class Sequences:
             self.ids.append(np.array(tokenizer.frame(ids), dtype=np.int32))
         self.lengths = np.array([len(ids) for ids in self.ids], dtype=np.int64)
 
-    def select(self, indices: np.ndarray) -> "Sequences":
+    def select(self, indices: np.ndarray) -> "TokenizedTexts":
         """Only these texts, in this order."""
         chosen = copy.copy(self)
         chosen.ids, chosen.lengths = [self.ids[i] for i in indices], self.lengths[indices]
@@ -57,7 +57,7 @@ class Sequences:
 class Examples:
     """Inputs and their labels: a whole split, or the few of a batch."""
 
-    inputs: Sequences  # or features.Features, vectors with the same methods
+    inputs: TokenizedTexts  # or features.Features, vectors with the same methods
     labels: Tensor  # (N,) int64, indices into id2label
 
     def __len__(self) -> int:
@@ -102,7 +102,7 @@ class Classification:
         self.steps = self.epoch_ends[-1]
 
     def _epoch_ends(self, epochs: int) -> list[int]:
-        """The last step of each epoch. Shuffled rows do not always fill the same number of batches."""
+        """The last step of each epoch: shuffled rows fill now more batches, now fewer."""
         ends, rows = [], 0
         for step, indices in enumerate(self._shuffled(), start=1):
             rows += len(indices)
@@ -119,7 +119,7 @@ class Classification:
         return map(self.train.select, self._shuffled(skip=first_step))
 
     def loss(self, model: nn.Module, inputs: tuple, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """(what is minimised, what is reported), here the same: the sum of -log p(label) in nats."""
+        """(what is minimised, what is reported): both the sum of -log p(label), in nats."""
         loss = F.cross_entropy(model(*inputs).float(), labels, reduction="sum")
         return loss, loss
 
@@ -132,5 +132,5 @@ class Classification:
         return self.validation.batches(self.batch_tokens)
 
     def score(self, metrics: dict) -> tuple[float, float]:
-        """What the best epoch has the most of: accuracy, and at equal accuracy the smallest loss."""
+        """The best epoch has the highest accuracy, and among equals the smallest loss."""
         return metrics["accuracy"], -metrics["loss"]

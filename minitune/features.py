@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from minitune.batching import PackedBatch, filled, reading_tokens
-from minitune.classification import Sequences
+from minitune.classification import TokenizedTexts
 from minitune.model import Bert, mean_of_tokens
 from minitune.support.errors import UserError
 from minitune.support.runs import write_tensors
@@ -99,7 +99,9 @@ def pooled_layers(bert: Bert, batch: PackedBatch) -> Tensor:
 
 
 @torch.no_grad()
-def extract(bert: Bert, inputs: Sequences, prefix: Path, runtime: Runtime) -> tuple[Tensor, float]:
+def extract(
+    bert: Bert, inputs: TokenizedTexts, prefix: Path, runtime: Runtime
+) -> tuple[Tensor, float]:
     """Features (N, F) of N texts, in their order, and the seconds that it took.
 
     Each block of texts becomes a file, "PREFIX-00000.safetensors" and so on. A block that is on

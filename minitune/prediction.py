@@ -34,7 +34,7 @@ from minitune.checkpoint import (
     load_tokenizer,
     read_config,
 )
-from minitune.classification import Sequences
+from minitune.classification import TokenizedTexts
 from minitune.data import LONGEST_LINE, PACKAGED, SUFFIXES, Dataset, Row, label_index, make_row
 from minitune.finetuning import load_trained
 from minitune.prompting import Prompt, in_words
@@ -133,7 +133,7 @@ class Classifier:
         batch_tokens = batch_tokens or reading_tokens(self.runtime.device)
         texts = iter(texts)
         while block := list(itertools.islice(texts, BLOCK)):
-            sequences = Sequences(block, self.tokenizer, self.max_len)
+            sequences = TokenizedTexts(block, self.tokenizer, self.max_len)
             probabilities = torch.empty(len(block), len(self.labels))
             # One context for all batches: while it lasts, autocast keeps the weights that it has
             # converted (those that require gradients, and not under inference_mode).

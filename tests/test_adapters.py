@@ -20,7 +20,7 @@ from minitune.checkpoint import (
     trained_tensors,
     weights_hash,
 )
-from minitune.classification import Classification, Examples, Sequences
+from minitune.classification import Classification, Examples, TokenizedTexts
 from minitune.fast.layers import ByteDropout, pad_rows
 from minitune.features import Features, feature_size
 from minitune.finetuning import METHODS, build, in_short
@@ -264,7 +264,7 @@ def test_a_step_changes_every_trained_tensor_and_not_a_bit_of_the_others(
     base, tokenizer, tmp_path, method
 ):
     model = new_model(base, method)
-    learner, inputs = model, Sequences(TEXTS, tokenizer, 16)
+    learner, inputs = model, TokenizedTexts(TEXTS, tokenizer, 16)
     if method == "feature":
         learner, inputs = model.head, Features(torch.randn(len(TEXTS), feature_size(model.bert)))
     examples = Examples(inputs, LABELS)

@@ -1,4 +1,4 @@
-"""The task of fine-tuning: cut texts, batches, epochs, the best of them, accuracy; and labelled rows."""
+"""The task of fine-tuning: cut texts, batches, epochs and the best of them, dropout, accuracy."""
 
 import itertools
 import math
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from minitune.batching import PackedBatch, shuffled_batches
-from minitune.classification import Classification, Examples, Sequences
+from minitune.classification import Classification, Examples, TokenizedTexts
 from minitune.features import Features
 from minitune.model import BertConfig, BertForSequenceClassification
 from minitune.optimizer import Optimizer
@@ -48,7 +48,7 @@ def examples(tokenizer):
     texts = [" ".join(f"w{i + 40 * k}" for k in range(rng.integers(1, 15))) for i in range(39)]
     texts.append("w39 " + words(40))
     labels = torch.tensor([int(i % 3 == 0) for i in range(40)])
-    return Examples(Sequences(texts, tokenizer, 30), labels)
+    return Examples(TokenizedTexts(texts, tokenizer, 30), labels)
 
 
 def task_for(examples, batch_tokens=60, epochs=3, seed=0):
@@ -65,7 +65,7 @@ def task_for(examples, batch_tokens=60, epochs=3, seed=0):
 def test_a_long_text_keeps_its_first_quarter_and_its_end(tokenizer, max_len, head):
     room = max_len - 2
     for count in (room + 1, room + 2, 2 * room, 300):
-        sequences = Sequences([words(count)], tokenizer, max_len)
+        sequences = TokenizedTexts([words(count)], tokenizer, max_len)
         kept = [*range(head), *range(count - (room - head), count)]
         assert sequences.ids[0].tolist() == ids(*kept)
         assert sequences.lengths.tolist() == [max_len] and sequences.truncated == [True]
@@ -74,20 +74,20 @@ def test_a_long_text_keeps_its_first_quarter_and_its_end(tokenizer, max_len, hea
 @pytest.mark.parametrize("max_len", [8, 9, 256])
 def test_a_text_that_fits_is_kept_whole(tokenizer, max_len):
     for count in (1, max_len - 3, max_len - 2):
-        sequences = Sequences([words(count)], tokenizer, max_len)
+        sequences = TokenizedTexts([words(count)], tokenizer, max_len)
         assert sequences.ids[0].tolist() == ids(*range(count)) and sequences.truncated == [False]
         assert sequences.lengths.tolist() == [count + 2]
 
 
 def test_each_text_is_flagged_by_itself(tokenizer):
-    sequences = Sequences([words(6), words(7), "w3", words(50), ""], tokenizer, 8)
+    sequences = TokenizedTexts([words(6), words(7), "w3", words(50), ""], tokenizer, 8)
     assert sequences.truncated == [False, True, False, True, False]
     assert sequences.lengths.tolist() == [8, 8, 3, 8, 2]
 
 
 def test_a_choice_of_texts_keeps_what_belongs_to_each(tokenizer):
     whole = Examples(
-        Sequences([words(n) for n in (3, 9, 1, 5)], tokenizer, 8), torch.tensor([0, 1, 1, 0])
+        TokenizedTexts([words(n) for n in (3, 9, 1, 5)], tokenizer, 8), torch.tensor([0, 1, 1, 0])
     )
     chosen = whole.select(np.array([1, 3]))
     assert [row.tolist() for row in chosen.inputs.ids] == [
@@ -216,7 +216,7 @@ def classifier(**options):
 
 
 def train_in_place(model, task, directory, before):
-    """Train at a learning rate that changes no weight; each step's (loss, metrics of validation)."""
+    """Train at a rate that changes no weight; each step's (loss, metrics of validation)."""
     torch.manual_seed(before)
     run = Run(directory)
     run.start({})

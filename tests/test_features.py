@@ -8,7 +8,7 @@ from safetensors.torch import save
 from minitune import features
 from minitune.batching import PackedBatch
 from minitune.checkpoint import Trained, load_for_classification, weights_hash
-from minitune.classification import Classification, Examples, Sequences
+from minitune.classification import Classification, Examples, TokenizedTexts
 from minitune.features import FeatureHead, Features, extract, feature_size, pooled_layers
 from minitune.finetuning import build
 from minitune.model import Bert, BertConfig
@@ -41,7 +41,7 @@ pytestmark = pytest.mark.usefixtures("fixed_seed")
 
 @pytest.fixture
 def examples(tokenizer):
-    whole = Examples(Sequences(TEXTS, tokenizer, 32), LABELS)
+    whole = Examples(TokenizedTexts(TEXTS, tokenizer, 32), LABELS)
     return {"train": whole, "validation": whole.select(np.array([7, 2, 5]))}
 
 
@@ -59,7 +59,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(features, "reading_tokens", lambda device: 20)
 
 
-def one_by_one(bert: Bert, inputs: Sequences) -> torch.Tensor:
+def one_by_one(bert: Bert, inputs: TokenizedTexts) -> torch.Tensor:
     """(N, F) features in float64, without dropout, one text and one layer after another."""
     bert.eval()
     rows = []

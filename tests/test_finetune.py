@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 import finetune
 from minitune import finetuning
 from minitune.checkpoint import load_classifier, save_model
-from minitune.classification import Examples, Sequences
+from minitune.classification import Examples, TokenizedTexts
 from minitune.data import Reviews, label_index
 from minitune.features import Features, pooled_layers
 from minitune.finetuning import average
@@ -489,7 +489,7 @@ def test_few_labels_choose_the_rows_that_train_and_as_few_that_validate(few_labe
         assert_figures(directory, chosen | {"test": rows["test"]})
         # The head's mean is that of the features of the rows that it learned from.
         model = Classifier.load(str(directory), CPU)
-        sequences = Sequences([row["text"] for row in chosen["train"]], model.tokenizer, 32)
+        sequences = TokenizedTexts([row["text"] for row in chosen["train"]], model.tokenizer, 32)
         with torch.no_grad():
             features = pooled_layers(model.model.bert, sequences.pack())
         means.append(weights(directory)["head.mean"])

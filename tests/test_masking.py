@@ -37,7 +37,7 @@ def random_tokens(count, lowest=0, seed=1):
 
 
 def assert_share(events, share):
-    """Within 5 standard deviations: fails by chance once in two million, and by any real mistake."""
+    """Within 5 standard deviations: fails by chance once in two million."""
     spread = (share * (1 - share) / events.numel()) ** 0.5
     assert events.double().mean().item() == pytest.approx(share, abs=5 * spread)
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from minitune import prediction
 from minitune.checkpoint import Trained, save_model, weights_hash
-from minitune.classification import Sequences
+from minitune.classification import TokenizedTexts
 from minitune.features import FeatureClassifier
 from minitune.finetuning import build
 from minitune.model import BertConfig, BertForSequenceClassification
@@ -55,7 +55,7 @@ def head_of(model):
 @torch.no_grad()
 def give_opinions(model, tokenizer):
     """Make the model answer now this, now that."""
-    head, sequences = head_of(model.eval()), Sequences(TEXTS, tokenizer, 16)
+    head, sequences = head_of(model.eval()), TokenizedTexts(TEXTS, tokenizer, 16)
     nn.init.normal_(head.weight, std=0.5)
     head.bias.sub_(model(sequences.pack()).mean(0))
     return model
@@ -140,7 +140,7 @@ def test_probabilities_are_those_of_a_softmax_and_the_label_has_the_highest(clas
         assert list(answer.probabilities) == ["zebra", "aardvark", "mole"]
         assert sum(answer.probabilities.values()) == pytest.approx(1, abs=1e-6)
         assert answer.label == max(answer.probabilities, key=answer.probabilities.get)
-        sequences = Sequences([text], classifier.tokenizer, 16)
+        sequences = TokenizedTexts([text], classifier.tokenizer, 16)
         with torch.no_grad():
             logits = classifier.model(sequences.pack()).double()
         expected = logits.softmax(-1)[0].tolist()

@@ -29,7 +29,7 @@ import minitune.model
 from minitune.attention import resolve_backend
 from minitune.batching import PackedBatch
 from minitune.checkpoint import find_model, load_for_classification, load_tokenizer, read_config
-from minitune.classification import Sequences
+from minitune.classification import TokenizedTexts
 from minitune.corpus import Corpus
 from minitune.data import Dataset, Reviews
 from minitune.fast.layers import ByteDropout, pad_rows
@@ -161,7 +161,7 @@ def problem(job: str, rows: int) -> tuple[list[Tensor], Tensor]:
     reviews = Reviews.load(Dataset("rotten_tomatoes"))
     chosen = np.random.default_rng(0).permutation(len(reviews.texts["train"]))[:rows]
     texts = [reviews.texts["train"][row] for row in chosen]
-    ids = Sequences(texts, load_tokenizer(source, read_config(source)), 256).ids
+    ids = TokenizedTexts(texts, load_tokenizer(source, read_config(source)), 256).ids
     labels = reviews.labels["train"][torch.from_numpy(chosen)]
     return [torch.from_numpy(x).long() for x in ids], labels
 

@@ -21,7 +21,7 @@ from minitune.checkpoint import (
     read_config,
     to_bert,
 )
-from minitune.classification import Classification, Examples, Sequences
+from minitune.classification import Classification, Examples, TokenizedTexts
 from minitune.features import FeatureClassifier, extract
 from minitune.finetuning import METHODS
 from minitune.model import MeanPooler
@@ -96,7 +96,7 @@ class Ours:
         chosen = set(method.trained(self.model))
         for name, p in self.model.named_parameters():
             p.requires_grad_(name in chosen)
-        sequences = Sequences(problem.texts, self.tokenizer, problem.max_len)
+        sequences = TokenizedTexts(problem.texts, self.tokenizer, problem.max_len)
         assert [row.tolist() for row in sequences.ids] == problem.ids
         self.examples = Examples(sequences, torch.tensor(problem.labels))
         self.task = GivenBatches(self.examples, problem.grouped)

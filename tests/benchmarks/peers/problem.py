@@ -15,7 +15,7 @@ from minitune.checkpoint import (
     read_config,
     save_model,
 )
-from minitune.classification import Sequences
+from minitune.classification import TokenizedTexts
 from minitune.corpus import Corpus
 from minitune.data import Dataset, Reviews
 from minitune.masking import mask_tokens
@@ -92,7 +92,7 @@ def make(
             chosen = np.array(long)
         texts = [reviews.texts["train"][row] for row in chosen[:rows]]
         labels = reviews.labels["train"][chosen[:rows]].tolist()
-        ids = [row.tolist() for row in Sequences(texts, tokenizer, max_len).ids]
+        ids = [row.tolist() for row in TokenizedTexts(texts, tokenizer, max_len).ids]
     shuffled = [list(range(i, min(i + batch, rows))) for i in range(0, rows, batch)]
     by_length = sorted(range(rows), key=lambda row: len(ids[row]))
     grouped = [by_length[i : i + batch] for i in range(0, rows, batch)]
