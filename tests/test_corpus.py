@@ -216,6 +216,16 @@ def test_a_damaged_file_is_found_and_everything_tokenised_again(tmp_path, cache,
     assert list(cache.iterdir()) == [directory]
 
 
+def test_a_pipe_in_place_of_the_index_is_not_waited_for(tmp_path, cache):
+    data = dataset(tmp_path, ["one two three four", "three", "four"])
+    directory = Corpus.open(data, None, 100).directory
+    before = content(directory)
+    (directory / "index.json").unlink()
+    os.mkfifo(directory / "index.json")
+    Corpus.open(data, None, 100)
+    assert content(directory) == before
+
+
 @pytest.mark.parametrize(
     "text", [None, "", "{", "[]", "{}", '{"train.tokens": 3}', "[" * 100_000, "\0"]
 )

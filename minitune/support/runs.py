@@ -221,6 +221,8 @@ def write_json(path: Path, value: dict) -> None:
 def read_text(path: Path) -> str:
     """A file that is small, as settings and vocabularies are, or a UserError that names it."""
     try:
+        if path.exists() and not path.is_file():  # a device or a pipe may never end
+            raise ValueError("it is no file")
         if path.stat().st_size > LARGEST_TEXT:
             raise ValueError(f"it has more than {LARGEST_TEXT:,} bytes")
         return path.read_text(encoding="utf-8")
