@@ -192,6 +192,7 @@ def evaluate(args: argparse.Namespace, prompts: list[Prompt], model: str) -> Non
         demonstrate(args, compared[args.shots], reviews)
     prompts[0].scores([[]])  # an error for damaged weights, before there is a directory
     args.out.mkdir(parents=True, exist_ok=True)
+    say(f"data: {args.evaluate}: {reviews.describe()}")
 
     started, rows = time.monotonic(), []
     for shots, several in compared.items():

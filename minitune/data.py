@@ -320,7 +320,7 @@ class Reviews:
         return order[np.argsort(rank[order], kind="stable")][:count]
 
 
-def label_index(label: str, names: dict[int, str], numbers_too: bool) -> int | None:
+def label_index(label: str | None, names: dict[int, str], numbers_too: bool) -> int | None:
     """The index of a label, by its name or where `numbers_too` by its number; None: of no label.
 
     Where names are numbers themselves, "1" is a name and never a number.

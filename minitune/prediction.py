@@ -9,16 +9,20 @@ trained and what it belongs to:
 
 import argparse
 import codecs
+import contextlib
+import csv
 import functools
 import io
 import itertools
 import json
 import os
 import re
+import select
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +48,7 @@ from minitune.support.runtime import Runtime
 from minitune.tokenizer import Tokenizer
 
 BLOCK, BLOCK_CHARACTERS = 2048, 1 << 20  # texts that are in memory at a time
+MOMENT = 0.1  # seconds to wait for the rest of a line of a pipe before the others are answered
 
 
 @dataclass
@@ -57,16 +62,8 @@ class Prediction:
 
     def cells(self) -> dict[str, str]:
         """The columns of its line in a table, the text last since it is the longest."""
-        probability, truncated = (
-            f"{self.probabilities[self.label]:.4f}",
-            str(self.truncated).lower(),
-        )
-        return {
-            "label": self.label,
-            "probability": probability,
-            "truncated": truncated,
-            "text": self.text,
-        }
+        facts = {"label": self.label, "probability": f"{self.probabilities[self.label]:.4f}"}
+        return facts | {"truncated": str(self.truncated).lower(), "text": self.text}
 
 
 class Classifier:
@@ -126,29 +123,25 @@ class Classifier:
         tokenizer = load_tokenizer(source, model.bert.config, remove_markup=bool(trained))
         return cls(model, tokenizer, labels, max_len, runtime, trained.base_hash if trained else "")
 
-    def predict(
-        self, texts: Iterable[str], batch_tokens: int | None = None
-    ) -> Iterator[Prediction]:
-        """One prediction a text, in the order of the texts; read and answered a block at a time."""
-        batch_tokens = batch_tokens or reading_tokens(self.runtime.device)
-        texts = iter(texts)
-        while block := list(itertools.islice(texts, BLOCK)):
-            sequences = TokenizedTexts(block, self.tokenizer, self.max_len)
-            probabilities = torch.empty(len(block), len(self.labels))
-            # One context for all batches: while it lasts, autocast keeps the weights that it has
-            # converted (those that require gradients, and not under inference_mode).
-            with torch.no_grad(), self.runtime.autocast():
-                for indices in sorted_batches(sequences.lengths, batch_tokens):
-                    logits = self.model(sequences.select(indices).pack().to(self.runtime.device))
-                    probabilities[torch.from_numpy(indices)] = logits.float().softmax(-1).cpu()
-            if not probabilities.isfinite().all():
-                raise UserError("the model's answers are no numbers: its weights must be damaged")
-            for text, p, truncated in zip(
-                block, probabilities.tolist(), sequences.truncated, strict=True
-            ):
-                label = max(range(len(p)), key=p.__getitem__)
-                by_name = {self.labels[i]: p[i] for i in range(len(p))}
-                yield Prediction(text, self.labels[label], by_name, truncated)
+    def predict(self, texts: list[str], batch_tokens: int | None = None) -> list[Prediction]:
+        """One prediction a text, in the order of the texts; they are read `batch_tokens` at a time."""
+        sequences = TokenizedTexts(texts, self.tokenizer, self.max_len)
+        probabilities = torch.empty(len(texts), len(self.labels))
+        budget = batch_tokens or reading_tokens(self.runtime.device)
+        # One context for all batches: while it lasts, autocast keeps the weights that it has
+        # converted (those that require gradients, and not under inference_mode).
+        with torch.no_grad(), self.runtime.autocast():
+            for indices in sorted_batches(sequences.lengths, budget):
+                logits = self.model(sequences.select(indices).pack().to(self.runtime.device))
+                probabilities[torch.from_numpy(indices)] = logits.float().softmax(-1).cpu()
+        if not probabilities.isfinite().all():
+            raise UserError("the model's answers are no numbers: its weights must be damaged")
+        answers = []
+        rows = zip(texts, probabilities.tolist(), sequences.truncated, strict=True)
+        for text, row, truncated in rows:
+            by_name = {self.labels[i]: p for i, p in enumerate(row)}
+            answers.append(Prediction(text, max(by_name, key=by_name.get), by_name, truncated))
+        return answers
 
 
 def load_together(
@@ -187,21 +180,20 @@ class Ensemble:
         pairs = zip(self.prompts, self.biases, strict=True)
         return mean_log_probabilities([prompt.scores(texts) + bias for prompt, bias in pairs])
 
-    def predict(self, texts: Iterable[str], count: int) -> Iterator["PromptPrediction"]:
-        """One prediction a text, in the order of the texts, read a block at a time.
+    def predict(self, texts: list[str], count: int) -> list["PromptPrediction"]:
+        """One prediction a text, in the order of the texts.
 
         With the `count` most probable words in the blank of the first template.
         """
-        first, texts = self.prompts[0], iter(texts)
-        room = min(prompt.room for prompt in self.prompts)
-        while block := list(itertools.islice(texts, BLOCK)):
-            ids = first.fill_mask.tokenizer.encode(block)
-            probabilities = self.log_probabilities(ids).exp().tolist()
-            words = first.most_probable_words(ids, count)
-            for text, tokens, p, likely in zip(block, ids, probabilities, words, strict=True):
-                by_name = dict(zip(self.names.values(), p, strict=True))
-                label = max(by_name, key=by_name.__getitem__)
-                yield PromptPrediction(text, label, by_name, len(tokens) > room, dict(likely))
+        first, room = self.prompts[0], min(prompt.room for prompt in self.prompts)
+        ids = first.fill_mask.tokenizer.encode(texts)
+        probabilities = self.log_probabilities(ids).exp().tolist()
+        words, answers = first.most_probable_words(ids, count), []
+        for text, tokens, row, likely in zip(texts, ids, probabilities, words, strict=True):
+            by_name = dict(zip(self.names.values(), row, strict=True))
+            label, truncated = max(by_name, key=by_name.get), len(tokens) > room
+            answers.append(PromptPrediction(text, label, by_name, truncated, dict(likely)))
+        return answers
 
 
 @dataclass
@@ -221,9 +213,8 @@ def label_new_reviews(args: argparse.Namespace) -> None:
     runtime = Runtime.start(args.device, args.precision)
     name = _latest_run(args.out) if args.model is None else args.model
     classifier = Classifier.load(name, runtime, args.attention, args.base)
-    say(
-        f"model: {name}; labels: {', '.join(classifier.labels.values())}; precision: {runtime.precision}"
-    )
+    labels = ", ".join(classifier.labels.values())
+    say(f"model: {name}; labels: {labels}; precision: {runtime.precision}")
     cut = f"had more than {classifier.max_len} tokens: their two ends were read"
     predict = functools.partial(classifier.predict, batch_tokens=args.batch_tokens)
     print_answers(args.predict, "--predict", classifier.labels, predict, args.json, cut)
@@ -233,7 +224,7 @@ def print_answers(
     arguments: list[str],
     option: str,
     labels: dict[int, str],
-    predict: Callable[[list[str]], Iterable[Prediction]],
+    predict: Callable[[list[str]], list[Prediction]],
     as_json: bool,
     cut: str,
 ) -> None:
@@ -242,20 +233,26 @@ def print_answers(
     `arguments` are texts, files or -, given to `option`; `cut` says what happened to texts that are
     too long.
     """
+    # Python before 3.11.9 quotes a carriage return only where it ends lines with one itself.
+    lines = SimpleNamespace(write=lambda line: print(line.removesuffix("\r\n")))
+    table = csv.writer(lines, lineterminator="\r\n")
     count, right, known, truncated = 0, 0, 0, 0
     for rows in _blocks(_rows(arguments, option)):
-        expected = [_known_label(row, count + i, labels) for i, row in enumerate(rows, start=1)]
-        answers = predict([row.text for row in rows])
-        for label, answer in zip(expected, answers, strict=True):
+        indices = [label_index(row.label, labels, numbers_too=True) for row in rows]
+        for number, (row, index) in enumerate(zip(rows, indices, strict=True), start=count + 1):
+            if row.label and index is None:
+                names = f"none of the model's: {', '.join(labels.values())}"
+                raise UserError(f"row {number}: the label {row.label} is {names}")
+        for index, answer in zip(indices, predict([row.text for row in rows]), strict=True):
             if as_json:
                 print(json.dumps(asdict(answer), ensure_ascii=False))
             else:
                 cells = answer.cells()
-                print(*[_csv_line(cells)] * (count == 0), _csv_line(cells.values()), sep="\n")
+                table.writerows([cells] * (count == 0) + [cells.values()])
             count += 1
             truncated += answer.truncated
-            known += label is not None
-            right += label == answer.label
+            known += index is not None
+            right += labels.get(index) == answer.label
         sys.stdout.flush()
     if not count:
         raise UserError(f"{option}: there is no text in what was given")
@@ -263,23 +260,6 @@ def print_answers(
         say(f"{truncated:,} of {count:,} {cut}")
     if known:
         say(f"accuracy: {right / known:.2%} of {plural(known, 'labelled row')}")
-
-
-def _known_label(row: Row, number: int, labels: dict[int, str]) -> str | None:
-    """The right answer, where the row has one. Raises UserError where the model has no such label."""
-    if not row.label:
-        return None
-    index = label_index(row.label, labels, numbers_too=True)
-    if index is None:
-        names = ", ".join(labels.values())
-        raise UserError(f"row {number}: the label {row.label} is none of the model's: {names}")
-    return labels[index]
-
-
-def _csv_line(cells: Iterable[str]) -> str:
-    """As csv.writer, which before Python 3.11.9 leaves a carriage return without quotes."""
-    quoted = ['"' + cell.replace('"', '""') + '"' for cell in cells]
-    return ",".join(q if re.search('[",\r\n]', q[1:-1]) else q[1:-1] for q in quoted)
 
 
 def say(line: str) -> None:
@@ -333,12 +313,12 @@ def _names_a_file(text: str) -> bool:
 
 
 def _standard_input() -> Iterator[Row | None]:
-    """Its lines, a very long one in pieces; None after those that are there: more may take long."""
+    """Its lines, a very long one in pieces; None where the next line may take long."""
     utf8 = codecs.getincrementaldecoder("utf-8-sig")()
     decoder = io.IncrementalNewlineDecoder(utf8, translate=True)
-    chunk, rest = b"more", ""
+    stream, chunk, rest = sys.stdin.buffer, b"more", ""
     while chunk:
-        chunk = sys.stdin.buffer.read1(1 << 20)
+        chunk = stream.read1(1 << 20)  # what is there, at least a byte, or at the end none
         try:
             *lines, rest = (rest + decoder.decode(chunk, final=not chunk)).split("\n")
         except UnicodeDecodeError as error:
@@ -347,7 +327,9 @@ def _standard_input() -> Iterator[Row | None]:
             lines, rest = [*lines, rest], ""
         for line in filter(str.strip, lines):
             yield make_row("standard input", [("text", line.strip())])
-        yield None
+        with contextlib.suppress(io.UnsupportedOperation):  # not a file of the system: all is there
+            if not (rest and select.select([stream], [], [], MOMENT)[0]):
+                yield None
 
 
 def _latest_run(out: Path) -> str:

@@ -774,7 +774,7 @@ def test_predicting_the_test_rows_gives_the_accuracy_of_the_run(compared, folder
     if method == "full":
         assert "full" in done.err.splitlines()[0]  # says which model it is
     # The same from Python, with defaults.
-    answer = next(Classifier.load(str(directory)).predict([table[1][3]]))
+    [answer] = Classifier.load(str(directory)).predict([table[1][3]])
     assert (answer.text, answer.label) == (table[1][3], table[1][0])
 
     objects = answers(folder / "test.csv", "--model", directory)

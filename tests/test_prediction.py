@@ -84,7 +84,7 @@ def classifier(tokenizer):
 
 
 def predict(classifier, texts, batch_tokens=100):
-    return list(classifier.predict(texts, batch_tokens))
+    return classifier.predict(texts, batch_tokens)
 
 
 def assert_alike(found, expected):
@@ -106,21 +106,6 @@ def test_order_of_input_is_order_of_output_whatever_the_batching(classifier):
     for batch_tokens in (1, 16, 64):
         assert_alike(predict(classifier, TEXTS, batch_tokens), together)
     assert_alike(predict(classifier, TEXTS[::-1], 64), together[::-1])
-
-
-@pytest.mark.parametrize("block", [1, 3, 5, 10])
-def test_order_holds_over_blocks(classifier, monkeypatch, block):
-    expected = predict(classifier, TEXTS)
-    monkeypatch.setattr(prediction, "BLOCK", block)
-    assert_alike(predict(classifier, iter(TEXTS)), expected)
-
-
-def test_texts_are_read_as_answers_are_asked_for(classifier, monkeypatch):
-    monkeypatch.setattr(prediction, "BLOCK", 3)
-    texts = iter(TEXTS)
-    answers = classifier.predict(texts, 64)
-    assert next(answers).text == TEXTS[0]
-    assert next(texts) == TEXTS[3]
 
 
 def test_no_texts_have_no_answers(classifier):
@@ -226,6 +211,26 @@ def test_what_was_cut_is_counted_over_all_blocks(answer, monkeypatch):
     out, err, blocks = answer("short", "x" * 21, "x" * 20, "x" * 22, "short too")
     assert blocks == [["short", "x" * 21], ["x" * 20, "x" * 22], ["short too"]]
     assert err == "2 of 5 were long\n" and out.count("label,probability") == 1
+
+
+@pytest.mark.parametrize("block", [1, 3, 5, 10])
+def test_the_order_holds_over_blocks(answer, classifier, monkeypatch, block):
+    expected = predict(classifier, TEXTS)
+    monkeypatch.setattr(prediction, "BLOCK", block)
+    out, _, blocks = answer(*TEXTS, as_json=True, predict=classifier.predict)
+    assert_alike([Prediction(**json.loads(line)) for line in out.splitlines()], expected)
+    assert [len(texts) for texts in blocks[:-1]] == [block] * (len(blocks) - 1)
+
+
+def test_a_block_is_answered_before_the_next_is_read(answer, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(prediction, "BLOCK", 2)
+    (tmp_path / "a.csv").write_text("text\nfirst\nsecond\nthird\n  \n")
+    with pytest.raises(UserError, match="line 5: the column text is empty"):
+        answer(tmp_path / "a.csv")
+    assert [line.split(",")[-1] for line in capsys.readouterr().out.splitlines()[1:]] == [
+        "first",
+        "second",
+    ]
 
 
 def test_a_block_holds_a_limited_number_of_characters(answer, monkeypatch, tmp_path):

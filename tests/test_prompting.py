@@ -7,7 +7,6 @@ import re
 import pytest
 import torch
 
-import minitune.prediction
 from minitune.batching import PackedBatch
 from minitune.calibration import (
     CALIBRATIONS,
@@ -330,15 +329,14 @@ def test_an_ensemble_is_the_mean_of_calibrated_log_probabilities(fill_mask):
     torch.testing.assert_close(mean_log_probabilities(each).exp().sum(1), torch.ones(2))
 
 
-def test_predictions_come_in_the_order_of_the_texts_and_say_what_was_cut(fill_mask, monkeypatch):
-    monkeypatch.setattr(minitune.prediction, "BLOCK", 3)
+def test_predictions_come_in_the_order_of_the_texts_and_say_what_was_cut(fill_mask):
     sentences = "{text}[MASK]", "{text} it was [MASK]"
     short, long = (Prompt(sentence, LABELS, fill_mask, 20) for sentence in sentences)
     assert short.room > long.room + 1
     texts = ["film " * n for n in (1, long.room + 1, 3, long.room, short.room, 2, 30)]
     for prompts in ([short, long], [long, short]):
         ensemble = Ensemble(prompts, "none", [])
-        predictions = list(ensemble.predict(iter(texts), count=2))
+        predictions = ensemble.predict(texts, count=2)
         assert [p.text for p in predictions] == texts
         assert [p.truncated for p in predictions] == [False, True, False, False, True, False, True]
         expected = ensemble.log_probabilities(ids_of(fill_mask, *texts)).exp()
