@@ -214,16 +214,14 @@ def evaluate(args: argparse.Namespace, prompts: list[Prompt], model: str) -> Non
     counts = f"{plural(len(prompts), 'template')}, {plural(len(texts), 'text')}"
     say(f"{counts} and {len(unlabelled):,} unlabelled: {seconds:.0f} s")
     title = f"{model} on {args.evaluate}"
+    from minitune.support import plots  # matplotlib takes a second to import
+
     with cli.drawing(args.out / "prompts.png") as picture:
-        from minitune.support.plots import plot_prompts  # matplotlib takes a second to import
-
-        plot_prompts(rows, baselines, title, picture)
+        plots.plot_prompts(rows, baselines, title, picture)
     if curves:
-        from minitune.support.plots import plot_when_labels_pay
-
         *_, prompt = (r for r in rows if (r["shots"], r["calibration"]) == (0, args.calibrate))
         with cli.drawing(args.out / "labels.png") as picture:
-            plot_when_labels_pay(curves, prompt, title, picture)
+            plots.plot_comparison(curves, title, picture, prompt)
     say(f"wrote {args.out}: prompts.json, prompts.png{', labels.png' if curves else ''}")
 
 

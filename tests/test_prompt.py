@@ -480,7 +480,7 @@ def test_an_evaluation_may_be_made_again(succeed, folder, tmp_path):
     }
 
 
-@pytest.mark.parametrize("broken", ["prompt_table", "plot_prompts", "plot_when_labels_pay"])
+@pytest.mark.parametrize("broken", ["prompt_table", "plot_prompts", "plot_comparison"])
 def test_results_are_written_before_they_are_printed_and_drawn(
     ask, folder, tmp_path, monkeypatch, broken
 ):
@@ -536,7 +536,7 @@ def test_the_prompt_beside_curves_is_of_all_templates(succeed, folder, tmp_path,
     (tmp_path / "compare.json").write_text(json.dumps({"rows": rows}))
     drawn = []
     monkeypatch.setattr(
-        minitune.support.plots, "plot_when_labels_pay", lambda *arguments: drawn.append(arguments)
+        minitune.support.plots, "plot_comparison", lambda *arguments: drawn.append(arguments)
     )
     for calibration in ("prior", "pmi"):
         options = [
@@ -550,7 +550,7 @@ def test_the_prompt_beside_curves_is_of_all_templates(succeed, folder, tmp_path,
             "compare.json",
         ]
         succeed("--evaluate", folder / "data.csv", *ASK, *options)
-        curves, prompted, *_ = drawn.pop()
+        curves, *_, prompted = drawn.pop()
         assert [row["train_examples"] for row in curves] == [16, 64]
         assert (prompted["template"], prompted["shots"]) == (TOGETHER, 0)
         assert prompted["calibration"] == calibration

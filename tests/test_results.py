@@ -195,8 +195,8 @@ def draw(tmp_path, monkeypatch):
         plots, "save", lambda figure, path: figures.append(figure) or save(figure, path)
     )
 
-    def run(plot, *arguments):
-        plot(*arguments, tmp_path / "picture.png")
+    def run(plot, *arguments, **options):
+        plot(*arguments, tmp_path / "picture.png", **options)
         height, width = matplotlib.image.imread(tmp_path / "picture.png").shape[:2]
         assert 150 < height < 10_000 and width == 1200
         [axes] = figures[-1].axes
@@ -255,7 +255,7 @@ def test_curves_go_through_the_accuracies_with_their_intervals(draw):
 
 def test_the_prompt_beside_the_curves_has_its_interval(draw):
     prompt = {"accuracy": 0.7, "interval": interval(0.7, 50)}
-    axes = draw(plots.plot_when_labels_pay, compared((0.5, 0.7), counts=(4, 8)), prompt, "")
+    axes = draw(plots.plot_comparison, compared((0.5, 0.7), counts=(4, 8)), "", prompt=prompt)
     [band] = axes.patches
     assert [band.get_y(), band.get_y() + band.get_height()] == pytest.approx(
         [100 * end for end in prompt["interval"]]
@@ -297,8 +297,8 @@ def test_all_right_and_all_wrong_can_be_drawn(draw, n, methods):
         axes = draw(plots.plot_comparison, compared(accuracies, n, counts, methods), methods[-1])
         ends = np.concatenate([errors_of(c) for c in axes.containers if hasattr(c, "lines")])
         assert np.isfinite(ends).all() and ends.min() >= 0 and ends.max() <= 100
-    draw(plots.plot_when_labels_pay, compared(accuracies, n, counts, methods),
-         {"accuracy": 1.0, "interval": interval(1.0, n)}, methods[-1])  # fmt: skip
+    prompt = {"accuracy": 1.0, "interval": interval(1.0, n)}
+    draw(plots.plot_comparison, compared(accuracies, n, counts, methods), "", prompt=prompt)
     rows = prompt_rows(accuracies, templates=methods, n=n)
     draw(plots.plot_prompts, rows, [run(methods[0], 1.0), run(methods[-1], 1.0)], methods[-1])
 

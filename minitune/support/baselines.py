@@ -39,7 +39,7 @@ class Matrix(NamedTuple):
 
 
 class NBSVM:
-    """Fit on texts and labels 0..num_labels-1, then predict. More than two labels: one against the rest."""
+    """Fit on texts and labels 0..num_labels-1, then predict; of three or more, each against the rest."""
 
     def fit(self, texts: list[str], labels: np.ndarray, num_labels: int) -> "NBSVM":
         """Learn a vector of weights for each label: one for each feature, and last the bias."""
@@ -84,10 +84,9 @@ class NBSVM:
             self.features = _distinct(features)
         columns, width = np.searchsorted(self.features, features), len(self.features) + 1
         known = self.features.take(columns, mode="clip") == features
-        rows, columns = np.divmod(_distinct(rows[known] * width + columns[known]), width)
-        ones = np.arange(len(texts))
-        columns = np.concatenate([columns, np.full(len(texts), width - 1)])
-        return Matrix(np.concatenate([rows, ones]), columns, (len(texts), width))
+        last = np.arange(1, len(texts) + 1) * width - 1  # of each row, the column of the bias
+        cells = _distinct(np.concatenate([rows[known] * width + columns[known], last]))
+        return Matrix(*np.divmod(cells, width), (len(texts), width))
 
 
 def _distinct(numbers: np.ndarray) -> np.ndarray:
@@ -152,10 +151,9 @@ def train_svm(
 def evaluate_baselines(
     texts: dict[str, list[str]], labels: dict, num_labels: int, chosen: np.ndarray | None = None
 ) -> list[dict]:
-    """A row with the test accuracy of each baseline.
+    """A row for each baseline, with its test accuracy.
 
-    `texts` and `labels` (0..num_labels-1) are those of "train" and "test"; `chosen` are the indices
-    of the train rows to learn from, None for all.
+    `texts` and `labels` (0..num_labels-1) of "train" and "test"; `chosen`: the train rows to use.
     """
     train, test = np.asarray(labels["train"]), np.asarray(labels["test"])
     chosen = np.arange(len(train)) if chosen is None else chosen
@@ -163,12 +161,6 @@ def evaluate_baselines(
     model = NBSVM().fit([texts["train"][i] for i in chosen], known, num_labels)
     seconds = round(time.monotonic() - started, 2)
     answers = {"majority": majority(known, num_labels), "nb-svm": model.predict(texts["test"])}
-    rows = [
-        {
-            "method": method,
-            "accuracy": float((answer == test).mean()),
-            "train_examples": len(chosen),
-        }
-        for method, answer in answers.items()
-    ]
-    return [rows[0], rows[1] | {"train_seconds": seconds}]
+    rows = [{"method": m, "accuracy": float((a == test).mean())} for m, a in answers.items()]
+    rows[1]["train_seconds"] = seconds
+    return [row | {"train_examples": len(chosen)} for row in rows]

@@ -92,21 +92,18 @@ def plateau(
     return max(spans, key=lambda span: span[1] - span[0], default=None)
 
 
-def plot_comparison(rows: list[dict], title: str, path: Path) -> None:
-    """The rows of results.summarise: bars for one number of training rows, curves for several."""
+def plot_comparison(rows: list[dict], title: str, path: Path, prompt: dict | None = None) -> None:
+    """The rows of results.summarise: bars for one number of training rows, curves for several.
+
+    `prompt` is a row of calibration.compare_prompts, which needs no labels, for a line across.
+    """
     several = len({row["train_examples"] for row in rows}) > 1
     figure, axes = plt.subplots(figsize=(8, 4.5 if several else 1.5 + 0.5 * len(rows)))
+    if prompt:
+        low, high = prompt["interval"]
+        axes.axhspan(100 * low, 100 * high, color=ORANGE, alpha=0.15, linewidth=0)
+        axes.axhline(100 * prompt["accuracy"], color=ORANGE, label="prompt, no labels")
     (_curves if several else _bars)(axes, rows)
-    axes.set_title(in_short(title, 70))
-    save(figure, path)
-
-
-def plot_when_labels_pay(rows: list[dict], prompt: dict, title: str, path: Path) -> None:
-    """Accuracy against labels (rows of results.summarise) beside a prompt's, which needs none."""
-    figure, axes = plt.subplots(figsize=(8, 4.5))
-    axes.axhspan(*(100 * end for end in prompt["interval"]), color=ORANGE, alpha=0.15, linewidth=0)
-    axes.axhline(100 * prompt["accuracy"], color=ORANGE, label="prompt, no labels")
-    _curves(axes, rows)
     axes.set_title(in_short(title, 70))
     save(figure, path)
 
