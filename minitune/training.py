@@ -12,6 +12,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import KW_ONLY, dataclass
 from statistics import median
 from typing import Any, Protocol
 
@@ -65,39 +66,35 @@ NUMBERS = ("step", "steps", "tokens", "seconds", "earlier_seconds")
 NUMBERS += ("validation_every", "best_step", "best_loss", "best_accuracy")
 
 
+@dataclass(eq=False)
 class Trainer:
     """Trains `model` on `task` for `steps` steps, saving checkpoints to `run`."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer,
-        task: Task,
-        run: Run,
-        runtime: Runtime,
-        *,
-        seed: int,
-        warmup: float = 0.05,
-        accumulate: int = 1,
-        save_minutes: float = 2.0,
-    ):
-        """`warmup` is a share of all steps; each batch is computed in `accumulate` parts."""
-        self.model, self.optimizer, self.task = model, optimizer, task
-        self.run, self.runtime = run, runtime
-        self.seed, self.warmup, self.accumulate = seed, warmup, accumulate
-        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        # float16 gradients underflow to 0 unless the loss is scaled up (Micikevicius et al. 2018).
-        self.scaler = torch.amp.GradScaler(enabled=runtime.precision == "fp16")
-        self.step, self.steps, self.tokens, self.seconds = 0, 0, 0, 0.0
-        self.validation_every = 1  # 2: of the validation batches every second one, and so on
-        self.best_step, self.best_loss, self.best_accuracy = 0, 0.0, 0.0  # of all evaluations
-        trained = self.trained.items() if task.score else ()
+    model: nn.Module
+    optimizer: Optimizer
+    task: Task
+    run: Run
+    runtime: Runtime
+    _: KW_ONLY
+    seed: int
+    warmup: float = 0.05  # share of all steps
+    accumulate: int = 1  # parts in which a batch is computed
+    save_minutes: float = 2.0  # between checkpoints
+
+    step, steps, tokens, seconds = 0, 0, 0, 0.0  # how far training has come
+    earlier_seconds = 0.0  # of that run, in processes before this one
+    validation_every = 1  # 2: of the validation batches every second one is read, and so on
+    best_step, best_loss, best_accuracy = 0, 0.0, 0.0  # of all evaluations
+    deadline = None  # of time.monotonic(), where steps are planned by time
+    last_save = last_report = -math.inf  # so both come at the first step
+
+    def __post_init__(self):
+        self.started, self.signals = time.monotonic(), []
+        self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        trained = self.trained.items() if self.task.score else ()
         self.best_weights = {name: p.detach().clone() for name, p in trained}
-        self.started, self.earlier_seconds = time.monotonic(), 0.0  # in processes before this one
-        self.deadline: float | None = None  # of time.monotonic(), where steps are planned by time
-        self.save_seconds, self.last_save = 60 * save_minutes, -math.inf  # also at the first step
-        self.last_report = -math.inf
-        self.signals: list[int] = []  # to stop
+        # float16 gradients underflow to 0 unless the loss is scaled up (Micikevicius et al. 2018).
+        self.scaler = torch.amp.GradScaler(enabled=self.runtime.precision == "fp16")
 
     def train(self) -> dict:
         """From the current step to the last; returns loss and accuracy on all validation rows.
@@ -133,7 +130,7 @@ class Trainer:
         with self._clock():
             loss, norm, signals = self._gradients(batch)
         # Saved between gradients and update: these weights have just given a finite loss.
-        if signals or time.monotonic() - self.last_save > self.save_seconds:
+        if signals or time.monotonic() - self.last_save > 60 * self.save_minutes:
             self.save()
         self._stop(signals)
         with self._clock():

@@ -479,7 +479,7 @@ def test_a_run_ends_in_time_when_the_speed_changes(tmp_path, clock, capsys, fact
 
     trainer.plan(started + 300)
     planned, trainer.task.loss = trainer.steps, change
-    trainer.save_seconds = 30
+    trainer.save_minutes = 0.5
     trainer.train()
     assert clock.now - started == pytest.approx(300, rel=0.06)
     log = trainer.run.read_log()
@@ -551,6 +551,25 @@ def test_a_checkpoint_counts_the_time_of_all_processes(tmp_path, clock):
     saved = second.run.load()
     assert saved["numbers/earlier_seconds"].item() == pytest.approx(60 + 5 + evaluations + 7)
     assert saved["numbers/seconds"] == first.seconds == pytest.approx(5)
+
+
+def test_the_loss_scale_of_float16_is_in_a_checkpoint_and_may_be_missing_there(tmp_path):
+    def scaled():
+        trainer = toy_trainer(tmp_path)
+        trainer.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=4)
+        trainer.steps = 6
+        return trainer
+
+    first, plain, second, third = scaled(), toy_trainer(tmp_path), scaled(), scaled()
+    first.train()
+    checkpoint = first.run.load()
+    plain.restore(checkpoint)  # the rest in float32
+    second.restore(checkpoint)
+    assert second.scaler.state_dict() == first.scaler.state_dict()
+    assert second.scaler.scale(torch.ones(())) == 2048
+    plain.save()
+    third.restore(plain.run.load())
+    assert third.scaler.get_scale() == 1024 and bits(third) == bits(second) == bits(first)
 
 
 def number(name, value):
