@@ -87,7 +87,7 @@ class Dataset:
         return (row for row in self.split_rows() if row.split == split)
 
     def split_rows(self) -> Iterator[Row]:
-        """Every row with its split, in the order of the source. One pass, beside that for the counts."""
+        """Every row with its split, in the order of the source. One pass, after that for counts."""
         seen = Counter()
         for row in self.read():
             if row.split is None:
@@ -105,7 +105,7 @@ class Dataset:
         return "validation" if index >= count - test - validation else "train"
 
     def fingerprint(self) -> str:
-        """Changes when the files do. Names, sizes and times only: a start must not read a corpus."""
+        """Changes when the files do. Names, sizes, times: a start must not read a corpus."""
         facts, files = [], self.files
         if self.name in PACKAGED:  # of a pinned version, wherever it is installed
             facts, files = [self.name, files[0].stat().st_size], files[1:]
@@ -228,7 +228,7 @@ def _parse_json(line: str, where: str) -> Cells:
 
 
 def make_row(where: str, cells: Cells) -> Row:
-    """A row from its cells. Raises UserError, which says `where`, for what is no text or no label."""
+    """A row from its cells. Raises UserError, which says `where`, for no text or no label."""
     names = [name and name.strip() for name, _ in cells]
     columns = dict(zip(names, (value for _, value in cells), strict=True))
     text, label = columns.get("text"), columns.get("label")

@@ -124,7 +124,7 @@ class Classifier:
         return cls(model, tokenizer, labels, max_len, runtime, trained.base_hash if trained else "")
 
     def predict(self, texts: list[str], batch_tokens: int | None = None) -> list[Prediction]:
-        """One prediction a text, in the order of the texts; they are read `batch_tokens` at a time."""
+        """One prediction a text, in the order of the texts, `batch_tokens` read at a time."""
         sequences = TokenizedTexts(texts, self.tokenizer, self.max_len)
         probabilities = torch.empty(len(texts), len(self.labels))
         budget = batch_tokens or reading_tokens(self.runtime.device)

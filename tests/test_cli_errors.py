@@ -1175,6 +1175,14 @@ def test_a_caller_may_close_a_stream(predict, monkeypatch, closed):
     assert ("a film" in out) == (closed == "stderr")
 
 
+def test_a_full_disk_behind_stdout_is_one_line():
+    code = "from minitune.support.cli import run_script; run_script(lambda: print('x' * 99))"
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert_one_error_line(done.returncode, done.stderr, ["No space left"])
+
+
 def test_a_model_with_two_labels_of_one_name_is_refused(not_predicted, tuned):
     change_config(tuned / "full", id2label={"0": "fine", "1": "fine"}, label2id={"fine": 1})
     not_predicted("a film", model="full", naming=["full", "two labels"])

@@ -1,4 +1,4 @@
-"""Sources and splits: the fixed splits of the reviews, every file format, labels, the fingerprint."""
+"""Sources and splits: the splits of the reviews, every file format, labels, the fingerprint."""
 
 import csv
 import importlib.util

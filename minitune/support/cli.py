@@ -18,7 +18,7 @@ LONGEST_ERROR = 600  # characters; an option may hold a whole book
 
 
 def text(value: str) -> str:
-    """A converter for argparse: words that are UTF-8 and not blank, as an unset variable would be."""
+    """A converter for argparse: words in UTF-8, not blank as an unset variable would be."""
     if not value.strip():
         raise argparse.ArgumentTypeError("it is empty")
     try:
@@ -39,7 +39,7 @@ def int_range(low: int, high: int) -> Callable[[str], int]:
 
 
 def float_range(low: float, high: float, *, above: bool = True) -> Callable[[str], float]:
-    """A converter for argparse: a number with low < number <= high; `above` False: low is good too."""
+    """A converter for argparse: low < number <= high; where `above` is False, low is good too."""
     words = f"a number {'above' if above else 'from'} {low:g} to {high:g}"
     return _number(float, lambda x: (low < x if above else low <= x) and x <= high, words)
 
@@ -166,7 +166,6 @@ def run_script(main: Callable[[], None]) -> None:
         sys.stdout.flush()
         status = 0
     except BrokenPipeError:  # the reader, `head` for example, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
     except (UserError, OSError) as error:  # an OSError here: the disk is full, a path is forbidden
         line = " ".join(str(error).split())
@@ -182,5 +181,8 @@ def run_script(main: Callable[[], None]) -> None:
         status = 2
     except KeyboardInterrupt:
         status = 130
-    sys.stdout.flush()
+    try:
+        sys.stdout.flush()
+    except OSError:  # what is left has nowhere to go, and Python must not try it again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(status)
