@@ -185,7 +185,7 @@ def fill_examples(fill_mask: FillMask, chunks: Chunks, count: int = 3) -> list[s
     for chunk in chunks.read(torch.linspace(0, len(chunks) - 1, count).long().unique().tolist()):
         ids = tokenizer.frame(chunk[1:-1][:20].tolist())
         starts_word = ~tokenizer.continuation[ids]
-        # A long word, or the guess impresses nobody; and a whole one, or it would be easy.
+        # The longest word, a harder example than "the"; and a whole one, or it would be easy.
         whole = [i for i in range(len(ids) - 1) if token(ids[i]).isalpha() and starts_word[i + 1]]
         if whole:
             masked = max(whole, key=lambda i: len(token(ids[i])))

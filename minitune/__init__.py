@@ -6,25 +6,25 @@
     model           BERT: embeddings, layers, heads
     attention       self-attention, and how FlashAttention computes the same
     masking         which words are hidden, and how
-    pretraining     masked-language modelling as a task: batches, loss, evaluation
-    initialization  where pretraining starts from
+    corpus          a tokenised corpus on disk
     optimizer       Muon, AdamW and the learning-rate schedule
     training        the one training loop
-    corpus          a tokenised corpus on disk
+    pretraining     masked-language modelling as a task: batches, loss, evaluation
+    initialization  where pretraining starts from
     classification  classifying texts as a task: batches, loss, evaluation
     features        feature extraction: a frozen encoder and a linear classifier
     adapters        small trained layers inside a frozen network
     finetuning      every method as a row of one table, from weights to test accuracy
     checkpoint      what is saved: BERT directories, and only what was trained
-    prediction      new texts in, labels out
     prompting       asking a masked language model with a template
-    calibration     what a prompt's answers would be for no reason at all
+    calibration     why a prompt's answers lean to one side, and how to correct that
+    prediction      new texts in, labels out
 
-`fast` makes things fast and computes nothing new; `support` is what every program of this kind needs.
+`fast` makes things fast and computes nothing new; `support` is what every such program needs.
 """
 
 import os
 
-# On a CPU oneDNN compiles a kernel for every shape of matrix multiplication and keeps 1,024 of them,
-# up to a megabyte each. Training needs far fewer.
+# On a CPU oneDNN compiles a kernel for every shape of matrix multiplication and keeps 1,024 of
+# them, up to a megabyte each. Training needs far fewer.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")

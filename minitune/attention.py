@@ -67,7 +67,7 @@ class Tiled(torch.autograd.Function):
     it equals the row sum of dO ∘ O (Dao 2023, FlashAttention-2), so block by block is enough here
     too.
 
-    Between the passes it keeps q, k, v, the output and lse. Blocks are summed in float32 (float64
+    From forward to backward it keeps q, k, v, the output and lse. Blocks are summed in float32 (float64
     for float64 inputs) and in a fixed order, so equal inputs give equal bits.
     """
 
@@ -80,6 +80,7 @@ class Tiled(torch.autograd.Function):
         out = torch.empty_like(q)
         lse = torch.empty_like(q[..., :1], dtype=torch.promote_types(q.dtype, torch.float32))
         with torch.autocast(q.device.type, enabled=False):  # float32 stays float32 in here
+            # Groups of sequences of equal length, as views (sequences, H, length, D).
             for q1, out1, lse1, k1, v1 in equal_lengths(
                 cu_seqlens_q, cu_seqlens, [q, out, lse], [k, v]
             ):
@@ -143,7 +144,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens: Tens
 
 
 def padded(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Few different shapes in training; torch's kernel where no gradient is needed."""
+    """Padded to few shapes in training (fast/padded_attention.py); without gradients, sdpa."""
     if torch.is_grad_enabled() and q.requires_grad:
         return Padded.apply(q, k, v, cu_seqlens_q, cu_seqlens)
     return sdpa(q, k, v, cu_seqlens_q, cu_seqlens)
@@ -158,10 +159,10 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype, head
 
     Measured on CPUs with bfloat16 arithmetic (tests/benchmarks/LOG.md): in bfloat16 plain matrix
     multiplications are about twice as fast as torch's fused kernel and its backward pass, where
-    their shapes come again; in float32 the fused kernel is ahead. On a GPU the Triton kernels where
+    the same shapes recur; in float32 the fused kernel is ahead. On a GPU the Triton kernels where
     they run, since one call serves sequences of all lengths.
 
-    Raises UserError where "triton" is asked for by name and cannot run.
+    Raises UserError where "triton" is named and cannot run.
     """
     if backend == "triton" and (obstacle := obstacle_to_triton(device, head_size)):
         raise UserError(f"--attention triton: {obstacle}")

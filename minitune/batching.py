@@ -1,6 +1,6 @@
 """Which sequences go together: batches filled to a token budget from sequences of similar length.
 
-Steps then cost about the same, and attention, which works on runs of equal length, has few of them.
+Steps then cost about the same, and attention finds neighbours of equal length to group.
 """
 
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ class PackedBatch:
         return self.cu_seqlens[:-1].long()
 
     def count_before(self, positions: Tensor) -> Tensor:
-        """(B+1,) int32: how many of these ascending positions come before each sequence; then M."""
+        """(B+1,) int32: how many of these ascending positions come before each sequence; the last is M."""
         return torch.searchsorted(positions, self.cu_seqlens.to(positions.dtype), out_int32=True)
 
     @classmethod
@@ -82,7 +82,7 @@ def shuffled_batches(
 
 
 def sorted_batches(lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
-    """All sequences once, sorted by length: for reading them when their order does not matter."""
+    """All sequences once, sorted by length: for inference, where their order does not matter."""
     return filled(np.argsort(lengths, kind="stable"), lengths, batch_tokens)
 
 
@@ -98,9 +98,9 @@ def filled(order: np.ndarray, lengths: np.ndarray, batch_tokens: int) -> list[np
 
 
 def reading_tokens(device: torch.device) -> int:
-    """The budget of a batch that is read and not learned from, so that nothing is kept of it.
+    """The token budget of a batch that needs no gradient.
 
     On a CPU a small one: 4,096 tokens are 1 to 3% faster and take 6 to 18% more memory, 2,048 are
-    3% slower (tests/benchmarks/LOG.md). A GPU wants enough to do.
+    3% slower (tests/benchmarks/LOG.md). A GPU needs larger ones.
     """
     return 3072 if device.type == "cpu" else 16384

@@ -3,7 +3,7 @@
 A model that likes to write "good" into blanks calls every review positive. Its scores still put the
 reviews in the right order, most negative to most positive; only zero is in the wrong place. Each
 calibration here is one number a label, added to the scores (log-probabilities) of every text. They
-differ in what they take for an answer without a reason:
+differ in what they take as the content-free answer:
 
     contextual   the answer to texts without content, such as "N/A" (Zhao et al. 2021)
     pmi          the answer to the template without any text (Holtzman et al. 2021)

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from minitune.batching import PackedBatch, shuffled_batches, sorted_batches
 from minitune.tokenizer import Tokenizer
 
-HEAD_SHARE = 0.25  # of a text that is cut, this much from its beginning and the rest from its end
+BEGINNING_SHARE = (
+    0.25  # of a text that is cut, this much from its beginning and the rest from its end
+)
 
 
 class TokenizedTexts:
@@ -32,7 +34,7 @@ class TokenizedTexts:
 
     def __init__(self, texts: Sequence[str], tokenizer: Tokenizer, max_len: int):
         room = max_len - 2
-        head = round(HEAD_SHARE * room)
+        head = round(BEGINNING_SHARE * room)
         self.ids, self.truncated = [], []
         for ids in tokenizer.encode(list(texts)):
             self.truncated.append(len(ids) > room)
@@ -88,7 +90,7 @@ class Examples:
 
 
 class Classification:
-    """Tell the label of a text. Steps are whole epochs; the best one by validation is kept."""
+    """Tell the label of a text. Trained for whole epochs; the best one by validation is kept."""
 
     def __init__(
         self, train: Examples, validation: Examples, *, batch_tokens: int, epochs: int, seed: int
@@ -102,7 +104,7 @@ class Classification:
         self.steps = self.epoch_ends[-1]
 
     def _epoch_ends(self, epochs: int) -> list[int]:
-        """The last step of each epoch: shuffled rows fill now more batches, now fewer."""
+        """The last step of each epoch; how many batches the shuffled rows fill varies."""
         ends, rows = [], 0
         for step, indices in enumerate(self._shuffled(), start=1):
             rows += len(indices)

@@ -76,8 +76,8 @@ class Corpus:
             partial.mkdir(parents=True)
             try:
                 _build(dataset, tokenizer, vocab_size, partial)
-                if found and _inode(directory) == found:  # no other process has replaced it
-                    with contextlib.suppress(FileNotFoundError):  # it does so just now
+                if found and _inode(directory) == found:  # another process may have replaced it
+                    with contextlib.suppress(FileNotFoundError):  # or be replacing it now
                         directory.rename(old)
                 publish_directory(partial, directory)
             finally:
@@ -97,7 +97,7 @@ class Corpus:
         return Chunks(self, split, max_len, overlap)
 
     def unigram_entropy(self) -> float:
-        """Nats a token that the best guess without any context costs: the level of the plateau."""
+        """Entropy of the word frequencies, in nats a token: the best loss without context."""
         p = self.unigrams[self.unigrams > 0] / self.unigrams.sum()
         return float(-(p * np.log(p)).sum())
 
@@ -135,7 +135,10 @@ class Chunks:
 
 
 def _cut(ends: np.ndarray, start: int, body: int, overlap: bool) -> tuple[np.ndarray, np.ndarray]:
-    """(where each chunk starts, its length with the frame), for texts that end at `ends`."""
+    """(where each chunk starts, its length with the frame), for texts that end at `ends`.
+
+    A text of 25 tokens in chunks of 10: they start at 0, 10 and 20, or with `overlap` at 0, 10, 15.
+    """
     text_starts = np.concatenate([[start], ends[:-1]])
     text_lengths = ends - text_starts
     counts = np.maximum(-(-text_lengths // body), 1)
@@ -194,7 +197,7 @@ def _damaged(directory: Path) -> str:
 
 
 def _inode(directory: Path) -> int | None:
-    """What tells a directory from another one that later has its name."""
+    """The inode, by which a directory that was replaced is noticed."""
     with contextlib.suppress(OSError):
         return directory.stat().st_ino if directory.is_dir() else None
 

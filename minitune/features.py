@@ -21,7 +21,7 @@ from minitune.support.errors import UserError
 from minitune.support.runs import write_tensors
 from minitune.support.runtime import Runtime
 
-BLOCK = 1024  # texts in a file of features; a kill loses the work on one
+BLOCK = 1024  # texts in a file of features; after a kill only one file is computed again
 
 
 class Features:
@@ -31,7 +31,7 @@ class Features:
 
     def __init__(self, matrix: Tensor):
         self.matrix = matrix  # (N, F)
-        self.lengths = np.ones(len(matrix), dtype=np.int64)  # a batch of n "tokens" is n rows
+        self.lengths = np.ones(len(matrix), dtype=np.int64)  # a row counts as one token
 
     def select(self, indices: np.ndarray) -> "Features":
         """Only these rows."""
@@ -91,7 +91,7 @@ def pooled_layers(bert: Bert, batch: PackedBatch) -> Tensor:
         states.append(x)
     pooled = []
     for x in states:
-        x = x[: batch.tokens.numel()]
+        x = x[: batch.tokens.numel()]  # without the rows of pad_rows
         mean = mean_of_tokens(x, batch)
         variance = mean_of_tokens(x.float().square(), batch) - mean.square()
         pooled += [mean, variance.clamp_min(0).sqrt()]  # rounding may take a variance below zero

@@ -33,9 +33,9 @@ def start_with_neighbours(
 
     With random weights attention is near uniform, a bag of words, and the loss stays on a plateau
     at the entropy of single words until training has found out which positions are neighbours.
-    Here positions begin as sinusoids p(i), large beside the words (whose spread is 0.02), and head
-    h begins as a rotation: query and key select the D fastest-turning coordinates, with the key
-    turned back by the head's offset o, so that
+    Here positions begin as sinusoids p(i) with amplitude 0.1, where word embeddings have a standard
+    deviation of 0.02. In each head the query copies the D position coordinates of the highest
+    frequencies, and the key copies them rotated by the head's offset o, so that
 
         q(i) · k(j) = sharpness² p(i) · p(j - o),   largest where j = i + o.
 

@@ -19,14 +19,14 @@ def mask_tokens(
     labels (M,), the ids that stood there. M is `rate` of the tokens that are not special: exactly,
     since matrix multiplications of one size at every step are faster than those of many sizes.
     With `whole_word` all tokens of a word are chosen or none (the BERT authors' update of 2019);
-    M is then up to that share.
+    M may then be slightly smaller.
     """
     ordinary = (~torch.isin(tokens, tokenizer.special_ids)).nonzero().squeeze(1)  # positions
     count = round(rate * ordinary.numel())
     if not whole_word:
         draw = torch.rand(ordinary.numel(), generator=generator)
     else:  # one draw for all tokens of a word, so that they stand side by side in the order below
-        words = (~tokenizer.continuation[tokens]).cumsum(0)
+        words = (~tokenizer.continuation[tokens]).cumsum(0)  # the number of each token's word
         draw = torch.rand(tokens.numel() + 1, generator=generator)[words][ordinary]
     order = draw.argsort()
     if whole_word and 0 < count < order.numel():
@@ -35,7 +35,7 @@ def mask_tokens(
     positions = ordinary[order[:count]].sort().values
     labels = tokens[positions]
 
-    # One draw decides what becomes of a token. Two ("80%; of the rest 50%") often go wrong.
+    # One draw decides what becomes of a token.
     fate = torch.rand(positions.numel(), generator=generator)
     vocabulary = torch.ones(tokenizer.vocab_size, dtype=torch.bool)
     vocabulary[tokenizer.special_ids] = False

@@ -2,7 +2,7 @@
 
 The architecture is BERT to the letter: post-LayerNorm, learned positions, token types, exact GELU,
 a masked-LM decoder tied to the word embeddings. A batch is its T tokens laid end to end (see
-attention.py), so nothing here knows of padded sequences.
+attention.py), so no sequence is padded.
 
 Two things are here for speed alone. Where a head reads hidden states at M positions only, the last
 layer computes no others. And what comes from fast/layers.py is to be read as follows: pad_rows(x)
@@ -187,7 +187,7 @@ class MeanPooler(nn.Module):
         return mean_of_tokens(hidden, batch)  # (B, C)
 
 
-# By the name that is saved with a model.
+# By the name that is saved with a model. To add one: a class here, its name in a row of METHODS.
 POOLERS = {"cls": Pooler, "mean": lambda config: MeanPooler()}
 
 
@@ -217,6 +217,7 @@ class BertForMaskedLM(nn.Module):
     def forward(self, batch: PackedBatch, positions: Tensor) -> Tensor:
         """Logits (M, V) at M positions in the packed tokens, in any order."""
         ascending, order = positions.sort()
+        # argsort of a permutation is its inverse: back to the order of `positions`.
         hidden = self.bert(batch, ascending).index_select(0, order.argsort())
         return self.head(pad_rows(hidden), self.bert.embeddings.word.weight)[: positions.numel()]
 
@@ -234,7 +235,7 @@ class BertForSequenceClassification(nn.Module):
         self.apply(lambda module: initialize(module, config))
 
     def use_pooling(self, name: str) -> None:
-        """Replace the pooler by a new one, a key of POOLERS; the one of this name is kept."""
+        """Replace the pooler by a new one, a key of POOLERS, unless it has that name already."""
         if name != self.pooling:
             self.pooling, self.pooler = name, POOLERS[name](self.config)
             self.pooler.apply(lambda module: initialize(module, self.config))

@@ -41,14 +41,14 @@ class Muon(torch.optim.Optimizer):
                     average = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - momentum)
                     updates.append(p.grad.lerp(average, momentum))  # Nesterov: look one step ahead
                 updates = newton_schulz(torch.stack(updates))
-                # Tall matrices would otherwise change too little for each of their outputs.
+                # Tall matrices are scaled up, so that each of their outputs changes as much.
                 rate = lr * max(1, rows / columns) ** 0.5
                 for p, update in zip(matrices, updates, strict=True):
                     p.mul_(1 - lr * group["weight_decay"]).add_(update, alpha=-rate)
 
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # steepest at zero: small singular values grow fastest
-ITERATIONS = 4  # instead of five: a fifth cheaper, no worse here
+ITERATIONS = 4  # a fifth cheaper than five, and no worse (tests/benchmarks/LOG.md)
 
 
 def newton_schulz(matrices: Tensor) -> Tensor:
@@ -69,10 +69,11 @@ def newton_schulz(matrices: Tensor) -> Tensor:
 class LRMultipliers:
     """Learning rates of AdamW by the place of a parameter, in multiples of the peak rate.
 
-    A word's vector moves only at steps that read the word, so `embeddings` of a young model want
-    more than 1. Lower layers have learned more general things: each layer learns more slowly than
-    the one above it by the same factor, down to `lowest_layer` (Howard & Ruder 2018, "Universal
-    Language Model Fine-tuning for Text Classification", section 3.2). Muon's matrices are exempt.
+    A word's vector moves only at steps that read the word, so `embeddings` that began at random not
+    long ago are trained with more than 1. Lower layers have learned more general things: each
+    layer learns more slowly than the one above it by the same factor, down to `lowest_layer`
+    (Howard & Ruder 2018, "Universal Language Model Fine-tuning for Text Classification", section
+    3.2). Muon's matrices are exempt.
     """
 
     embeddings: float = 1.0
@@ -115,7 +116,7 @@ class Optimizer:
             groups[adamw_lr * multipliers.of(key, layers), decay].append(p)
         groups = [{"params": ps, "lr": a, "weight_decay": b} for (a, b), ps in groups.items()]
         adamw = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
-        for p in rest.values():  # AdamW would do this at its first step: so no checkpoint lacks it
+        for p in rest.values():  # now, so that a checkpoint before step 1 is complete
             adamw.state[p] = {"step": torch.zeros((), device=p.device)}
             adamw.state[p] |= {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
         self.parts.append(adamw)

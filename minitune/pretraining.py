@@ -1,7 +1,7 @@
 """Masked-language modelling as a task for the training loop: its batches and its two losses.
 
 BERT guesses masked tokens (masking.py). A second loss lets the [CLS] of each sequence guess the
-sequence's words in any order, all by one distribution: [CLS] then has to gather what the text is
+sequence's words in any order, all from one softmax: [CLS] then has to gather what the text is
 about. Fine-tuning reads that vector, and masked-language modelling alone does not train it. It is
 the bag of words of Le & Mikolov 2014 (PV-DBOW) as a second task of a BERT: Ma et al. 2024, "Drop
 your Decoder: Pre-training with Bag-of-Word Prediction".
@@ -65,10 +65,10 @@ class MaskedBatch:
 
 
 class MaskedLanguageModelling:
-    """Guess the masked tokens of a corpus."""
+    """Guess the masked tokens of a corpus. It has what training.Task lists."""
 
     unit, evaluations = "tokens", EVALUATIONS
-    score = None  # the last weights are kept: the learning rate has come down to zero with them
+    score = None  # the last weights are kept, since the learning rate ends at zero
 
     def __init__(
         self,
@@ -125,7 +125,7 @@ class MaskedLanguageModelling:
         tokens = batch.tokens.scatter(0, positions, labels)  # as they were before masking
         is_word = ~torch.isin(tokens, self.tokenizer.special_ids.to(tokens.device))
         bag_loss = -(cls_logits.log_softmax(-1)[batch.sequence_ids, tokens] * is_word).sum()
-        # A sum over all words: times the rate, it is about as large as that over the masked ones.
+        # Summed over all words; times the mask rate it has the scale of the masked loss.
         return masked_loss + self.rate * self.summary_weight * bag_loss, masked_loss
 
     def evaluation_due(self, step: int, steps: int) -> bool:

@@ -242,7 +242,7 @@ def in_words(words: Words) -> str:
     return ", ".join(f"{word} {probability:.1%}" for word, probability in words)
 
 
-ROUNDS = 10  # as in the paper; more words come one at a time, fewer badly together
+ROUNDS = 10  # as in the paper; more rounds: closer to one token at a time; fewer: less coherent
 
 
 def generate(fill_mask: FillMask, prompt: str, count: int, temperature: float, seed: int) -> str:

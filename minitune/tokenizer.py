@@ -39,7 +39,7 @@ class Tokenizer:
         remove_markup: bool = True,
         **options: bool | None,
     ):
-        """Entries with ids, tokens that are found whole in a text, options of BERT's normalizer."""
+        """Entries with ids, `added` tokens that are never split, options of BERT's normalizer."""
         ids = [vocab[token] for token in SPECIAL_TOKENS]
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = ids
         self.special_ids = torch.tensor(ids)  # (5,)
@@ -113,7 +113,7 @@ class Tokenizer:
         config = {"tokenizer_class": GENERAL_CLASS, "model_max_length": max_length, **ROLES}
         config["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
         config |= {key: normalizer[name] for key, (name, _) in OPTIONS.items()}
-        # A token that comes again stands for an id without one: its last line counts.
+        # An id without a token is a repeat of the last token: readers keep a token's last line.
         last = self.tokens[self.vocab_size - 1]
         lines = [self.tokens.get(index, last) for index in range(self.vocab_size)]
         return {

@@ -145,7 +145,7 @@ class Run:
         self.clean_up()
 
     def clean_up(self) -> None:
-        """Remove what only a run that goes on needs."""
+        """Remove what only an unfinished run needs."""
         shutil.rmtree(self.state_path.parent, ignore_errors=True)
 
 
