@@ -31,6 +31,7 @@ from minitune.support.cli import (
     drawing,
     float_range,
     int_range,
+    options_to_save,
     path,
     run_script,
 )
@@ -84,10 +85,8 @@ def parser() -> Parser:
 
 
 # On resume these may differ from the saved settings; the others must be the same.
-MAY_CHANGE = {"out", "method", "seed", "seeds", "train_examples", "lr",
-              "device", "precision", "attention", "save_minutes",
-              "experiment", "base_hash", "dataset"}  # fmt: skip
-NOT_SETTINGS = {"out", "resume", "overwrite", "predict", "base", "json"}
+MAY_CHANGE = {"method", "seed", "seeds", "train_examples", "lr",
+              "device", "precision", "attention", "save_minutes"}  # fmt: skip
 
 
 def read_arguments() -> argparse.Namespace:
@@ -98,7 +97,9 @@ def read_arguments() -> argparse.Namespace:
         raise UserError("--base goes with --predict; the model to start from is --model")
     if args.resume and not args.predict and (found := list(args.out.rglob("settings.json"))):
         latest = max(found, key=lambda path: path.stat().st_mtime)
-        args = options.resumed(read_json(latest), MAY_CHANGE, args.out)
+        saved = read_json(latest)
+        if "experiment" in saved:  # else Run.open refuses
+            args = options.resumed(saved, MAY_CHANGE, latest.parent)
     return args
 
 
@@ -187,7 +188,7 @@ def fine_tune_all(args: argparse.Namespace, experiments: list[Experiment]) -> No
     runtime.log(f"device: {runtime.describe()}\n{precision}")
 
     # 3. Train each method from the same weights, on the same rows.
-    settings = {key: value for key, value in vars(args).items() if key not in NOT_SETTINGS}
+    settings = options_to_save(args)
     settings |= {"base_hash": weights_hash(source), "dataset": dataset.fingerprint()}
     setup = Setup(args, settings, source, tokenizer, reviews, examples, runtime, attention)
     finished_runs(args.out, settings)  # what is damaged is an error now

@@ -37,7 +37,7 @@ STARTED = time.monotonic()
 PEAK_LR = {"muon": 0.01, "adamw": 0.001}
 FEW_STEPS = 200  # in a run that is planned by time
 TOO_FEW = "warning: so few steps teach next to nothing; take more --minutes or a smaller --preset"
-MAY_CHANGE = {"out", "lr", "adamw_lr", "device", "precision", "attention", "save_minutes"}
+MAY_CHANGE = {"lr", "adamw_lr", "device", "precision", "attention", "save_minutes"}
 
 
 def parser() -> cli.Parser:
@@ -138,8 +138,7 @@ def pretrain(args: argparse.Namespace, run: Run) -> None:
     trainer.started, trainer.steps = STARTED, args.steps or 0
     checkpoint = run.load()
     if runtime.is_main:
-        given = {k: v for k, v in vars(args).items() if k not in ("resume", "overwrite")}
-        run.start(given | {"out": str(args.out), "corpus": key})
+        run.start(cli.options_to_save(args) | {"corpus": key})
     if checkpoint:
         trainer.restore(checkpoint)
         runtime.log(f"resumed at step {trainer.step:,} of {trainer.steps:,}")

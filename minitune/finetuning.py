@@ -198,7 +198,7 @@ def fine_tune(experiment: Experiment, setup: Setup) -> dict:
     method = METHODS[experiment.method]
     runtime.log(f"\n{experiment.method}: {method.summary}")
     for key, what in (("base_hash", "base model"), ("dataset", "data")):
-        if run.settings and run.settings[key] != setup.settings[key]:
+        if run.settings and run.settings.get(key) != setup.settings[key]:
             raise UserError(f"the {what} of the run in {run.directory} has changed since it began")
     if run.is_finished:
         run.clean_up()  # it may have been killed just before that

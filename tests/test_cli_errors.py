@@ -438,7 +438,34 @@ def test_resume_from_a_damaged_checkpoint(refused, unfinished, how):
     refused("--resume", "--out", "run", naming=["state.safetensors"])
 
 
-@pytest.mark.parametrize("content", ['{"data": "good', "[]", "{}", '{"seed": 0}'])
+BAD_SETTINGS = {
+    "steps": ["1", 0, -5, 1.5, True, [1], {"a": 1}, 10**400, "--help"],
+    "seed": [None, "x", 2**32, "1 --steps 5"],
+    "mask_rate": [None, 2, "0.15 "],
+    "whole_word": ["yes", 1, None, []],
+    "preset": ["huge", 5, ["tiny"], "--help", ["--help"]],
+    "corpus": [None, 5, {}],
+}
+
+
+@pytest.mark.parametrize(
+    "key, value", [(key, value) for key, values in BAD_SETTINGS.items() for value in values]
+)
+def test_resume_with_settings_that_no_run_has(refused, unfinished, key, value):
+    settings = json.loads((unfinished / "settings.json").read_text())
+    (unfinished / "settings.json").write_text(json.dumps(settings | {key: value}))
+    refused("--resume", "--out", "run", "--data", "good.txt", naming=["run"])
+
+
+def test_resume_with_settings_that_lack_one(refused, unfinished):
+    settings = json.loads((unfinished / "settings.json").read_text())
+    for key in settings.keys() - train.MAY_CHANGE:
+        less = {name: value for name, value in settings.items() if name != key}
+        (unfinished / "settings.json").write_text(json.dumps(less))
+        refused("--resume", "--out", "run", "--data", "good.txt", naming=["run"])
+
+
+@pytest.mark.parametrize("content", ['{"data": "good', "[]", "{}", '{"seed": 0}', "[" * 100_000])
 def test_resume_with_damaged_settings(refused, unfinished, content):
     (unfinished / "settings.json").write_text(content)
     refused("--resume", "--out", "run", "--data", "good.txt", naming=["run"])

@@ -35,7 +35,7 @@ def finished(directory):
     """A finished run of a script that leaves a model, with a file of the user's beside it."""
     with open_run(directory) as run:
         run.start({"corpus": "old"})
-        run.log({"step": 1})
+        run.log(entry(1))
         run.save({"x": torch.ones(1)})
         write_tensors(directory / "model.safetensors", {"x": torch.ones(1)}, {})
         run.finish({"loss": 1.0})
@@ -209,7 +209,7 @@ def test_overwriting_removes_the_old_run_when_the_new_one_starts_and_nothing_els
         assert {name: json.loads(text) for name, text in names.items()} == {
             "settings.json": {"corpus": "new"}
         }
-        run.log({"step": 1})
+        run.log(entry(1))
     with open_run(out, resume=True) as run:  # a kill here leaves an unfinished run
         assert run.settings == {"corpus": "new"} and not run.is_finished
 
@@ -235,15 +235,38 @@ def test_foreign_files_are_refused_by_name(tmp_path):
 # The log
 
 
+def entry(step):
+    return {"step": step, "loss": 6.5, "seconds": 0.5, "validation": {"loss": 6.6}}
+
+
 def test_a_log_cut_short_by_a_kill_can_be_read(tmp_path):
     run = Run(tmp_path)
     for step in (1, 2, 3):
-        run.log({"step": step})
+        run.log(entry(step))
     path = tmp_path / "log.jsonl"
     path.write_text(path.read_text()[:-4])
-    assert [entry["step"] for entry in run.read_log()] == [1, 2]
+    assert run.read_log() == [entry(1), entry(2)]
     run.rewind_log(1)
-    assert json.loads(path.read_text()) == {"step": 1}
+    assert json.loads(path.read_text()) == entry(1)
+
+
+BAD_LOG = ["[1]", "5", "null", "{}", "{", "[" * 100_000, "\xff", '{"step": 1}']
+BAD_LOG += [json.dumps(entry(1) | {key: value}) for key, value in [
+    ("step", "1"), ("step", None), ("step", True), ("loss", [6.5]), ("seconds", {}),
+    ("validation", 5), ("validation", {"loss": "6.6"}), ("validation", {"loss": None}),
+]]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", BAD_LOG)
+def test_a_log_of_another_kind_is_refused_when_a_run_is_resumed(tmp_path, line):
+    (tmp_path / "log.jsonl").write_bytes(
+        f"{json.dumps(entry(1))}\n".encode() + line.encode("latin-1") + b"\n"
+    )
+    run = Run(tmp_path)
+    run.state_path.parent.mkdir()
+    run.save({"x": torch.ones(1)})
+    with pytest.raises(UserError, match=r"log\.jsonl, line 2, is damaged"):
+        run.load()
 
 
 # Files

@@ -14,6 +14,8 @@ import torch
 from minitune.support.errors import UserError
 from minitune.support.runtime import keep_freed_memory
 
+# Options that say what to do in this call, not how a run is computed.
+NOT_SAVED = {"help", "out", "resume", "overwrite", "predict", "base", "json"}
 LONGEST_ERROR = 600  # characters; an option may hold a whole book
 
 
@@ -86,31 +88,44 @@ class Parser(argparse.ArgumentParser):
     def resumed(self, saved: dict, may_change: set[str], where: object) -> argparse.Namespace:
         """The options; those not given are a saved run's, and the others must not differ from it.
 
-        Saved values are read as if they stood on the command line, so damaged ones are refused.
+        `saved` is the settings.json of the run in the directory `where`; empty for a new run.
+        Raises UserError where it holds what cannot be given as an option.
         """
         words = []
         for action in self._actions:
             value, flag = saved.get(action.dest), action.option_strings[0]
-            if action.dest == "out" or value is None or value is False:  # 0 is a value
+            if action.dest in NOT_SAVED or value is None or value is False:
                 continue
-            if action.nargs == "+" and isinstance(value, list):
-                words += [flag, *map(str, value)]
+            if value is True:
+                words.append(flag)
+            elif isinstance(value, list):  # in which nothing may look like an option
+                words += [flag, *(str(item).replace("-", "~") for item in value)]
             else:
-                words.append(flag if action.nargs == 0 and value is True else f"{flag}={value}")
-        args = self.parse_args([*words, *sys.argv[1:]])
-        check_same(args, saved, may_change, where)
+                words.append(f"{flag}={value}")
+        try:
+            self.parse_args(words)
+        except UserError as error:
+            raise UserError(f"{where}/settings.json is damaged: {error}") from error
+        args = self.parse_args(words + sys.argv[1:])
+        if saved:
+            check_same(args, saved, may_change, where)
         return args
 
     def error(self, message: str) -> None:
         raise UserError(message)
 
 
+def options_to_save(args: argparse.Namespace) -> dict:
+    """What a run's settings.json keeps of the options."""
+    return {key: value for key, value in vars(args).items() if key not in NOT_SAVED}
+
+
 def check_same(args: argparse.Namespace, saved: dict, may_change: set[str], where: object) -> None:
     """Raise UserError where an option differs from that of a saved run."""
-    for key, value in saved.items():
-        if key not in may_change and getattr(args, key, value) != value:
-            flag = key.replace("_", "-")
-            raise UserError(f"--{flag} {getattr(args, key)}: the run in {where} has {value}")
+    for key, value in options_to_save(args).items():
+        if key not in may_change and saved.get(key, "none saved") != value:
+            flag, other = key.replace("_", "-"), saved.get(key, "none saved")
+            raise UserError(f"--{flag} {value}: the run in {where} has {other}")
 
 
 def add_machine_options(parser: Parser, backends: Iterable[str]) -> None:

@@ -103,7 +103,8 @@ class Run:
             for name in OLD_RESULTS:
                 (self.directory / name).unlink(missing_ok=True)
         self.state_path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(self.directory / "settings.json", settings)
+        if settings != self.settings:
+            write_json(self.directory / "settings.json", settings)
 
     def save(self, checkpoint: dict[str, Tensor]) -> None:
         """Replace the checkpoint by this one, in one rename."""
@@ -127,12 +128,21 @@ class Run:
 
     def read_log(self) -> list[dict]:
         """All whole lines of log.jsonl; a kill may have cut the last one short."""
-        path = self.directory / "log.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-        try:
-            return [json.loads(line) for line in lines if line.endswith("\n")]
-        except ValueError as error:
-            raise UserError(f"{path} is damaged: {error}") from error
+        path, entries = self.directory / "log.jsonl", []
+        lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+        for number, line in enumerate(lines, start=1):
+            if not line.endswith(b"\n"):
+                continue
+            try:
+                entry = json.loads(line)
+                numbers = [entry["step"], entry["loss"], entry["seconds"]]
+                numbers += entry.get("validation", {}).values()
+                if not {type(number) for number in numbers} <= {int, float}:
+                    raise ValueError("a figure is no number")
+            except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+                raise UserError(f"{path}, line {number}, is damaged: {error!r}") from error
+            entries.append(entry)
+        return entries
 
     def rewind_log(self, step: int) -> None:
         """Drop the lines of steps that a resumed run is going to do again."""
