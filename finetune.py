@@ -97,9 +97,9 @@ def read_arguments() -> argparse.Namespace:
         raise UserError("--base goes with --predict; the model to start from is --model")
     if args.resume and not args.predict and (found := list(args.out.rglob("settings.json"))):
         latest = max(found, key=lambda path: path.stat().st_mtime)
-        saved = read_json(latest)
-        if "experiment" in saved:  # else Run.open refuses
-            args = options.resumed(saved, MAY_CHANGE, latest.parent)
+        if "experiment" not in (saved := read_json(latest)):
+            raise UserError(f"--out {latest.parent} holds something that is no run of this script")
+        args = options.resumed(saved, MAY_CHANGE, latest.parent)
     return args
 
 
