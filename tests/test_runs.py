@@ -2,13 +2,16 @@
 
 import contextlib
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from minitune.support.errors import UserError
@@ -297,3 +300,100 @@ def test_the_file_replaces_the_old_one_and_is_open_to_the_same_people_as_any_oth
     assert sorted(tmp_path.iterdir()) == sorted([path, other])
     assert path.stat().st_mode == other.stat().st_mode
     assert load_file(path)["x"].tolist() == [1, 1]
+
+
+WRITERS = {
+    "model.safetensors": lambda path: write_tensors(path, {"x": torch.ones(9)}, {"format": "pt"}),
+    "config.json": lambda path: write_json(path, {"new": True}),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_new_content_is_on_disk_before_it_takes_the_place_of_the_old(tmp_path, monkeypatch, name):
+    """Else a power failure after the rename leaves an empty file, and nothing of the old one."""
+    path, synced, fsync, replace = tmp_path / name, [], os.fsync, os.replace
+    path.write_bytes(b"old")
+
+    def recording_fsync(descriptor):
+        fsync(descriptor)
+        synced.append((os.fstat(descriptor).st_ino, os.fstat(descriptor).st_size))
+
+    def checking_replace(source, target):
+        assert synced == [(os.stat(source).st_ino, os.stat(source).st_size)]
+        assert path.read_bytes() == b"old" and path == Path(target)  # nothing was written in place
+        replace(source, target)
+        synced.append("replaced")
+
+    monkeypatch.setattr(os, "fsync", recording_fsync)
+    monkeypatch.setattr(os, "replace", checking_replace)
+    WRITERS[name](path)
+    assert synced[1:] == ["replaced"] and path.stat().st_ino == synced[0][0]
+
+
+@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("call", ["os.fsync", "os.replace", "pathlib.Path.mkdir"])
+def test_a_full_disk_keeps_the_old_content_and_leaves_nothing(tmp_path, monkeypatch, name, call):
+    (tmp_path / name).write_bytes(b"old")
+
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(call, full)
+    with pytest.raises(OSError, match="No space left"):
+        WRITERS[name](tmp_path / name)
+    monkeypatch.undo()
+    assert contents(tmp_path) == {tmp_path / name: b"old"}
+
+
+def test_an_error_of_the_library_while_writing_is_one_of_the_system(tmp_path, monkeypatch):
+    """Which run_script prints in one line; a full disk is such an error."""
+
+    def full(*arguments, **options):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("minitune.support.runs.save_file", full)
+    with pytest.raises(OSError, match="model.safetensors cannot be written: .*No space left"):
+        WRITERS["model.safetensors"](tmp_path / "model.safetensors")
+    assert contents(tmp_path) == {}
+
+
+KILLED = """
+import os, pathlib, signal, sys, torch
+from minitune.support import runs
+os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
+runs.write_tensors(pathlib.Path(sys.argv[1]), {"x": torch.zeros(9)}, {})
+"""
+
+
+def test_a_kill_while_writing_keeps_the_old_content_and_the_next_write_cleans_up(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"old")
+    command = [sys.executable, "-c", KILLED, str(path)]
+    assert subprocess.run(command, cwd=ROOT).returncode == -signal.SIGKILL
+    assert path.read_bytes() == b"old"
+    assert {left.name for left in tmp_path.iterdir()} == {path.name, f"{path.name}.partial"}
+    write_tensors(path, {"x": torch.ones(9)}, {})
+    assert load_file(path)["x"].sum() == 9 and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_checkpoint_is_removed_only_when_the_metrics_are_there(tmp_path, monkeypatch):
+    run, removed, rmtree = Run(tmp_path), [], shutil.rmtree
+
+    def checking_rmtree(path, **options):
+        if path == run.state_path.parent:
+            removed.append(json.loads((tmp_path / "metrics.json").read_text()))
+        rmtree(path, **options)
+
+    run.start({"corpus": "x"})
+    run.save({"x": torch.ones(1)})
+    monkeypatch.setattr(shutil, "rmtree", checking_rmtree)
+    run.finish({"loss": 1.0})
+    assert removed == [{"loss": 1.0}] and not run.state_path.parent.exists()
+
+
+def test_parts_of_one_tensor_are_written_apart(tmp_path):
+    """As query, key and value of a fused matrix."""
+    fused = torch.arange(12.0).view(6, 2)
+    write_tensors(tmp_path / "x", dict(zip("qkv", fused.chunk(3), strict=True)), {})
+    found = load_file(tmp_path / "x")
+    assert torch.equal(torch.cat([found[name] for name in "qkv"]), fused)
