@@ -67,8 +67,8 @@ class Tiled(torch.autograd.Function):
     it equals the row sum of dO ∘ O (Dao 2023, FlashAttention-2), so block by block is enough here
     too.
 
-    From forward to backward it keeps q, k, v, the output and lse. Blocks are summed in float32 (float64
-    for float64 inputs) and in a fixed order, so equal inputs give equal bits.
+    From forward to backward it keeps q, k, v, the output and lse. Blocks are summed in float32
+    (float64 for float64 inputs) and in a fixed order, so equal inputs give equal bits.
     """
 
     KEY_BLOCK = 64  # keys at a time; the largest tensor is a block of scores, M·H·KEY_BLOCK numbers

@@ -4,7 +4,8 @@
     python -m tests.mutants dropout loop       those whose name or file contains one of these words
     python -m tests.mutants --list
 
-Prints a line a bug, and at the end who survived; exit status 1 if any did. It is no part of the test suite.
+Prints a line a bug, and at the end who survived; exit status 1 if any did. It is no part of the
+test suite.
 """
 
 import argparse

@@ -43,8 +43,8 @@ from minitune.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
 CPU = Runtime.start("cpu", "fp32")
-# One word decides, but one label in six is wrong, so that no method is right on all rows. The labels
-# are not alike in anything: not in length, not in number, and one wants quotes.
+# One word decides, but one label in six is wrong, so that no method is right on all rows. The
+# labels are not alike in anything: not in length, not in number, and one wants quotes.
 WORDS = {
     "works": ["superb", "charming", "thrilling"],
     "falls flat, alas": ["dull", "clumsy", "tedious"],

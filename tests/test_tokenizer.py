@@ -191,7 +191,8 @@ CASED = BERT | {"lowercase": False}
 CASED_TOKENS = "[UNK] World [UNK] Café 中 国 < e ##1 > covid ##s < br / > film"
 E1, COVID = added("<e1>", 24), added("covid", 21)
 TRUNCATED = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
-# Files of a directory -> the tokens of TEXT in transformers 4.57 (checked by check_transformers.py).
+# Files of a directory -> the tokens of TEXT in transformers 4.57 (checked by
+# check_transformers.py).
 FOLLOWED = {
     "as BERT has it": ({"tokenizer.json": tokenizer_json()}, FOLDED),
     "truncation, which is for callers": ({"tokenizer.json": tokenizer_json(truncation=TRUNCATED)}, FOLDED),

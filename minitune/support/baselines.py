@@ -136,7 +136,8 @@ def train_svm(
         direction = keep * direction - gradient
         previous, previous_square = gradient, square
 
-        # Along a line the objective is a chain of parabolas: Newton's method soon finds its minimum.
+        # Along a line the objective is a chain of parabolas: Newton's method soon finds its
+        # minimum.
         change = signs * matrix.times(scale * direction)
         slope, bend, length = weights @ direction, direction @ direction, 0.0
         for _ in range(10):

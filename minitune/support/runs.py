@@ -208,8 +208,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 def _new_content(path: Path) -> Iterator[Path]:
     """A name for the new content of a file. Written and fsynced, it takes the file's place.
 
-    It lies in a directory of its own, `path`.partial, which is all that a kill can leave: safetensors
-    writes to a name of its own choice beside the one that it is given.
+    It lies in a directory of its own, `path`.partial, which is all that a kill can leave:
+    safetensors writes to a name of its own choice beside the one that it is given.
     """
     folder = path.with_name(path.name + ".partial")
     shutil.rmtree(folder, ignore_errors=True)

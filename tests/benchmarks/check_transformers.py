@@ -2,8 +2,8 @@
 
     PYTHONPATH=. python tests/benchmarks/check_transformers.py runs/pretrain runs/finetune/full
 
-Run it in an environment that has `transformers` (checked with 4.57 and 5.24) beside minitune's own needs;
-minitune itself does not use it. Exit status 0 and one line for each thing that holds, or an
+Run it in an environment that has `transformers` (checked with 4.57 and 5.24) beside minitune's own
+needs; minitune itself does not use it. Exit status 0 and one line for each thing that holds, or an
 AssertionError that says what does not.
 """
 
