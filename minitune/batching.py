@@ -33,7 +33,7 @@ class PackedBatch:
         return self.cu_seqlens[:-1].long()
 
     def count_before(self, positions: Tensor) -> Tensor:
-        """(B+1,) int32: how many of these ascending positions come before each sequence; the last is M."""
+        """(B+1,) int32: how many of these ascending positions come before each; the last is M."""
         return torch.searchsorted(positions, self.cu_seqlens.to(positions.dtype), out_int32=True)
 
     @classmethod

@@ -55,7 +55,7 @@ def prior(prompt: Prompt, unlabelled: Sequence[list[int]]) -> Tensor:
 
 
 def match_prior(scores: Tensor) -> Tensor:
-    """(L,) to add to scores (N, L), so that the mean of their softmax over N is the same for all labels.
+    """(L,) to add to scores (N, L), so that all labels have the same mean of the softmax over N.
 
     Saerens et al. 2002, "Adjusting the Outputs of a Classifier to New a Priori Probabilities",
     estimate an unknown prior by repeating a step; the same step, backwards, corrects scores where
@@ -76,7 +76,7 @@ CALIBRATIONS: dict[str, Calibration] = {f.__name__: f for f in (none, contextual
 
 
 def mean_log_probabilities(scores: Sequence[Tensor]) -> Tensor:
-    """The common answer (N, L) of several prompts with these scores (N, L), in log-probabilities."""
+    """The common answer of several prompts with these scores, all (N, L), as log-probabilities."""
     return torch.stack([each.log_softmax(-1) for each in scores]).mean(0).log_softmax(-1)
 
 

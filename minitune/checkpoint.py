@@ -261,7 +261,7 @@ def load_masked_lm(directory: Path, attention: str = "sdpa") -> tuple[BertForMas
 def load_for_classification(
     directory: Path, labels: dict[int, str], attention: str = "sdpa", weights: bool = True
 ) -> tuple[BertForSequenceClassification, list[str]]:
-    """A classifier on the encoder in a BERT directory, and the names of its parameters that are new.
+    """A classifier on the encoder in a BERT directory, and the names of its new parameters.
 
     These are the classifier, and the pooler where the directory has none; all of them if only the
     shape is wanted and not the `weights`.
@@ -369,14 +369,14 @@ def find_model(name: str) -> Path:
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What a fine-tuning run changed, by name: parameters that train, and buffers, which it measured."""
+    """What a run changed, by name: parameters that train, and buffers, which it measured."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     return dict(model.named_buffers()) | trained
 
 
 @dataclass
 class Trained:
-    """What a run trained where most of the model was frozen, and all that a prediction needs besides.
+    """What a run trained of a mostly frozen model, and all else that a prediction needs.
 
     trained.json          these fields
     trained.safetensors   `trained_tensors` of the model
@@ -454,6 +454,6 @@ class Trained:
 
 
 def check_max_len(max_len: object, config: BertConfig, where: Path) -> None:
-    """Raise UserError where a saved limit is none that the model has room for, [CLS] and [SEP] included."""
+    """Raise UserError unless [CLS], a token and [SEP] fit into it, and it into the model."""
     if not isinstance(max_len, int) or not 3 <= max_len <= config.max_position_embeddings:
         raise UserError(f"{where} is damaged: max_len {max_len}")

@@ -1,4 +1,4 @@
-"""Feature extraction: a frozen encoder reads each text once, and a linear classifier learns from that.
+"""Feature extraction: a frozen encoder reads each text once, a linear classifier learns from it.
 
 A text becomes one vector, its features: for each layer the mean of the hidden states over the
 text's tokens, and their standard deviation, side by side. Layers represent different things; which
@@ -54,7 +54,7 @@ class FeatureHead(nn.Module):
         nn.init.zeros_(self.classifier.bias)
 
     def standardise(self, features: Tensor) -> None:
-        """Take mean and standard deviation of each feature from those (N, F) of the training rows."""
+        """Take mean and deviation of each feature from those (N, F) of the training rows."""
         self.mean.copy_(features.mean(0))
         self.std.copy_(features.std(0, correction=0).clamp_min(1e-6))
 
@@ -83,13 +83,10 @@ def feature_size(bert: Bert) -> int:
 
 
 def pooled_layers(bert: Bert, batch: PackedBatch) -> Tensor:
-    """(B, F): mean and deviation over the tokens of each text, of the embeddings and of each layer."""
-    x = bert.embeddings(batch)
-    states = [x]
+    """(B, F): mean and deviation over each text's tokens, of the embeddings and of each layer."""
+    states, pooled = [bert.embeddings(batch)], []
     for layer in bert.layers:
-        x = layer(x, batch)
-        states.append(x)
-    pooled = []
+        states.append(layer(states[-1], batch))
     for x in states:
         x = x[: batch.tokens.numel()]  # without the rows of pad_rows
         mean = mean_of_tokens(x, batch)

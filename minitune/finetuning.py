@@ -1,4 +1,4 @@
-"""Fine-tuning: which parameters a method trains, and the way from pretrained weights to test accuracy.
+"""Fine-tuning: what each method trains, and the way from pretrained weights to test accuracy.
 
 A method is a row of METHODS and a function that names its trained parameters. All else follows
 from the row: training, saving what was trained, loading it again, the table and the picture.
@@ -37,7 +37,7 @@ SOUP_SEEDS = 1000  # between the seeds of trainings that are averaged; --seeds c
 
 @dataclass(frozen=True)
 class Method:
-    """What a method trains and how. Numbers were chosen on validation rows (tests/benchmarks/LOG.md)."""
+    """What a method trains and how. The numbers are from validation rows (benchmarks/LOG.md)."""
 
     summary: str
     trained: Callable[[nn.Module], list[str]]  # the names of the parameters that train
@@ -108,7 +108,8 @@ METHODS = {
         "bottlenecks inside the frozen encoder, the LayerNorms of its layers, and the classifier",
         # In a frozen network [CLS] gathers little, since masked-language modelling does not need
         # it; and BERT's pooler would be a fifth of all that a small model trains.
-        trained=adapter_parameters, insert=insert_adapters, options=("adapter_size",), pooling="mean",
+        trained=adapter_parameters, pooling="mean",
+        insert=insert_adapters, options=("adapter_size",),
         lr=lambda _: 1e-2, epochs=1, batch_rows=32, optimizer="muon", adamw=0.2,
     ),
     "full": Method(
@@ -344,7 +345,7 @@ def average(trainings: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def save(model: nn.Module, experiment: Experiment, setup: Setup) -> Path:
-    """Write the whole model where all of it was trained, else what was; returns the weights' path."""
+    """Write the whole model if all of it was trained, else what was; returns the path."""
     directory, name, args = experiment.run.directory, experiment.method, setup.args
     if all(p.requires_grad for p in model.parameters()):
         save_model(model, setup.tokenizer, directory)

@@ -94,7 +94,7 @@ class Classifier:
         attention: str = "auto",
         base: str | None = None,
     ) -> "Classifier":
-        """From the directory of any fine-tuning run, or a BertForSequenceClassification directory or id.
+        """From the directory of a fine-tuning run, or any BertForSequenceClassification.
 
         `base` names the pretrained model of a run that saved only what it trained, if it was moved.
         """

@@ -166,7 +166,7 @@ class Prompt:
     def __init__(
         self, sentence: str, words: dict[str, list[str]], fill_mask: FillMask, max_len: int
     ):
-        """`max_len` tokens in a query, demonstrations apart; UserError if none is left for a text."""
+        """`max_len` tokens in a query without demonstrations; UserError if a text has no room."""
         self.sentence, self.fill_mask, self.max_len = sentence, fill_mask, max_len
         self.template = Template(sentence, fill_mask.tokenizer)
         self.verbalizer = Verbalizer(words, fill_mask.tokenizer)
@@ -195,7 +195,7 @@ class Prompt:
             self.demonstrations += self.template.fill(text[-room:], answer)[0]
 
     def query(self, text: list[int], blank: Sequence[int]) -> ClozeQuery:
-        """The cloze of a text, with these tokens for the [MASK], the first mask of which is guessed.
+        """The cloze of a text, with these tokens for [MASK]; the first mask in them is guessed.
 
         A long text loses its beginning: most reviewers end with a verdict.
         """

@@ -263,7 +263,7 @@ class Trainer:
             self.steps = steps
 
     def _steps_left(self, pace: float, tokens: float) -> int:
-        """How many more steps of so many seconds and tokens end before the deadline; at least one."""
+        """How many more steps of so many seconds and tokens fit before the deadline, at least 1."""
         seconds = self.deadline - time.monotonic() - self._evaluation_seconds(pace / tokens)
         return self.runtime.broadcast(max(1, int(seconds / pace)))
 

@@ -1,4 +1,4 @@
-"""Adapters: what they compute and where, what trains beside them, what is saved, how they take turns."""
+"""Adapters and what methods train: what it computes, what is saved, and runs on one base."""
 
 import importlib.util
 import math

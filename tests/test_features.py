@@ -1,4 +1,4 @@
-"""Feature extraction: what a text's vector is, that the encoder stays as it was, blocks on disk, the head."""
+"""Feature extraction: a text's vector, a frozen encoder, blocks on disk, the head."""
 
 import numpy as np
 import pytest
@@ -54,7 +54,7 @@ def directory(tmp_path):
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Four texts to a file and few to a batch: 3 files for the training rows, 1 for the validation rows."""
+    """Four texts a file, few a batch: 3 files for training rows, 1 for validation rows."""
     monkeypatch.setattr(features, "BLOCK", 4)
     monkeypatch.setattr(features, "reading_tokens", lambda device: 20)
 

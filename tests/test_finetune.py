@@ -1,4 +1,4 @@
-"""Fine-tuning from end to end: one command, all methods, new reviews; nothing lost, nothing else touched."""
+"""Fine-tuning from end to end: one command, all methods, new reviews; nothing is lost."""
 
 import contextlib
 import csv
@@ -43,8 +43,8 @@ from minitune.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
 CPU = Runtime.start("cpu", "fp32")
-# One word decides, but one label in six is wrong, so that no method is right on all rows. The
-# labels are not alike in anything: not in length, not in number, and one wants quotes.
+# One word decides, but one label in six is wrong, so that no method is right on all rows. Labels are
+# not alike in anything: not in length, not in number, and one needs quotes.
 WORDS = {
     "works": ["superb", "charming", "thrilling"],
     "falls flat, alas": ["dull", "clumsy", "tedious"],
@@ -100,7 +100,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A directory with the model `base`, data.csv and test.csv; at the end nothing in it has changed."""
+    """A directory with the model `base`, data.csv and test.csv; nothing in it may change."""
     folder = tmp_path_factory.mktemp("fine-tuning")
     rows = reviews(ROWS, seed=0)
     write_csv(folder / "data.csv", rows)
@@ -181,7 +181,7 @@ KILLABLE.set_forkserver_preload(["torch", "tests.test_finetune", "minitune.suppo
 
 
 def run_apart(words: list[str], notes: Path, processor_seconds: float = 0) -> int | None:
-    """`finetune.py WORDS` in a process of its own, killed after so many seconds; returns its exit code.
+    """The exit code of `finetune.py WORDS` in its own process, killed after so many seconds.
 
     Seconds of the processor, not of the clock, so that a busy machine kills at the same moments.
     """
@@ -606,7 +606,7 @@ def test_a_figure_that_not_every_seed_has_is_in_no_mean():
         assert row["steps"] == 8 and "best_epoch" not in row
 
 
-def test_a_picture_that_fails_loses_nothing(folder, tmp_path, monkeypatch):
+def test_a_picture_that_fails_is_a_warning_and_loses_nothing(folder, tmp_path, monkeypatch, capfd):
     def fail(*_):
         raise RuntimeError("no font")
 
@@ -614,8 +614,8 @@ def test_a_picture_that_fails_loses_nothing(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(
         sys, "argv", ["finetune.py", *options(folder, tmp_path, "--method", "feature")]
     )
-    with pytest.raises(RuntimeError, match="no font"):
-        finetune.main()
+    finetune.main()
+    assert "compare.png was not drawn: no font" in capfd.readouterr().err
     assert Classifier.load(str(tmp_path / "feature"), CPU).labels == dict(enumerate(LABELS))
     assert_comparison(tmp_path, folder, {None: [0]})
 
@@ -877,9 +877,7 @@ def test_without_a_model_the_newest_run_answers(compared, tmp_path, monkeypatch)
 # Nothing is lost
 
 
-@pytest.mark.parametrize(
-    ("method", "soup"), [*((method, "1") for method in METHODS), ("adapter", "2")]
-)
+@pytest.mark.parametrize(("method", "soup"), [("feature", "1"), ("full", "1"), ("adapter", "2")])
 def test_killed_at_random_moments_it_ends_with_the_same_bits(folder, tmp_path, method, soup):
     undisturbed, killed, notes = tmp_path / "undisturbed", tmp_path / "killed", tmp_path / "notes"
     size = (

@@ -75,9 +75,8 @@ def tiny(tmp_path_factory):
         save_model(architecture(config), tokenizer, folder / architecture.__name__)
     lines = (SAMPLES / "reviews.csv").read_text().splitlines(keepends=True)
     (folder / "reviews.csv").write_text("".join(lines[:1] + 4 * lines[1:]))
-    rows = [
-        {"method": "full", "train_examples": n, "accuracy": 0.5, "spread": None} for n in (16, 64)
-    ]
+    row = {"method": "full", "accuracy": 0.5, "interval": [0.4, 0.6], "spread": None}
+    rows = [row | {"train_examples": count} for count in (16, 64)]
     (folder / "compare.json").write_text(json.dumps({"rows": rows}))
     return SimpleNamespace(
         pretrained=folder / "BertForMaskedLM",

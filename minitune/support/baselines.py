@@ -39,7 +39,7 @@ class Matrix(NamedTuple):
 
 
 class NBSVM:
-    """Fit on texts and labels 0..num_labels-1, then predict; of three or more, each against the rest."""
+    """Fit on texts and labels 0..num_labels-1; of three or more, each against the rest."""
 
     def fit(self, texts: list[str], labels: np.ndarray, num_labels: int) -> "NBSVM":
         """Learn a vector of weights for each label: one for each feature, and last the bias."""
@@ -90,7 +90,7 @@ class NBSVM:
 
 
 def _distinct(numbers: np.ndarray) -> np.ndarray:
-    """The numbers (none negative) in order, each once. np.unique may hash them, many times slower."""
+    """The non-negative numbers in order, each once. np.unique may hash them: far slower."""
     numbers = np.sort(numbers)
     return numbers[np.diff(numbers, prepend=-1) > 0]
 
@@ -108,7 +108,7 @@ def _fit_one(matrix: Matrix, positive: np.ndarray) -> np.ndarray:
 
 
 def log_count_ratio(matrix: Matrix, positive: np.ndarray) -> np.ndarray:
-    """The paper's r: log of a feature's share of the class over its share of the rest; 1 for the bias."""
+    """The paper's r: log-ratio of a feature's shares of class and rest; 1 for the bias."""
     inside = SMOOTHING + matrix.transposed_times(positive.astype(float))[:-1]
     outside = SMOOTHING + matrix.transposed_times((~positive).astype(float))[:-1]
     return np.append(np.log(inside / inside.sum()) - np.log(outside / outside.sum()), 1.0)
@@ -117,7 +117,7 @@ def log_count_ratio(matrix: Matrix, positive: np.ndarray) -> np.ndarray:
 def train_svm(
     matrix: Matrix, scale: np.ndarray, signs: np.ndarray, cost: float, tolerance: float = 1e-3
 ) -> np.ndarray:
-    """The w that minimises |w|^2 / 2 + cost * sum max(0, 1 - signs * (x @ w))^2; x is matrix * scale.
+    """The w of the least |w|^2 / 2 + cost * sum max(0, 1 - signs * (x @ w))^2; x is matrix * scale.
 
     Conjugate gradients (Polak & Ribiere 1969), each step to the lowest point along its line. |w|^2
     / 2 alone bends the objective so much that its minimum cannot lie more than |gradient|^2 / 2

@@ -77,7 +77,7 @@ def plot_pretraining(
 def plateau(
     minutes: list[float], losses: list[float], unigram: float, margin: float = 0.1
 ) -> tuple[float, float] | None:
-    """The longest time in which the loss stays within `margin` nats of the unigram entropy, or None.
+    """The longest time with the loss within `margin` nats of the unigram entropy, or None.
 
     That is the loss of a model that knows how frequent words are, and nothing else. Single batches
     vary: what counts is the median of up to 21 in a row. A loss that only falls through the margin,
@@ -109,7 +109,7 @@ def plot_comparison(rows: list[dict], title: str, path: Path, prompt: dict | Non
 
 
 def plot_prompts(rows: list[dict], baselines: list[dict], title: str, path: Path) -> None:
-    """The rows of calibration.compare_prompts: a line for each template, a dot for each calibration.
+    """Rows of calibration.compare_prompts: a line for each template, a dot for each calibration.
 
     With demonstrations and without, those with most of them. `baselines` are lines across.
     """
@@ -145,7 +145,7 @@ def in_short(text: str, width: int) -> str:
 
 
 def _colours(names: Iterable[str]) -> dict[str, str]:
-    """A colour for each different name, in order; a name without one in COLOURS gets a spare one."""
+    """A colour for each name, in order; one that is not in COLOURS gets a spare colour."""
     spare = iter(plt.cm.Dark2.colors * 100)
     return {name: COLOURS.get(name) or next(spare) for name in dict.fromkeys(names)}
 

@@ -169,7 +169,7 @@ def _make_and_open(directory: Path) -> int:
 
 
 def _lock(descriptor: int, directory: Path) -> None:
-    """Lock an open directory against other processes; the lock goes with this one, however it ends."""
+    """Lock an open directory; the lock ends with this process, however that ends."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # Between our open and our lock a process that was refused may have removed it again.
@@ -183,7 +183,7 @@ def _lock(descriptor: int, directory: Path) -> None:
 
 
 def _holds_files(directory: Path) -> bool:
-    """Whether anything is in it or below but what a kill can leave before settings.json is there."""
+    """Whether it holds more than what a kill can leave before settings.json is there."""
     return any(names and not root.endswith(".partial") for root, _, names in os.walk(directory))
 
 
@@ -252,7 +252,7 @@ def read_json(path: Path) -> dict:
 
 
 def publish_directory(partial: Path, final: Path) -> None:
-    """Give a directory that is complete its final name; if another process was first, keep that one."""
+    """Give a complete directory its final name; if another process was first, keep that one."""
     for file in partial.iterdir():
         with open(file, "rb") as handle:
             os.fsync(handle.fileno())
