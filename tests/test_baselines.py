@@ -188,6 +188,8 @@ def test_baselines_learn_from_the_chosen_rows_alone():
     chosen = np.array([0, 1, 2, 4])  # three good ones and a bad one
     rows = evaluate_baselines(ROWS, RIGHT, 2, chosen)
     assert rows[0]["accuracy"] == 3 / 4 and rows[0]["train_examples"] == 4
+    half = evaluate_baselines(ROWS, RIGHT, 2, np.array([0, 1, 4, 5]))
+    assert [row["accuracy"] for row in half] == [1 / 4, 1]
     only_good = evaluate_baselines(ROWS, RIGHT, 2, np.arange(4))
     assert [row["accuracy"] for row in only_good] == [3 / 4, 3 / 4]
 
