@@ -120,7 +120,10 @@ def main() -> None:
 
     # 2. Blanks anywhere in a sentence, or at its end.
     if args.fill:
-        print_blanks(fill_blanks(fill_mask, args.fill, args.top), args.json)
+        for number, words in enumerate(fill_blanks(fill_mask, args.fill, args.top), start=1):
+            listed = [{"word": word, "probability": probability} for word, probability in words]
+            line = json.dumps({"blank": number, "words": listed}, ensure_ascii=False)
+            print(line if args.json else f"blank {number}: {in_words(words)}")
         return
     for text in args.texts if args.generate else ():
         written = generate(fill_mask, text, args.generate, args.temperature, args.seed)
@@ -140,7 +143,7 @@ def main() -> None:
     unlabelled = []
     if args.calibrate == "prior":
         texts = [row.text for row in Dataset(args.data).rows("train")]
-        unlabelled = tokenizer.encode(choose_unlabelled(args, texts, args.data))
+        unlabelled = tokenizer.encode(choose_unlabelled(args, texts))
     ensemble = Ensemble(prompts, args.calibrate, unlabelled)
     best = " (the best on validation rows)" if args.calibrate == BEST else ""
     say(f"{plural(len(prompts), 'template')}; calibration: {args.calibrate}{best}")
@@ -149,10 +152,8 @@ def main() -> None:
     print_answers(args.texts, "TEXT", ensemble.names, predict, args.json, cut)
 
 
-def choose_unlabelled(args: argparse.Namespace, texts: list[str], source: str) -> list[str]:
-    """--unlabelled of these texts; what their labels are plays no part."""
-    if not texts:
-        raise UserError(f"{source} has no train rows, which --calibrate prior reads")
+def choose_unlabelled(args: argparse.Namespace, texts: list[str]) -> list[str]:
+    """--unlabelled of these texts, at random; what their labels are plays no part."""
     rows = np.random.default_rng(args.seed).permutation(len(texts))[: args.unlabelled]
     return [texts[i] for i in rows]
 
@@ -185,7 +186,7 @@ def evaluate(args: argparse.Namespace, prompts: list[Prompt], model: str) -> Non
     encode = prompts[0].fill_mask.tokenizer.encode
     texts = encode(reviews.texts["test"])
     labels = matching_labels(prompts[0], reviews, args.evaluate)[reviews.labels["test"]]
-    unlabelled = encode(choose_unlabelled(args, reviews.texts["train"], args.evaluate))
+    unlabelled = encode(choose_unlabelled(args, reviews.texts["train"]))
     compared = {0: prompts}
     if args.shots:  # do demonstrations help?
         compared[args.shots] = [copy.copy(prompt) for prompt in prompts]
@@ -227,29 +228,15 @@ def evaluate(args: argparse.Namespace, prompts: list[Prompt], model: str) -> Non
 
 def read_curves(path: Path) -> list[dict]:
     """The rows of a compare.json of finetune.py with several numbers of training rows."""
-
-    def fits(row: dict) -> bool:
-        low, high = row["interval"]
-        shares = (low, row["accuracy"], high)
-        return row["train_examples"] > 0 and all(-0.01 < share < 1.01 for share in shares)
-
     try:
         rows = read_json(path)["rows"]
-        if all(map(fits, rows)) and len({row["train_examples"] for row in rows}) > 1:
-            return [row | {"method": str(row["method"])} for row in rows]
-    except (KeyError, TypeError, ValueError):
+        shares = np.array([[row["accuracy"], *row["interval"]] for row in rows], dtype=float)
+        counts = {int(row["train_examples"]) for row in rows if str(row["method"])}
+        if len(counts) > 1 and min(counts) > 0 and (abs(shares - 0.5) < 0.51).all():
+            return rows
+    except (KeyError, TypeError, ValueError, OverflowError):
         pass
     raise UserError(f"--curves {path}: no compare.json of finetune.py --train-examples N N")
-
-
-def print_blanks(blanks: list[list[tuple[str, float]]], as_json: bool) -> None:
-    """One line a blank."""
-    for number, words in enumerate(blanks, start=1):
-        if as_json:
-            listed = [{"word": word, "probability": probability} for word, probability in words]
-            print(json.dumps({"blank": number, "words": listed}, ensure_ascii=False))
-        else:
-            print(f"blank {number}: {in_words(words)}")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from minitune.prompting import Prompt
+from minitune.support.errors import UserError
 from minitune.support.results import TOGETHER, expected_calibration_error, interval
 
 
@@ -50,7 +51,9 @@ def pmi(prompt: Prompt, unlabelled: Sequence[list[int]]) -> Tensor:
 
 
 def prior(prompt: Prompt, unlabelled: Sequence[list[int]]) -> Tensor:
-    """Make the mean answer to unlabelled reviews the same for all labels."""
+    """Make the mean answer to unlabelled reviews the same for all labels; UserError for none."""
+    if not unlabelled:
+        raise UserError("--calibrate prior: there are no train rows to read")
     return match_prior(prompt.scores(unlabelled))
 
 

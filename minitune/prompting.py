@@ -72,8 +72,7 @@ class FillMask:
     def log_probabilities(self, queries: Sequence[ClozeQuery]) -> Iterator[tuple[int, Tensor]]:
         """The index of each query and its float32 log-probabilities (P, V), shortest queries first.
 
-        Raises UserError where these are not numbers, or a query is longer than the model's
-        positions.
+        Raises UserError where these are no numbers, or a query has more tokens than positions.
         """
         device, lengths = self.runtime.device, np.array([len(query.ids) for query in queries])
         longest, most = lengths.max(initial=0), self.model.config.max_position_embeddings
@@ -88,8 +87,7 @@ class FillMask:
                 hidden = self.model.bert(batch.to(device), torch.tensor(positions, device=device))
             # The head in float32: in bfloat16 its log-probabilities come in steps of 1/16.
             logits = self.model.head(hidden.float(), self.model.bert.embeddings.word.weight)
-            # Some embeddings have more rows than there are words; these have no name to answer
-            # with.
+            # Some embeddings have more rows than there are words; those cannot be an answer.
             logs = logits.log_softmax(-1)[:, : self.tokenizer.vocab_size].cpu()
             if logs.isnan().any():
                 raise UserError("the model's answers are no numbers: its weights must be damaged")

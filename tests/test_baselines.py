@@ -1,4 +1,4 @@
-"""Baselines: the arithmetic of NB-SVM against dense and hand-made numbers, and texts of every odd kind."""
+"""Baselines: NB-SVM against dense and hand-made numbers, odd texts, and figures of test rows."""
 
 import numpy as np
 import pytest

@@ -182,7 +182,7 @@ def test_the_order_in_which_labels_are_typed_does_not_matter(succeed):
 
 
 def test_the_lesson(succeed, folder):
-    """A model that nearly always says "good" is right half the time, until zero is put in its place."""
+    """A model that nearly always says "good" is right half the time until it is calibrated."""
     accuracies = {}
     for calibration in ("none", "prior"):
         lines = succeed(
@@ -198,7 +198,7 @@ def test_the_lesson(succeed, folder):
 
 
 def test_the_prior_is_that_of_train_rows(succeed, folder, tmp_path):
-    """Other rows to test change no answer; fewer rows to train do, and so does not asking for them."""
+    """Other test rows change no answer; fewer train rows do, and so does no calibration."""
     rows = [row for label in ("yes", "no") for row in ROWS if row[1] == label]
     with open(tmp_path / "other.csv", "w", encoding="utf-8", newline="") as file:
         other = [
@@ -336,7 +336,7 @@ def test_words_of_any_language_are_printed_in_any_locale(folder, tmp_path, words
 
 @pytest.fixture
 def padded(folder, tmp_path):
-    """A model with more embeddings than its tokenizer has entries, as where they are a multiple of 64."""
+    """A model with more embeddings than its tokenizer has entries."""
     tokenizer = Tokenizer.load(folder / "learned")
     config = BertConfig(vocab_size=400, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
     torch.manual_seed(0)
@@ -578,7 +578,7 @@ def test_a_prior_without_train_rows_is_refused(refused, tmp_path):
     for name in ("train/pos", "train/neg", "test/pos", "test/neg"):
         (tmp_path / "tree" / name).mkdir(parents=True)
     (tmp_path / "tree/test/pos/1_9.txt").write_text("the film was good")
-    refused("a film", *ASK, "--data", "tree", naming=["tree", "no train rows"])
+    refused("a film", *ASK, "--data", "tree", naming=["--calibrate prior", "no train rows"])
 
 
 # Bad input: one line that names the culprit, status 2

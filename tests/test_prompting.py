@@ -1,4 +1,4 @@
-"""Prompting's parts: queries that keep their blank, label words, calibration, demonstrations, writing."""
+"""Prompting: templates, verbalizer, fill-mask, calibration, demonstrations, generation."""
 
 import copy
 import math
@@ -165,7 +165,7 @@ def log_probability(model, ids, at, token):
 
 
 def score_of_word(model, tokenizer, parts, text, word):
-    """One token after another, those before it written, those after it hidden; the mean over them."""
+    """The mean over its tokens, those before each written, it and those after it masked."""
     total = 0.0
     for i, token in enumerate(word):
         blank = word[:i] + [tokenizer.mask_id] * (len(word) - i)
@@ -576,7 +576,7 @@ def test_the_longest_text_that_fits_is_written(fill_mask):
 
 
 def test_the_least_certain_words_are_guessed_again(fill_mask, monkeypatch):
-    """With a model whose certainty is known: the first of four blanks is the least sure, then the next."""
+    """The first of four blanks is the least certain, then the second, and so on."""
     rounds = []
 
     def log_probabilities(self, queries):
