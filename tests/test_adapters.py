@@ -399,6 +399,14 @@ def test_the_pooling_is_that_of_the_run_whatever_the_method_has_today(
     assert torch.equal(logits(loaded.model, batch), logits(model, batch))
 
 
+def test_a_run_of_features_stays_one_whatever_the_method_has_today(base, tmp_path, monkeypatch):
+    model, batch = as_trained(base, "feature"), some_batch()
+    save_to(tmp_path / "run", model, base, "feature")
+    monkeypatch.setitem(METHODS, "feature", replace(METHODS["feature"], pooling="mean"))
+    loaded = Classifier.load(str(tmp_path / "run"), FP32)
+    assert torch.equal(logits(loaded.model, batch), logits(model, batch))
+
+
 def test_on_another_base_it_is_refused(base, tmp_path, tokenizer):
     directory = tmp_path / "run"
     save_to(directory, as_trained(base), base)

@@ -720,6 +720,36 @@ def test_the_learning_rates_of_the_methods():
     assert (recipe["optimizer"], recipe["adamw_lr"]) == ("muon", pytest.approx(2e-3))
 
 
+def test_the_lowest_layer_of_full_learns_a_third_of_what_the_highest_does(compared, folder):
+    # A step of AdamW is about as large as the learning rate, whatever the gradient.
+    before, after = weights(folder / "base"), weights(compared[0] / "full")
+    changes = [
+        torch.cat(
+            [
+                (after[name] - before[name]).abs().flatten()
+                for name in before
+                if name.startswith(f"bert.encoder.layer.{i}.") and name.endswith("LayerNorm.bias")
+            ]
+        ).mean()
+        for i in (0, 1)
+    ]
+    assert 0.2 < changes[0] / changes[1] < 0.5
+
+
+def test_a_tenth_of_the_steps_warm_up(folder, tmp_path, monkeypatch):
+    factors, set_rate = [], finetuning.Optimizer.set_rate
+    monkeypatch.setattr(
+        finetuning.Optimizer,
+        "set_rate",
+        lambda self, factor: [factors.append(factor), set_rate(self, factor)],
+    )
+    words = ("--method", "feature", "--epochs", "10", "--accumulate", "2")
+    succeed(*options(folder, tmp_path, *words))
+    steps = metrics(tmp_path / "feature")["steps"]
+    assert len(factors) == steps >= 10
+    assert factors.index(max(factors)) + 1 == round(steps / 10)
+
+
 def test_each_option_of_the_recipe_has_its_effect(folder, tmp_path):
     def run_with(name, *words):
         succeed(*options(folder, tmp_path / name, "--method", "adapter", "--epochs", "1", *words))
