@@ -23,7 +23,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import finetune
 from minitune import finetuning
@@ -34,6 +34,7 @@ from minitune.features import Features, pooled_layers
 from minitune.finetuning import average
 from minitune.model import BertConfig, BertForMaskedLM
 from minitune.prediction import Classifier
+from minitune.support import runs
 from minitune.support.baselines import NBSVM
 from minitune.support.cli import run_script
 from minitune.support.results import summarise
@@ -588,7 +589,13 @@ def test_the_comparison_keeps_the_methods_of_earlier_calls_on_the_same_rows(
     assert_refused(*options(folder, out, *words, "feature"), naming="--overwrite")
     succeed(*options(folder, out, *words, "feature", "--overwrite", "--seed", "3"))
     assert metrics(out / "feature")["seed"] == 3 and methods()[2:] == ["feature", "adapter"]
-    # On other rows the accuracies are no comparison.
+    # On another base, or on other rows, accuracies are no comparison.
+    other = shutil.copytree(folder / "base", tmp_path / "base")
+    tensors = load_file(other / "model.safetensors")
+    tensors["cls.predictions.bias"] += 1
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    succeed(*options(folder, out, *words, "bitfit", "--model", str(other)))
+    assert methods() == ["majority", "nb-svm", "bitfit"]
     write_csv(Path(data), reviews(ROWS, seed=5))
     succeed(*options(folder, out, *words, "full"))
     assert methods() == ["majority", "nb-svm", "full"]
@@ -734,6 +741,20 @@ def test_the_lowest_layer_of_full_learns_a_third_of_what_the_highest_does(compar
         for i in (0, 1)
     ]
     assert 0.2 < changes[0] / changes[1] < 0.5
+
+
+def test_the_seconds_of_features_are_those_of_reading_the_training_rows_and_of_training(
+    folder, tmp_path, monkeypatch
+):
+    extract, seconds = finetuning.extract, iter([10.0, 2000.0, 30_000.0])
+    monkeypatch.setattr(finetuning, "extract", lambda *a: (extract(*a)[0], next(seconds)))
+    succeed(*options(folder, tmp_path, "--method", "feature", "--epochs", "1"))
+    figures = metrics(tmp_path / "feature")
+    assert 10 <= figures["train_seconds"] < 1000
+    tokenizer = Tokenizer.load(folder / "base")
+    train = Sequences([row["text"] for row in rows_of(folder)["train"]], tokenizer, 32)
+    expected = train.lengths.sum() / figures["train_seconds"]  # each text is read once
+    assert figures["tokens_per_second"] == pytest.approx(expected, rel=0.02)
 
 
 def test_a_tenth_of_the_steps_warm_up(folder, tmp_path, monkeypatch):
@@ -988,6 +1009,25 @@ def test_a_finished_command_is_not_overwritten(compared, folder):
     for method in TRAINED:
         assert_refused(*options(folder, out, "--method", method), naming=out / method)
     assert contents(out) == before
+
+
+def test_killed_before_the_metrics_are_written_it_still_has_its_checkpoint(
+    folder, tmp_path, monkeypatch
+):
+    write_json = runs.write_json
+
+    def interrupted(path, value):
+        if path.name == "metrics.json":
+            raise KeyboardInterrupt
+        write_json(path, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "write_json", interrupted)
+        words = options(folder, tmp_path, "--method", "bitfit", "--epochs", "1")
+        assert run(*words).status == 130
+    trained = weights(tmp_path / "bitfit")
+    assert "resumed at step" in succeed("--resume", "--out", tmp_path).out
+    assert all(torch.equal(t, trained[name]) for name, t in weights(tmp_path / "bitfit").items())
 
 
 @pytest.fixture

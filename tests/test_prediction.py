@@ -420,6 +420,14 @@ def cut_weights(directory):
     path.write_bytes(path.read_bytes()[:-1])
 
 
+def of_tensors(change):
+    def damage(directory):
+        path = directory / "trained.safetensors"
+        save_file(change(load_file(path)), path, {"format": "pt"})
+
+    return damage
+
+
 def of_json(change):
     return lambda directory: change_json(directory / "trained.json", change)
 
@@ -430,6 +438,11 @@ DAMAGES = {
         r"trained\.safetensors cannot be read",
     ),
     "weights cut at the end": (cut_weights, r"trained\.safetensors cannot be read"),
+    "a tensor too many": (
+        of_tensors(lambda tensors: tensors | {"pooler.dense.bias": torch.zeros(16)}),
+        "does not fit its description",
+    ),
+    "a tensor too few": (of_tensors(without("classifier.bias")), "does not fit its description"),
     "broken JSON": (
         lambda d: (d / "trained.json").write_text("{"),
         r"trained\.json cannot be read",
