@@ -752,7 +752,7 @@ def test_the_seconds_of_features_are_those_of_reading_the_training_rows_and_of_t
     figures = metrics(tmp_path / "feature")
     assert 10 <= figures["train_seconds"] < 1000
     tokenizer = Tokenizer.load(folder / "base")
-    train = Sequences([row["text"] for row in rows_of(folder)["train"]], tokenizer, 32)
+    train = TokenizedTexts([row["text"] for row in rows_of(folder)["train"]], tokenizer, 32)
     expected = train.lengths.sum() / figures["train_seconds"]  # each text is read once
     assert figures["tokens_per_second"] == pytest.approx(expected, rel=0.02)
 
