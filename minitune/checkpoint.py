@@ -91,7 +91,7 @@ class TensorFile:
                 if int.from_bytes(file.read(8), "little") > LARGEST_HEADER:
                     raise OSError(f"its header has more than {LARGEST_HEADER:,} bytes")
             self.file = safe_open(path, "pt")
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, MemoryError) as error:
             raise UserError(f"{path} cannot be read: {error}") from error
         self.names = {name: name for name in self.file.keys()}  # noqa: SIM118
 

@@ -116,7 +116,7 @@ class Run:
             return None
         try:
             checkpoint = load_file(self.state_path)
-        except (SafetensorError, OSError, ValueError) as error:
+        except (SafetensorError, OSError, MemoryError, ValueError) as error:
             raise UserError(f"{self.state_path} is damaged: {error}") from error
         self.read_log()  # fails here where it is damaged, not after training
         return checkpoint
