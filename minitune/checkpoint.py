@@ -286,10 +286,13 @@ def load_classifier(directory: Path, attention: str = "sdpa") -> BertForSequence
             )
         count = math.prod(weights.shape("classifier.bias"))
         config.id2label = {i: f"LABEL_{i}" for i in range(count)}
-    if sorted(config.id2label) != list(range(len(config.id2label))) or len(config.id2label) < 2:
+    labels = config.id2label
+    if sorted(labels) != list(range(len(labels))) or len(labels) < 2:
         raise UserError(
             f"{directory}/config.json: id2label does not name two labels or more, from 0 on"
         )
+    if not all(labels.values()) or len(set(labels.values())) < len(labels):
+        raise UserError(f"{directory}/config.json: id2label has an empty name, or one name twice")
     raw = read_json(directory / "config.json")
     if (kind := raw.get("problem_type")) not in (None, "single_label_classification"):
         raise UserError(f"{directory}/config.json: problem_type is {kind}; here one label is right")

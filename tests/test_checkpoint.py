@@ -386,6 +386,22 @@ def test_a_classifier_that_answers_in_another_way_is_refused(tokenizer, tmp_path
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "labels, message",
+    [
+        ({0: "same", 1: "same"}, "one name twice"),
+        ({0: "good", 1: ""}, "an empty name"),
+        ({0: "good", 2: "bad"}, "two labels or more"),
+        ({0: "good"}, "two labels or more"),
+    ],
+)
+def test_labels_that_cannot_be_told_apart_are_refused(tokenizer, tmp_path, labels, message):
+    model = BertForSequenceClassification(replace(CONFIG, id2label=labels))
+    save_model(model, tokenizer, tmp_path)
+    with pytest.raises(UserError, match=message):
+        load_classifier(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["/no/such/model", "./model", "runs/a/b", "two words"])
 def test_a_name_that_is_no_model_is_refused_without_asking_the_hub(name):
     with pytest.raises(UserError, match=name):

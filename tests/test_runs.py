@@ -1,4 +1,4 @@
-"""A run's directory: locked, left as it was where it is refused, and written so that a kill loses nothing."""
+"""A run's directory: locked, left alone where it is refused; a kill loses nothing."""
 
 import contextlib
 import json
@@ -269,6 +269,20 @@ def test_a_log_of_another_kind_is_refused_when_a_run_is_resumed(tmp_path, line):
     run.state_path.parent.mkdir()
     run.save({"x": torch.ones(1)})
     with pytest.raises(UserError, match=r"log\.jsonl, line 2, is damaged"):
+        run.load()
+
+
+def test_a_log_without_end_is_refused(tmp_path):
+    (tmp_path / "log.jsonl").touch()
+    os.truncate(tmp_path / "log.jsonl", 1 << 40)
+    with pytest.raises(UserError, match="log.jsonl has more than"):
+        Run(tmp_path).read_log()
+
+
+def test_a_checkpoint_that_is_no_file_is_refused_not_passed_over(tmp_path):
+    run = Run(tmp_path)
+    run.state_path.mkdir(parents=True)
+    with pytest.raises(UserError, match="state.safetensors is damaged"):
         run.load()
 
 

@@ -25,6 +25,7 @@ from minitune.support.errors import UserError
 # What --overwrite deletes when the new run starts. Other files are replaced one by one, as they
 # are written; without its weights a half-replaced model directory cannot be loaded by mistake.
 OLD_RESULTS = ("metrics.json", "model.safetensors", "trained.safetensors", "log.jsonl")
+LARGEST_LOG = 1 << 28  # bytes
 LARGEST_TEXT = 16 << 20  # bytes; as JSON this may take up to 0.4 GB of memory
 
 
@@ -112,7 +113,7 @@ class Run:
 
     def load(self) -> dict[str, Tensor] | None:
         """The last checkpoint, or None before the first."""
-        if self.replaces or not self.state_path.is_file():
+        if self.replaces or not self.state_path.exists():
             return None
         try:
             checkpoint = load_file(self.state_path)
@@ -129,6 +130,8 @@ class Run:
     def read_log(self) -> list[dict]:
         """All whole lines of log.jsonl; a kill may have cut the last one short."""
         path, entries = self.directory / "log.jsonl", []
+        if path.exists() and path.stat().st_size > LARGEST_LOG:
+            raise UserError(f"{path} has more than {LARGEST_LOG:,} bytes")
         lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
         for number, line in enumerate(lines, start=1):
             if not line.endswith(b"\n"):
