@@ -137,7 +137,7 @@ def finished_runs(out: Path, settings: dict) -> list[tuple[dict, dict]]:
     for file in sorted(out.rglob("metrics.json")):
         metrics, saved = read_json(file), read_json(file.with_name("settings.json"))
         kinds = [type(metrics.get(key)) for key in ("accuracy", "train_examples")]
-        if kinds != [float, int] or metrics.get("method") not in METHODS:
+        if kinds != [float, int] or metrics.get("method") not in list(METHODS):
             raise UserError(f"{file} is damaged: it has no accuracy of a method")
         if all(saved.get(key) == settings[key] for key in ("base_hash", "dataset")):
             runs[json.dumps(saved["experiment"])] = saved["experiment"], metrics

@@ -292,7 +292,9 @@ def load_classifier(directory: Path, attention: str = "sdpa") -> BertForSequence
             f"{directory}/config.json: id2label does not name two labels or more, from 0 on"
         )
     if not all(labels.values()) or len(set(labels.values())) < len(labels):
-        raise UserError(f"{directory}/config.json: id2label has an empty name, or one name twice")
+        raise UserError(
+            f"{directory}/config.json: two labels of id2label have the same name, or one has none"
+        )
     raw = read_json(directory / "config.json")
     if (kind := raw.get("problem_type")) not in (None, "single_label_classification"):
         raise UserError(f"{directory}/config.json: problem_type is {kind}; here one label is right")

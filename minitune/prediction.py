@@ -118,8 +118,6 @@ class Classifier:
             if where.is_file():
                 max_len = read_json(where).get("max_len", max_len)
         check_max_len(max_len, model.bert.config, where)
-        if len(set(labels.values())) < len(labels):
-            raise UserError(f"{directory}: two labels have the same name")
         tokenizer = load_tokenizer(source, model.bert.config, remove_markup=bool(trained))
         return cls(model, tokenizer, labels, max_len, runtime, trained.base_hash if trained else "")
 

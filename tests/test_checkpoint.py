@@ -389,8 +389,8 @@ def test_a_classifier_that_answers_in_another_way_is_refused(tokenizer, tmp_path
 @pytest.mark.parametrize(
     "labels, message",
     [
-        ({0: "same", 1: "same"}, "one name twice"),
-        ({0: "good", 1: ""}, "an empty name"),
+        ({0: "same", 1: "same"}, "two labels of id2label have the same name"),
+        ({0: "good", 1: ""}, "or one has none"),
         ({0: "good", 2: "bad"}, "two labels or more"),
         ({0: "good"}, "two labels or more"),
     ],

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -277,6 +278,16 @@ def test_a_log_without_end_is_refused(tmp_path):
     os.truncate(tmp_path / "log.jsonl", 1 << 40)
     with pytest.raises(UserError, match="log.jsonl has more than"):
         Run(tmp_path).read_log()
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_a_checkpoint_with_numbers_that_are_none_is_refused(tmp_path, number):
+    """The best weights are not trained any more, so nothing else would notice."""
+    run = Run(tmp_path)
+    run.state_path.parent.mkdir()
+    run.save({"numbers/step": torch.tensor(3.0), "best/x": torch.tensor([1.0, number, 2.0])})
+    with pytest.raises(UserError, match="state.safetensors is damaged: best/x holds NaN"):
+        run.load()
 
 
 def test_a_checkpoint_that_is_no_file_is_refused_not_passed_over(tmp_path):

@@ -117,6 +117,9 @@ class Run:
             return None
         try:
             checkpoint = load_file(self.state_path)
+            for name, tensor in checkpoint.items():
+                if not tensor.sum().isfinite():
+                    raise ValueError(f"{name} holds NaN or infinity")
         except (SafetensorError, OSError, MemoryError, ValueError) as error:
             raise UserError(f"{self.state_path} is damaged: {error}") from error
         self.read_log()  # fails here where it is damaged, not after training
