@@ -259,19 +259,23 @@ def load_masked_lm(directory: Path, attention: str = "sdpa") -> tuple[BertForMas
 
 
 def load_for_classification(
-    directory: Path, labels: dict[int, str], attention: str = "sdpa", weights: bool = True
+    directory: Path,
+    labels: dict[int, str],
+    attention: str = "sdpa",
+    pooling: str = "cls",
+    pretrained: bool = True,
 ) -> tuple[BertForSequenceClassification, list[str]]:
     """A classifier on the encoder in a BERT directory, and the names of its new parameters.
 
-    These are the classifier, and the pooler where the directory has none; all of them if only the
-    shape is wanted and not the `weights`.
+    New are the classifier, and the pooler where the directory has none; all parameters, at random,
+    if `pretrained` is False: then only the shape is that of the directory.
     """
     config = replace(read_config(directory), id2label=labels)
-    model = BertForSequenceClassification(config, attention)
-    if not weights:
+    model = BertForSequenceClassification(config, attention, pooling)
+    if not pretrained:
         return model, [name for name, _ in model.named_parameters()]
-    pretrained = nn.ModuleDict({"bert": model.bert, "pooler": model.pooler})
-    missing = load_bert(pretrained, directory, optional=("pooler.",))
+    without_classifier = nn.ModuleDict({"bert": model.bert, "pooler": model.pooler})
+    missing = load_bert(without_classifier, directory, optional=("pooler.",))
     return model, ["classifier.weight", "classifier.bias", *missing]
 
 
@@ -300,8 +304,7 @@ def load_classifier(directory: Path, attention: str = "sdpa") -> BertForSequence
         raise UserError(f"{directory}/config.json: problem_type is {kind}; here one label is right")
     if (pooling := raw.get("pooling", "cls")) not in list(POOLERS):
         raise UserError(f"{directory}/config.json: there is no pooling {pooling}")
-    model = BertForSequenceClassification(config, attention)
-    model.use_pooling(pooling)
+    model = BertForSequenceClassification(config, attention, pooling)
     load_bert(model, directory)
     return model.eval()
 

@@ -135,13 +135,13 @@ def build(
     new parameters take no memory ("meta") until it is filled.
     """
     recipe = METHODS[method]
-    model, new = load_for_classification(source, labels, attention, recipe.pretrained)
+    reads_layers = (pooling or recipe.pooling) == FeatureClassifier.pooling
+    pooler = "cls" if reads_layers else pooling or recipe.pooling
+    model, new = load_for_classification(source, labels, attention, pooler, recipe.pretrained)
     known = set(all_parameters(model)) - set(new)
     with torch.device("meta" if pooling else "cpu"):
-        if (pooling or recipe.pooling) == FeatureClassifier.pooling:
+        if reads_layers:
             model = FeatureClassifier(model.bert, len(labels))
-        else:
-            model.use_pooling(pooling or recipe.pooling)
         recipe.insert(model.bert, **options)
     trained = set(recipe.trained(model))
     for name, parameter in model.named_parameters():

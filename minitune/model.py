@@ -225,20 +225,15 @@ class BertForMaskedLM(nn.Module):
 class BertForSequenceClassification(nn.Module):
     """BERT with the head that fine-tuning uses: one score a label for each sequence."""
 
-    def __init__(self, config: BertConfig, attention_backend: str = "sdpa"):
+    def __init__(self, config: BertConfig, attention_backend: str = "sdpa", pooling: str = "cls"):
+        """`pooling` is a key of POOLERS."""
         super().__init__()
         self.config = config
         self.bert = Bert(config, attention_backend)
-        self.pooling, self.pooler = "cls", Pooler(config)
+        self.pooling, self.pooler = pooling, POOLERS[pooling](config)
         self.dropout = ByteDropout(config.hidden_dropout_prob)
         self.classifier = nn.Linear(config.hidden_size, len(config.id2label))
         self.apply(lambda module: initialize(module, config))
-
-    def use_pooling(self, name: str) -> None:
-        """Replace the pooler by a new one, a key of POOLERS, unless it has that name already."""
-        if name != self.pooling:
-            self.pooling, self.pooler = name, POOLERS[name](self.config)
-            self.pooler.apply(lambda module: initialize(module, self.config))
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Logits (B, labels)."""

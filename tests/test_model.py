@@ -270,8 +270,7 @@ def job_and_model(job, backend):
     if job == "blanks":
         model = BertForMaskedLM(CONFIG, backend)
         return lambda: model(batch, torch.tensor([0, 5, 30])), model
-    model = BertForSequenceClassification(replace(CONFIG, id2label={0: "a", 1: "b"}), backend)
-    model.use_pooling(job)
+    model = BertForSequenceClassification(replace(CONFIG, id2label={0: "a", 1: "b"}), backend, job)
     return lambda: model(batch), model
 
 
