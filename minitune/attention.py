@@ -13,9 +13,10 @@ without a causal mask, as in BERT).
     max_seqlen                the length of the longest sequence
     returns       (M, H, D)
 
-Read `reference` for what is computed and `Tiled` for how FlashAttention computes the same without
-ever holding all scores. fast/triton_attention.py does that on a GPU; fast/padded_attention.py suits
-a CPU. No backend drops attention weights at random: minitune trains without dropout there.
+Read `one_sequence` for what is computed and `Tiled` for how FlashAttention computes the same
+without ever holding all scores. fast/triton_attention.py does that on a GPU;
+fast/padded_attention.py suits a CPU. No backend drops attention weights at random: minitune trains
+without dropout there.
 """
 
 import importlib.util
@@ -31,14 +32,17 @@ from minitune.fast.padded_attention import Padded
 from minitune.support.errors import UserError
 
 
+def one_sequence(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q kᵀ / √D) v, the definition: q (m, H, D), k and v (n, H, D) to (m, H, D)."""
+    scores = torch.einsum("mhd,nhd->hmn", q, k) / q.size(-1) ** 0.5
+    return torch.einsum("hmn,nhd->mhd", scores.softmax(-1), v)
+
+
 def reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """softmax(q kᵀ / √D) v, a sequence at a time: the definition."""
+    """The definition for a packed batch: a sequence at a time, and the results end to end."""
     counts, lengths = cu_seqlens_q.diff().tolist(), cu_seqlens.diff().tolist()
-    outputs = []
-    for q1, k1, v1 in zip(q.split(counts), k.split(lengths), v.split(lengths), strict=True):
-        scores = torch.einsum("mhd,nhd->hmn", q1, k1) / q.size(-1) ** 0.5
-        outputs.append(torch.einsum("hmn,nhd->mhd", scores.softmax(-1), v1))
-    return torch.cat(outputs)
+    sequences = zip(q.split(counts), k.split(lengths), v.split(lengths), strict=True)
+    return torch.cat([one_sequence(*qkv) for qkv in sequences])
 
 
 class Tiled(torch.autograd.Function):

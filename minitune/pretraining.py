@@ -123,10 +123,17 @@ class MaskedLanguageModelling:
         masked_logits, cls_logits = logits.split([len(positions), len(batch.cls_positions)])
         masked_loss = F.cross_entropy(masked_logits, labels, reduction="sum")
         tokens = batch.tokens.scatter(0, positions, labels)  # as they were before masking
-        is_word = ~torch.isin(tokens, self.tokenizer.special_ids.to(tokens.device))
-        bag_loss = -(cls_logits.log_softmax(-1)[batch.sequence_ids, tokens] * is_word).sum()
+        bag_loss = self.bag_of_words_loss(cls_logits, tokens, batch.sequence_ids)
         # Summed over all words; times the mask rate it has the scale of the masked loss.
         return masked_loss + self.rate * self.summary_weight * bag_loss, masked_loss
+
+    def bag_of_words_loss(self, logits: Tensor, tokens: Tensor, sequence_ids: Tensor) -> Tensor:
+        """-log p(word) by the logits (B, V) of each [CLS], summed over all words of `tokens` (T,).
+
+        A word is guessed from its sequence alone, so that one softmax serves all its words.
+        """
+        is_word = ~torch.isin(tokens, self.tokenizer.special_ids.to(tokens.device))
+        return -(logits.log_softmax(-1)[sequence_ids, tokens] * is_word).sum()
 
     def evaluation_due(self, step: int, steps: int) -> bool:
         """A few times in a run of any length, but not at its end: all rows are evaluated there."""
