@@ -222,6 +222,23 @@ def test_auto_precision_says_why_and_a_cpu_refuses_fp16():
         Runtime.start("cpu", "fp16")
 
 
+@pytest.mark.parametrize(
+    ("name", "instructions", "faster"),
+    [
+        ("Intel Xeon", ["avx512_bf16", "amx_bf16"], True),
+        ("Intel Xeon", ["avx512_bf16"], False),
+        ("AMD EPYC", ["avx512_bf16"], True),
+        ("AMD EPYC", ["avx2"], False),
+    ],
+)
+def test_bf16_is_chosen_only_where_the_processor_is_faster_with_it(
+    monkeypatch, name, instructions, faster
+):
+    abilities = {"cpu_name": name} | dict.fromkeys(instructions, True)
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: abilities)
+    assert multiplies_bf16.__wrapped__(torch.device("cpu")) == faster
+
+
 @pytest.mark.parametrize("name", ["fp32", "bf16"])
 def test_frozen_maps_give_the_numbers_that_autocast_gives(name):
     model, masked, runtime = small_model(), some_batch(), Runtime.start("cpu", name)

@@ -11,7 +11,6 @@ import gc
 import os
 import resource
 import sys
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -168,23 +167,14 @@ class Runtime:
 def multiplies_bf16(device: torch.device) -> bool:
     """Whether this hardware multiplies bfloat16 matrices faster than float32 ones.
 
-    Processors without such instructions emulate them, and some that have AVX-512 BF16 but not AMX
-    are half as fast with them. So where there is no AMX it is measured, in a tenth of a second.
+    Processors without such instructions emulate them. Those of Intel that have AVX-512 BF16 but not
+    AMX are half as fast with it (tests/benchmarks/LOG.md).
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     abilities = torch.cpu.get_capabilities()
-    if abilities.get("amx_bf16"):
-        return True
-    if not any(abilities.get(name) for name in ("avx512_bf16", "bf16")):
-        return False
-    seconds = {torch.float32: [], torch.bfloat16: []}
-    for dtype in list(seconds) * 6:  # in turn, so that other work disturbs both alike
-        matrix = torch.ones(512, 512, dtype=dtype)
-        started = time.perf_counter()
-        matrix @ matrix
-        seconds[dtype].append(time.perf_counter() - started)
-    return 1.2 * min(seconds[torch.bfloat16]) < min(seconds[torch.float32])
+    vectors = abilities.get("avx512_bf16") and "Intel" not in abilities.get("cpu_name", "")
+    return any((abilities.get("amx_bf16"), vectors, abilities.get("bf16")))
 
 
 def return_freed_memory() -> None:
