@@ -25,11 +25,12 @@ from torch import Tensor
 
 from minitune import checkpoint
 from minitune.attention import BACKENDS, resolve_backend
-from minitune.calibration import CALIBRATIONS, compare_prompts
+from minitune.calibration import CALIBRATIONS, Ensemble, compare_prompts
 from minitune.data import Dataset, Reviews, label_index
-from minitune.prediction import Ensemble, print_answers, say
+from minitune.prediction import rows_to_label
 from minitune.prompting import TEMPLATES, WORDS, FillMask, Prompt, fill_blanks, generate, in_words
 from minitune.support import cli
+from minitune.support.answers import print_answers, say
 from minitune.support.baselines import evaluate_baselines
 from minitune.support.cli import float_range, int_range
 from minitune.support.errors import UserError, plural
@@ -149,7 +150,8 @@ def main() -> None:
     say(f"{plural(len(prompts), 'template')}; calibration: {args.calibrate}{best}")
     cut = f"had no room in {args.max_len} tokens: their ends were read"
     predict = functools.partial(ensemble.predict, count=args.top)
-    print_answers(args.texts, "TEXT", ensemble.names, predict, args.json, cut)
+    rows = rows_to_label(args.texts, "TEXT", ensemble.names)
+    print_answers(rows, predict, args.json, cut)
 
 
 def choose_unlabelled(args: argparse.Namespace, texts: list[str]) -> list[str]:

@@ -17,11 +17,13 @@ Shapes: N texts, L labels.
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from minitune.prompting import Prompt
+from minitune.prompting import Prompt, in_words
+from minitune.support.answers import Prediction
 from minitune.support.errors import UserError
 from minitune.support.results import TOGETHER, expected_calibration_error, interval
 
@@ -81,6 +83,48 @@ CALIBRATIONS: dict[str, Calibration] = {f.__name__: f for f in (none, contextual
 def mean_log_probabilities(scores: Sequence[Tensor]) -> Tensor:
     """The common answer of several prompts with these scores, all (N, L), as log-probabilities."""
     return torch.stack([each.log_softmax(-1) for each in scores]).mean(0).log_softmax(-1)
+
+
+@dataclass
+class PromptPrediction(Prediction):
+    """The answer for one text, and the words that the model would write."""
+
+    words: dict[str, float]  # with their probabilities, the most probable first
+
+    def cells(self) -> dict[str, str]:
+        """Also the words."""
+        *rest, text = super().cells().items()
+        return dict([*rest, ("words", in_words(list(self.words.items()))), text])
+
+
+class Ensemble:
+    """Several calibrated prompts that answer together: the mean of their log-probabilities."""
+
+    def __init__(self, prompts: list[Prompt], calibration: str, unlabelled: list[list[int]]):
+        """`calibration` is a key of CALIBRATIONS; `unlabelled` are token ids of texts."""
+        self.prompts = prompts
+        self.names = prompts[0].verbalizer.names  # of the labels
+        self.biases = [CALIBRATIONS[calibration](prompt, unlabelled) for prompt in prompts]
+
+    def log_probabilities(self, texts: list[list[int]]) -> Tensor:
+        """(N, L) of the labels of these texts."""
+        pairs = zip(self.prompts, self.biases, strict=True)
+        return mean_log_probabilities([prompt.scores(texts) + bias for prompt, bias in pairs])
+
+    def predict(self, texts: list[str], count: int) -> list[PromptPrediction]:
+        """One prediction a text, in the order of the texts.
+
+        With the `count` most probable words in the blank of the first template.
+        """
+        first, room = self.prompts[0], min(prompt.room for prompt in self.prompts)
+        ids = first.fill_mask.tokenizer.encode(texts)
+        probabilities = self.log_probabilities(ids).exp().tolist()
+        words, answers = first.most_probable_words(ids, count), []
+        for text, tokens, row, likely in zip(texts, ids, probabilities, words, strict=True):
+            by_name = dict(zip(self.names.values(), row, strict=True))
+            label, truncated = max(by_name, key=by_name.get), len(tokens) > room
+            answers.append(PromptPrediction(text, label, by_name, truncated, dict(likely)))
+        return answers
 
 
 def compare_prompts(

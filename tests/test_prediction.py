@@ -16,13 +16,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from minitune import prediction
 from minitune.checkpoint import Trained, save_model, weights_hash
 from minitune.classification import TokenizedTexts
 from minitune.features import FeatureClassifier
 from minitune.finetuning import build
 from minitune.model import BertConfig, BertForSequenceClassification
-from minitune.prediction import Classifier, Prediction, print_answers
+from minitune.prediction import Classifier, rows_to_label
+from minitune.support import answers
+from minitune.support.answers import Prediction, print_answers
 from minitune.support.errors import UserError
 from minitune.support.runtime import Runtime
 
@@ -169,8 +170,8 @@ def answer(monkeypatch, capsys):
             return predict(texts)
 
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        names = {0: "bad", 1: "good"}
-        print_answers([*map(str, arguments)], "--predict", names, recorded, as_json, "were long")
+        rows = rows_to_label([*map(str, arguments)], "--predict", {0: "bad", 1: "good"})
+        print_answers(rows, recorded, as_json, "were long")
         return *capsys.readouterr(), blocks
 
     return run
@@ -207,7 +208,7 @@ def test_arguments_are_answered_in_their_order(answer, tmp_path):
 
 
 def test_what_was_cut_is_counted_over_all_blocks(answer, monkeypatch):
-    monkeypatch.setattr(prediction, "BLOCK", 2)
+    monkeypatch.setattr(answers, "BLOCK", 2)
     out, err, blocks = answer("short", "x" * 21, "x" * 20, "x" * 22, "short too")
     assert blocks == [["short", "x" * 21], ["x" * 20, "x" * 22], ["short too"]]
     assert err == "2 of 5 were long\n" and out.count("label,probability") == 1
@@ -216,14 +217,14 @@ def test_what_was_cut_is_counted_over_all_blocks(answer, monkeypatch):
 @pytest.mark.parametrize("block", [1, 3, 5, 10])
 def test_the_order_holds_over_blocks(answer, classifier, monkeypatch, block):
     expected = predict(classifier, TEXTS)
-    monkeypatch.setattr(prediction, "BLOCK", block)
+    monkeypatch.setattr(answers, "BLOCK", block)
     out, _, blocks = answer(*TEXTS, as_json=True, predict=classifier.predict)
     assert_alike([Prediction(**json.loads(line)) for line in out.splitlines()], expected)
     assert [len(texts) for texts in blocks[:-1]] == [block] * (len(blocks) - 1)
 
 
 def test_a_block_is_answered_before_the_next_is_read(answer, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(prediction, "BLOCK", 2)
+    monkeypatch.setattr(answers, "BLOCK", 2)
     (tmp_path / "a.csv").write_text("text\nfirst\nsecond\nthird\n  \n")
     with pytest.raises(UserError, match="line 5: the column text is empty"):
         answer(tmp_path / "a.csv")
@@ -234,7 +235,7 @@ def test_a_block_is_answered_before_the_next_is_read(answer, monkeypatch, capsys
 
 
 def test_a_block_holds_a_limited_number_of_characters(answer, monkeypatch, tmp_path):
-    monkeypatch.setattr(prediction, "BLOCK_CHARACTERS", 50)
+    monkeypatch.setattr(answers, "BLOCK_CHARACTERS", 50)
     (tmp_path / "a.txt").write_text("".join(letter * 20 + "\n" for letter in "abcdefg"))
     _, _, blocks = answer(tmp_path / "a.txt")
     assert [[text[0] for text in block] for block in blocks] == [
@@ -244,8 +245,8 @@ def test_a_block_holds_a_limited_number_of_characters(answer, monkeypatch, tmp_p
     ]
 
 
-def test_an_endless_line_of_standard_input_is_answered_in_pieces(answer, monkeypatch):
-    monkeypatch.setattr(prediction, "LONGEST_LINE", 1000)
+def test_an_endless_line_of_standard_input_is_refused(monkeypatch):
+    monkeypatch.setattr(answers, "LONGEST_LINE", 1000)
 
     class Endless(io.RawIOBase):
         """A line without an end, of which only so much is ever read."""
@@ -257,18 +258,9 @@ def test_an_endless_line_of_standard_input_is_answered_in_pieces(answer, monkeyp
             buffer[:300] = b"x" * 300
             return 300
 
-    def until_enough(texts):
-        assert all(len(text) <= 1300 for text in texts)
-        seen.extend(texts)
-        if len(seen) == 5:
-            raise UserError("enough")
-        return parrot(texts)
-
-    seen = []
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(Endless())))
-    with pytest.raises(UserError, match="enough"):
-        print_answers(["-"], "--predict", {0: "good"}, until_enough, True, "")
-    assert "".join(seen) == "x" * 6000
+    with pytest.raises(UserError, match="standard input: a line of more than 1,000 bytes"):
+        list(rows_to_label(["-"], "--predict", {}))
 
 
 def test_a_slow_pipe_gets_each_answer_when_its_text_is_there(monkeypatch, capsys):
@@ -285,7 +277,7 @@ def test_a_slow_pipe_gets_each_answer_when_its_text_is_there(monkeypatch, capsys
             os.close(writer) if part is None else os.write(writer, part)
         return parrot(texts)
 
-    print_answers(["-"], "--predict", {0: "good"}, predict, True, "")
+    print_answers(rows_to_label(["-"], "--predict", {}), predict, True, "")
     assert blocks == [["first", "second"], ["third \u2603", "fourth"], ["fifth"]]
     answered = [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()]
     assert answered == ["first", "second", "third \u2603", "fourth", "fifth"]
@@ -309,13 +301,11 @@ REVIEWS = [
     "Not good.Not bad.", "What a film .", "...", "http", "Mr. Bean", "Good acting/bad plot",
     "It is a 10/10 film", "4/5 stars", "Great film, see more at www.imdb.com",
     "It was good.\nReally", "5 stars.", "v1.0", "No. 1", "jsonl", "good-bye", "nowhere", "csv",
+    "reviews/", "imdb", "x" * 5000,
 ]  # fmt: skip
 FILES = [
-    "my reviews.csv", "missing.CSV", "review.text", "reviews.Txt", "a b c d e f.jsonl",
-    "my reviews.xlsx", ".csv", "reviews.tsv", "old reviews.json", "reviews.csv.gz", "REVIEWS.JSONL",
-    "film.doc", "no/such/file", "./reviews", "../reviews", "/reviews", "/tmp/my reviews",
-    "~/reviews", "here/reviews", "reviews/", "no/such/file.csv", "10/10.txt", "imdb",
-    "rotten_tomatoes", "archive.zip", "reviews.html", "archive.mp4",
+    "my reviews.csv", "missing.CSV", "reviews.Txt", "a b c d e f.jsonl", ".csv", "reviews.tsv",
+    "REVIEWS.JSONL", "no/such/file.csv", "10/10.txt", "/tmp/my reviews.csv",
 ]  # fmt: skip
 
 

@@ -11,13 +11,13 @@ from minitune.batching import PackedBatch
 from minitune.calibration import (
     CALIBRATIONS,
     TOGETHER,
+    Ensemble,
     compare_prompts,
     figures,
     match_prior,
     mean_log_probabilities,
 )
 from minitune.model import BertConfig, BertForMaskedLM, LayerNorm
-from minitune.prediction import Ensemble
 from minitune.prompting import (
     ROUNDS,
     TEMPLATES,
