@@ -18,6 +18,7 @@
     checkpoint      what is saved: BERT directories, and only what was trained
     prompting       asking a masked language model with a template
     calibration     why a prompt's answers lean to one side, and how to correct that
+    explain         why this label: what each word adds, and how to test that
     prediction      new texts in, labels out
 
 `fast` makes things fast and computes nothing new; `support` is what every such program needs.

@@ -32,10 +32,15 @@ from minitune.fast.padded_attention import Padded
 from minitune.support.errors import UserError
 
 
+def attention_weights(q: Tensor, k: Tensor) -> Tensor:
+    """softmax(q kᵀ / √D) (H, m, n): how much each query takes of each value."""
+    scores = torch.einsum("mhd,nhd->hmn", q, k) / q.size(-1) ** 0.5
+    return scores.softmax(-1)
+
+
 def one_sequence(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q kᵀ / √D) v, the definition: q (m, H, D), k and v (n, H, D) to (m, H, D)."""
-    scores = torch.einsum("mhd,nhd->hmn", q, k) / q.size(-1) ** 0.5
-    return torch.einsum("hmn,nhd->mhd", scores.softmax(-1), v)
+    return torch.einsum("hmn,nhd->mhd", attention_weights(q, k), v)
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens: Tensor) -> Tensor:

@@ -91,7 +91,8 @@ def pooled_layers(bert: Bert, batch: PackedBatch) -> Tensor:
         x = x[: batch.tokens.numel()]  # without the rows of pad_rows
         mean = mean_of_tokens(x, batch)
         variance = mean_of_tokens(x.float().square(), batch) - mean.square()
-        pooled += [mean, variance.clamp_min(0).sqrt()]  # rounding may take a variance below zero
+        # Rounding may take a variance to zero, where a root has no gradient, or below.
+        pooled += [mean, variance.clamp_min(1e-20).sqrt()]
     return torch.cat(pooled, dim=1)
 
 
