@@ -17,7 +17,7 @@ import json
 from pathlib import Path
 
 from minitune.attention import BACKENDS, resolve_backend
-from minitune.checkpoint import default_model, find_model, load_tokenizer, read_config, weights_hash
+from minitune.checkpoint import load_tokenizer, read_config, weights_hash
 from minitune.classification import Examples, TokenizedTexts
 from minitune.data import SPLITS, Dataset, Reviews
 from minitune.finetuning import METHODS, Experiment, Setup, fine_tune
@@ -36,6 +36,7 @@ from minitune.support.cli import (
     run_script,
 )
 from minitune.support.errors import UserError
+from minitune.support.model_names import default_model, find_model
 from minitune.support.results import summarise, table
 from minitune.support.runs import Run, read_json, refuse_foreign_files, write_json
 from minitune.support.runtime import Runtime, return_freed_memory

@@ -34,6 +34,7 @@ from minitune.support.answers import print_answers, say
 from minitune.support.baselines import evaluate_baselines
 from minitune.support.cli import float_range, int_range
 from minitune.support.errors import UserError, plural
+from minitune.support.model_names import default_model, find_model
 from minitune.support.results import interval, prompt_summary, prompt_table
 from minitune.support.runs import read_json, refuse_foreign_files, write_json
 from minitune.support.runtime import Runtime
@@ -106,8 +107,8 @@ def main() -> None:
     runtime = Runtime.start(args.device, args.precision)
 
     # 1. A pretrained model, as it is.
-    name, why = (args.model, "as given") if args.model else checkpoint.default_model()
-    source = checkpoint.find_model(name)
+    name, why = (args.model, "as given") if args.model else default_model()
+    source = find_model(name)
     head_size = checkpoint.read_config(source).head_size
     attention = resolve_backend(args.attention, runtime.device, runtime.dtype, head_size)
     model, has_head = checkpoint.load_masked_lm(source, attention)

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from minitune.attention import BACKENDS, resolve_backend
-from minitune.checkpoint import find_model, load_masked_lm, load_tokenizer, read_config, save_model
+from minitune.checkpoint import load_masked_lm, load_tokenizer, read_config, save_model
 from minitune.corpus import Chunks, Corpus
 from minitune.data import Dataset
 from minitune.initialization import start_with_frequencies, start_with_neighbours
@@ -29,6 +29,7 @@ from minitune.prompting import ClozeQuery, FillMask, in_words
 from minitune.support import cli
 from minitune.support.cli import choose_max_len, float_range, int_range
 from minitune.support.errors import UserError, plural
+from minitune.support.model_names import find_model
 from minitune.support.runs import Run
 from minitune.support.runtime import Runtime
 from minitune.training import Trainer

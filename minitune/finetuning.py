@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from minitune.adapters import adapter_parameters, insert_adapters, parameters_of
-from minitune.checkpoint import Trained, began_at_random, load_for_classification, save_model
+from minitune.checkpoint import Trained, load_for_classification, save_model
 from minitune.classification import Classification, Examples
 from minitune.data import Reviews
 from minitune.features import FeatureClassifier, Features, extract
 from minitune.model import BertForSequenceClassification
 from minitune.optimizer import LRMultipliers, Optimizer
 from minitune.support.errors import UserError
+from minitune.support.model_names import began_at_random
 from minitune.support.runs import Run, write_atomically
 from minitune.support.runtime import Runtime
 from minitune.tokenizer import Tokenizer

@@ -18,19 +18,13 @@ from torch import nn
 
 from minitune.attention import resolve_backend
 from minitune.batching import reading_tokens, sorted_batches
-from minitune.checkpoint import (
-    Trained,
-    check_max_len,
-    find_model,
-    load_classifier,
-    load_tokenizer,
-    read_config,
-)
+from minitune.checkpoint import Trained, check_max_len, load_classifier, load_tokenizer, read_config
 from minitune.classification import TokenizedTexts
 from minitune.data import SUFFIXES, Dataset, Row, label_index, make_row
 from minitune.finetuning import load_trained
 from minitune.support.answers import Prediction, lines_of_standard_input, print_answers, say
 from minitune.support.errors import UserError
+from minitune.support.model_names import find_model
 from minitune.support.runs import read_json
 from minitune.support.runtime import Runtime
 from minitune.tokenizer import Tokenizer

@@ -14,7 +14,6 @@ from minitune.adapters import Adapter, adapter_parameters, insert_adapters
 from minitune.batching import PackedBatch
 from minitune.checkpoint import (
     Trained,
-    find_model,
     load_for_classification,
     save_model,
     trained_tensors,
@@ -28,6 +27,7 @@ from minitune.model import PRESETS, BertConfig, BertForMaskedLM, BertForSequence
 from minitune.optimizer import Optimizer
 from minitune.prediction import Classifier, load_together
 from minitune.support.errors import UserError
+from minitune.support.model_names import find_model
 from minitune.support.runs import Run
 from minitune.support.runtime import Runtime
 from minitune.training import Trainer

@@ -16,7 +16,7 @@ import minitune.model
 from minitune.adapters import insert_adapters
 from minitune.attention import resolve_backend
 from minitune.batching import PackedBatch
-from minitune.checkpoint import find_model, load_bert, load_masked_lm, read_config
+from minitune.checkpoint import load_bert, load_masked_lm, read_config
 from minitune.fast.layers import ByteDropout, gelu_linear, pad_rows
 from minitune.model import (
     Bert,
@@ -27,6 +27,7 @@ from minitune.model import (
     LayerNorm,
     Pooler,
 )
+from minitune.support.model_names import find_model
 from minitune.tokenizer import Tokenizer
 from tests.attention_oracle import HERE
 

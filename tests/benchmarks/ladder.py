@@ -28,12 +28,13 @@ from torch import Tensor, nn
 import minitune.model
 from minitune.attention import resolve_backend
 from minitune.batching import PackedBatch
-from minitune.checkpoint import find_model, load_for_classification, load_tokenizer, read_config
+from minitune.checkpoint import load_for_classification, load_tokenizer, read_config
 from minitune.classification import TokenizedTexts
 from minitune.corpus import Corpus
 from minitune.data import Dataset, Reviews
 from minitune.fast.layers import ByteDropout, pad_rows
 from minitune.model import PRESETS, BertForMaskedLM
+from minitune.support.model_names import find_model
 from minitune.support.plots import plt, save
 from minitune.support.runtime import Runtime, keep_freed_memory, multiplies_bf16
 

@@ -8,18 +8,13 @@ import torch
 from torch import Tensor
 
 from minitune.adapters import insert_adapters
-from minitune.checkpoint import (
-    find_model,
-    load_for_classification,
-    load_tokenizer,
-    read_config,
-    save_model,
-)
+from minitune.checkpoint import load_for_classification, load_tokenizer, read_config, save_model
 from minitune.classification import TokenizedTexts
 from minitune.corpus import Corpus
 from minitune.data import Dataset, Reviews
 from minitune.masking import mask_tokens
 from minitune.model import PRESETS, BertForMaskedLM
+from minitune.support.model_names import find_model
 from minitune.support.runs import write_tensors
 
 LABELS = {0: "negative", 1: "positive"}

