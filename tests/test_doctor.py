@@ -1,0 +1,173 @@
+"""The doctor finds what is wrong, says what to do, and passes what is right."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from minitune import doctor
+from minitune.support.cli import run_script
+from minitune.support.runtime import Runtime
+
+SAMPLES = Path(__file__).parents[1] / "data" / "samples"
+
+
+def findings(of, kind):
+    return [finding.found for finding in of if finding.kind == kind]
+
+
+def write_run(directory: Path, losses: list[float], validation: tuple = (), **settings) -> Path:
+    """A run of train.py: a loss every 10 steps of 4,000 tokens."""
+    directory.mkdir()
+    (directory / "settings.json").write_text(json.dumps(doctor.DEFAULTS | settings))
+    entries = [
+        {"step": 10 * i, "steps": 1000, "loss": loss, "tokens": 40_000 * i, "seconds": float(i)}
+        for i, loss in enumerate(losses, start=1)
+    ]
+    for entry, loss in zip(entries, validation, strict=False):
+        entry["validation"] = {"loss": loss, "accuracy": 0.1}
+    lines = "".join(json.dumps(entry) + "\n" for entry in entries)
+    (directory / "log.jsonl").write_text(lines)
+    return directory
+
+
+def write_table(path: Path, rows: list[tuple[str, str]]) -> str:
+    path.write_text("text\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in rows))
+    return str(path)
+
+
+ROWS = [
+    (f"a {['dull', 'fine'][i % 2]} film about number {i}", ["bad", "good"][i % 2])
+    for i in range(60)
+]
+
+
+def test_the_reference_run_is_healthy(tmp_path):
+    shutil.copytree(doctor.REFERENCE, tmp_path / "run")
+    found = list(doctor.examine_run(tmp_path / "run"))
+    assert {finding.kind for finding in found} == {doctor.GOOD}
+    assert "finished, 4,148 steps" in found[0].found
+
+
+@pytest.mark.parametrize(("steps", "kind"), [(20, doctor.NOTE), (80, doctor.WRONG)])
+def test_a_loss_on_the_plateau_is_wrong_only_after_300_steps(tmp_path, steps, kind):
+    run = write_run(tmp_path / "run", [6.68] * steps)
+    assert any("plateau" in found for found in findings(doctor.examine_run(run), kind))
+
+
+def test_a_run_behind_the_reference_run_is_told_by_how_much(tmp_path):
+    run = write_run(tmp_path / "run", [6.2] * 80, lr=1e-5)
+    [found] = findings(doctor.examine_run(run), doctor.WRONG)
+    assert "loss 6.20 after 800 steps" in found
+    lines = (doctor.REFERENCE / "log.jsonl").read_text().splitlines()
+    reference = [json.loads(line) for line in lines]
+    before = [entry["loss"] for entry in reference if entry["tokens"] <= 3_200_000][-10:]
+    assert f"the reference run had {sum(before) / 10:.2f} after as many tokens" in found
+
+
+def test_a_run_on_other_data_is_not_compared(tmp_path):
+    run = write_run(tmp_path / "run", [6.2] * 80, data="mine.txt")
+    assert not findings(doctor.examine_run(run), doctor.WRONG)
+
+
+def test_an_unfinished_run_can_be_continued(tmp_path):
+    run = write_run(tmp_path / "run", [6.0] * 10)
+    [finding] = [f for f in doctor.examine_run(run) if "step 100 of 1,000" in f.found]
+    assert "--resume" in finding.advice
+
+
+def test_a_rising_validation_loss_is_overfitting(tmp_path):
+    rising = write_run(tmp_path / "rising", [5.0] * 10, (5.0, 4.5, 4.6, 5.2))
+    steady = write_run(tmp_path / "steady", [5.0] * 10, (5.0, 4.6, 4.5, 4.55))
+    assert any("4.500 at best" in f for f in findings(doctor.examine_run(rising), doctor.NOTE))
+    assert not any("overfitting" in f.found for f in doctor.examine_run(steady))
+
+
+@pytest.mark.parametrize(("accuracy", "kind"), [(0.5, doctor.WRONG), (0.9, doctor.GOOD)])
+def test_a_classifier_that_gives_one_answer_only_is_wrong(tmp_path, accuracy, kind):
+    data = write_table(tmp_path / "rows.tsv", ROWS)
+    run = write_run(tmp_path / "run", [0.7] * 10)
+    (run / "settings.json").write_text(json.dumps({"method": "full"}))
+    (run / "metrics.json").write_text(json.dumps({"accuracy": accuracy, "data": data}))
+    found = findings(doctor.examine_run(run), kind)
+    assert any("always the same answer would have 50.0%" in line for line in found)
+
+
+def test_a_healthy_table_has_a_baseline_to_beat_and_nothing_wrong(tmp_path):
+    found = list(doctor.examine_data(write_table(tmp_path / "rows.tsv", ROWS)))
+    assert {finding.kind for finding in found} == {doctor.GOOD}
+    assert any("NB-SVM (a bag of words) 100.0%" in finding.found for finding in found)
+
+
+def test_a_text_in_train_and_test_is_wrong_and_one_twice_in_train_a_note(tmp_path):
+    leak = write_table(tmp_path / "leak.tsv", [*ROWS, ROWS[0]])
+    assert any("two splits" in f for f in findings(doctor.examine_data(leak), doctor.WRONG))
+    twice = write_table(tmp_path / "twice.tsv", [ROWS[0], *ROWS])
+    assert any(
+        "1 row with the text" in f for f in findings(doctor.examine_data(twice), doctor.NOTE)
+    )
+
+
+def test_uneven_labels_are_a_note(tmp_path):
+    rows = [(text + " again" * (i // 2), "good") for i, (text, _) in enumerate(ROWS)]
+    data = write_table(tmp_path / "rows.tsv", [*ROWS[::2], *rows, *[(f"{t}.", n) for t, n in rows]])
+    assert any("bad 20%" in found for found in findings(doctor.examine_data(data), doctor.NOTE))
+
+
+def test_long_texts_and_unknown_tokens_are_found(tmp_path):
+    long = write_table(tmp_path / "long.tsv", [(f"{text} " * 100, label) for text, label in ROWS])
+    found = findings(doctor.examine_data(long), doctor.NOTE)
+    assert any("100.0% of the texts have more than 512 tokens" in line for line in found)
+    strange = write_table(tmp_path / "strange.tsv", [(f"{t} ☃ ☂ ☄", label) for t, label in ROWS])
+    assert any("are [UNK]" in f for f in findings(doctor.examine_data(strange), doctor.WRONG))
+
+
+def test_an_empty_text_is_wrong_and_no_label_a_note(tmp_path):
+    empty = write_table(tmp_path / "empty.tsv", [*ROWS, (" ", "good")])
+    assert any("line 62" in found for found in findings(doctor.examine_data(empty), doctor.WRONG))
+    found = findings(doctor.examine_data(str(SAMPLES / "reviews.txt")), doctor.NOTE)
+    assert any("no labels" in line for line in found)
+
+
+def test_a_slow_machine_is_told_how_many_minutes_it_needs(monkeypatch):
+    metrics = json.loads((doctor.REFERENCE / "metrics.json").read_text())
+    monkeypatch.setattr(doctor, "measure_speed", lambda _: metrics["tokens_per_second"] / 4)
+    [slow] = [f for f in doctor.examine_machine(Runtime.start("cpu")) if "tokens/s" in f.found]
+    assert slow.kind == doctor.NOTE and "--minutes 68" in slow.advice
+    monkeypatch.setattr(doctor, "measure_speed", lambda _: metrics["tokens_per_second"])
+    [fast] = [f for f in doctor.examine_machine(Runtime.start("cpu")) if "tokens/s" in f.found]
+    assert fast.kind == doctor.GOOD
+
+
+def test_little_memory_is_wrong(monkeypatch):
+    monkeypatch.setattr(doctor, "measure_speed", lambda _: 1e5)
+    monkeypatch.setattr(doctor, "_available_memory", lambda: 10**9)
+    assert findings(doctor.examine_machine(Runtime.start("cpu")), doctor.WRONG)
+
+
+def test_the_speed_is_measured(monkeypatch):
+    monkeypatch.setattr(doctor, "PROBE_SECONDS", 0)
+    threads = torch.get_num_threads()
+    assert doctor.measure_speed(Runtime.start("cpu", "fp32")) > 0
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize(
+    ("subject", "status"), [("good.tsv", 0), ("leak.tsv", 1), ("nowhere.tsv", 2)]
+)
+def test_the_exit_status_says_whether_something_is_wrong(
+    tmp_path, monkeypatch, capsys, subject, status
+):
+    write_table(tmp_path / "good.tsv", ROWS)
+    write_table(tmp_path / "leak.tsv", [*ROWS, ROWS[0]])
+    monkeypatch.setattr(sys, "argv", ["doctor", str(tmp_path / subject), "--json"])
+    with pytest.raises(SystemExit) as ended:
+        run_script(doctor.main)
+    assert ended.value.code == status
+    output = capsys.readouterr()
+    for line in output.out.splitlines():
+        assert json.loads(line).keys() == {"subject", "kind", "found", "advice"}
+    assert len(output.err.splitlines()) == (status == 2)
