@@ -150,6 +150,7 @@ def test_little_memory_is_wrong(monkeypatch):
 
 def test_the_speed_is_measured(monkeypatch):
     monkeypatch.setattr(doctor, "PROBE_SECONDS", 0)
+    monkeypatch.setattr(doctor, "PROBE_TOKENS", 512)
     threads = torch.get_num_threads()
     assert doctor.measure_speed(Runtime.start("cpu", "fp32")) > 0
     assert torch.get_num_threads() == threads
