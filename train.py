@@ -30,6 +30,7 @@ from minitune.support import cli
 from minitune.support.cli import choose_max_len, float_range, int_range
 from minitune.support.errors import UserError, plural
 from minitune.support.model_names import find_model
+from minitune.support.plan import plan_steps
 from minitune.support.runs import Run
 from minitune.support.runtime import Runtime
 from minitune.training import Trainer
@@ -144,7 +145,7 @@ def pretrain(args: argparse.Namespace, run: Run) -> None:
         trainer.restore(checkpoint)
         runtime.log(f"resumed at step {trainer.step:,} of {trainer.steps:,}")
     elif not args.steps:
-        trainer.plan(STARTED + 60 * args.minutes)
+        plan_steps(trainer, STARTED + 60 * args.minutes)
         runtime.log(f"plan: {plural(trainer.steps, 'step')} in {args.minutes:g} minutes")
         if trainer.steps < FEW_STEPS:
             runtime.log(TOO_FEW)

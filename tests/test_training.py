@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+import minitune.support.plan
 import minitune.training
 from minitune.batching import PackedBatch
 from minitune.initialization import start_with_frequencies, start_with_neighbours
@@ -22,6 +23,7 @@ from minitune.model import BertConfig, BertForMaskedLM
 from minitune.optimizer import LRMultipliers, Muon, Optimizer, one_cycle
 from minitune.pretraining import MaskedBatch, MaskedLanguageModelling
 from minitune.support.errors import UserError
+from minitune.support.plan import plan_steps
 from minitune.support.runs import Run
 from minitune.support.runtime import Runtime, multiplies_bf16
 from minitune.training import Trainer
@@ -63,7 +65,7 @@ def trainer_for(model, tmp_path, accumulate=1) -> Trainer:
 def gradients(accumulate: int, tmp_path) -> tuple[float, dict]:
     model = small_model()
     trainer = trainer_for(model, tmp_path, accumulate)
-    loss, _, _ = trainer._gradients(some_batch())
+    loss, _, _ = trainer.backward(some_batch())
     return loss, {name: p.grad for name, p in model.named_parameters()}
 
 
@@ -166,8 +168,8 @@ def test_the_optimizer_goes_on_from_its_state(tmp_path):
     trainer.steps = 4
 
     def step(trainer):
-        _, norm, _ = trainer._gradients(some_batch())
-        trainer._update(norm)
+        _, norm, _ = trainer.backward(some_batch())
+        trainer.update(norm)
         trainer.step += 1
 
     step(trainer), step(trainer)
@@ -331,7 +333,8 @@ class Clock:
 def clock(monkeypatch):
     """The time that the loop sees."""
     clock = Clock()
-    monkeypatch.setattr(minitune.training, "time", clock)
+    for module in (minitune.training, minitune.support.plan):
+        monkeypatch.setattr(module, "time", clock)
     return clock
 
 
@@ -441,7 +444,7 @@ EVALUATIONS = (120 + 12 * 15) / 8 / 3  # seconds: one full one, twelve quick one
 def test_a_plan_fills_the_time_and_leaves_the_model_alone(tmp_path, clock):
     planned, given = toy_trainer(tmp_path / "a", clock), toy_trainer(tmp_path / "b", clock)
     before, started = bits(planned), clock.now
-    planned.plan(started + 300)
+    plan_steps(planned, started + 300)
     probe = clock.now - started
     assert probe == pytest.approx(16)  # 5% of the time, and the step in which it was over
     assert planned.steps == int(300 - probe - EVALUATIONS)
@@ -463,14 +466,14 @@ def test_slow_first_steps_do_not_count_in_a_plan(tmp_path, clock):
 
     trainer.task.loss = slow_at_first
     started = clock.now
-    trainer.plan(started + 300)
+    plan_steps(trainer, started + 300)
     assert trainer.steps == int(300 - (clock.now - started) - EVALUATIONS)
 
 
 @pytest.mark.parametrize(("seconds", "every"), [(100, 1), (60, 2), (30, 3)])
 def test_evaluation_takes_at_most_a_fifth_of_the_time(tmp_path, clock, capsys, seconds, every):
     trainer, started = toy_trainer(tmp_path, clock), clock.now
-    trainer.plan(started + seconds)
+    plan_steps(trainer, started + seconds)
     left = seconds - (clock.now - started)
     assert every == trainer.validation_every == math.ceil(EVALUATIONS / (left / 5))
     said = "1 of" in capsys.readouterr().out
@@ -494,7 +497,7 @@ def test_a_run_ends_in_time_when_the_speed_changes(tmp_path, clock, capsys, fact
             clock.seconds_a_row = 0.125 * factor
         return loss(model, x, y)
 
-    trainer.plan(started + 300)
+    plan_steps(trainer, started + 300)
     planned, trainer.task.loss = trainer.steps, change
     trainer.save_minutes = 0.5
     trainer.train()
@@ -508,7 +511,7 @@ def test_a_run_ends_in_time_when_the_speed_changes(tmp_path, clock, capsys, fact
 
 def test_a_resumed_run_keeps_the_changed_plan_and_ends_with_the_same_bits(tmp_path, clock):
     trainer, loss = toy_trainer(tmp_path, clock), Toy().loss
-    trainer.plan(clock.now + 100)
+    plan_steps(trainer, clock.now + 100)
     planned, saved = trainer.steps, {}
 
     def change(model, x, y):
@@ -530,7 +533,7 @@ def test_a_resumed_run_keeps_the_changed_plan_and_ends_with_the_same_bits(tmp_pa
 
 def test_a_time_that_is_over_gives_one_step(tmp_path, clock):
     trainer = toy_trainer(tmp_path, clock)
-    trainer.plan(clock.now - 5)
+    plan_steps(trainer, clock.now - 5)
     assert trainer.steps == 1
     trainer.train()
     assert [entry["step"] for entry in trainer.run.read_log()] == [1]

@@ -10,8 +10,9 @@ import functools
 import gc
 import os
 import resource
+import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -161,6 +162,22 @@ class Runtime:
             torch.cuda.reset_peak_memory_stats(self.device)
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # see proc(5)
+
+
+@contextlib.contextmanager
+def catch_signals(caught: list[int]) -> Iterator[None]:
+    """Put the first Ctrl-C, or SIGTERM, into the list; a second one ends the program at once."""
+
+    def note(number: int, frame: object) -> None:
+        caught.append(number)
+        signal.signal(number, signal.default_int_handler)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @functools.cache

@@ -1,0 +1,71 @@
+"""A run that is planned by time: how many steps fit before a deadline, evaluations included.
+
+`trainer` is a training.Trainer. Work is counted in tokens to train on. To read a token in an
+evaluation costs a third of that: a backward pass takes about twice as long as a forward pass.
+"""
+
+import copy
+import math
+import time
+from itertools import islice
+from statistics import median
+from typing import Any
+
+PROBE_STEPS, PROBE_SHARE = 100, 0.05  # the speed is measured for so many steps, or of the time
+EVALUATION_SHARE = 0.2  # of the time, at most
+CHECKS, TOLERANCE = 20, 0.05  # how often the plan is checked, and by what share it may be wrong
+
+
+def plan_steps(trainer: Any, deadline: float) -> None:
+    """Set `steps`, so that training and evaluations end by `deadline`, of time.monotonic().
+
+    Where evaluations would take too much of the time, they read an evenly spread part of the rows.
+    """
+    trainer.deadline, trainer.steps, started = deadline, 10**9, time.monotonic()
+    # Measured on a copy, so that a run of N steps is the same however N was chosen.
+    probe, times, tokens = copy.copy(trainer), [], 0
+    parts = trainer.model.train(), trainer.trained, trainer.optimizer, trainer.scaler
+    probe.model, probe.trained, probe.optimizer, probe.scaler = copy.deepcopy(parts)
+    for batch in islice(trainer.task.batches(0), PROBE_STEPS):
+        before = time.monotonic()
+        _, norm, _ = probe.backward(batch)
+        probe.update(norm)
+        times.append(time.monotonic() - before)
+        tokens += batch.tokens
+        late = time.monotonic() - started > PROBE_SHARE * (deadline - started)
+        if trainer.runtime.broadcast(late and len(times) > 1):
+            break
+    batch_tokens = tokens / len(times)
+    speed = batch_tokens / median(times[len(times) // 2 :])  # the first steps compile kernels
+    room = EVALUATION_SHARE * speed * max(deadline - time.monotonic(), 1e-6)
+    every = max(1, math.ceil(evaluation_tokens(trainer) / room))
+    trainer.validation_every = trainer.runtime.broadcast(every)
+    if trainer.validation_every > 1:
+        part = f"1 of {trainer.validation_every:,} validation batches"
+        trainer.runtime.log(f"little time to evaluate: {part} is read")
+    trainer.steps = steps_left(trainer, speed, batch_tokens)
+
+
+def keep_deadline(trainer: Any) -> None:
+    """Move the end of the run, and of its schedule, where the speed is not what was planned."""
+    if trainer.step % max(10, trainer.steps // CHECKS) == 0:
+        speed, batch_tokens = trainer.tokens / trainer.seconds, trainer.tokens / trainer.step
+        steps = trainer.step + steps_left(trainer, speed, batch_tokens)
+        if abs(steps - trainer.steps) > TOLERANCE * trainer.steps:
+            change = f"{steps:,} steps instead of {trainer.steps:,}"
+            trainer.runtime.log(f"the speed has changed: {change}")
+            trainer.steps = steps
+
+
+def steps_left(trainer: Any, speed: float, batch_tokens: float) -> int:
+    """How many more steps of `batch_tokens` fit at `speed` tokens a second; at least 1."""
+    tokens = (trainer.deadline - time.monotonic()) * speed - evaluation_tokens(trainer)
+    return trainer.runtime.broadcast(max(1, int(tokens / batch_tokens)))
+
+
+def evaluation_tokens(trainer: Any) -> float:
+    """What all evaluations to come cost: quick ones on the way, and a full one at the end."""
+    full, quick = trainer.task.validation_batches(False), trainer.task.validation_batches(True)
+    quick_ones = trainer.task.evaluations * (1 - trainer.step / trainer.steps)
+    tokens = sum(b.tokens for b in full) + quick_ones * sum(b.tokens for b in quick)
+    return tokens / trainer.validation_every / 3

@@ -1,0 +1,113 @@
+"""Rows of text from .txt, .csv, .tsv and .jsonl files, read one by one."""
+
+import csv
+import json
+import re
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from minitune.support.errors import UserError
+
+SUFFIXES = (".txt", ".csv", ".tsv", ".jsonl")
+LONGEST_LINE = 1 << 20  # characters; a longer line of a .txt file is read as several texts
+LONGEST_ROW = 1 << 24  # characters; in other files a longer line or cell is an error
+
+Cells = Sequence[tuple[str | None, Any]]  # (column, value) of each cell of a row
+
+
+class Row(NamedTuple):
+    """A text, its label if it has one, and its split if the source decides that."""
+
+    text: str
+    label: str | None = None
+    split: str | None = None
+
+
+def read_lines(file: Path, longest: int) -> Iterator[str]:
+    """The lines of a text file; a line of more than `longest` characters is cut into several.
+
+    Raises UserError if it is not UTF-8, or for a line of LONGEST_ROW characters.
+    """
+    if file.exists() and not file.is_file():  # reading a pipe would wait for ever
+        raise UserError(f"{file} is not a regular file")
+    with open(file, encoding="utf-8-sig", newline="") as opened:
+        try:
+            for line in iter(lambda: opened.readline(longest), ""):
+                if len(line) == LONGEST_ROW:
+                    raise UserError(f"{file}: a line of more than {LONGEST_ROW:,} characters")
+                yield line
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file}: not UTF-8 text ({error.reason})") from error
+
+
+def read_whole(file: Path) -> str:
+    """The text of a file that holds one review."""
+    if file.stat().st_size > LONGEST_ROW:
+        raise UserError(f"{file}: {file.stat().st_size:,} bytes are no review")
+    return "".join(read_lines(file, LONGEST_ROW))
+
+
+def read_cells(file: Path) -> Iterator[tuple[str, Cells]]:
+    """(where, cells) of each row of a file; `where` is its file and line, for errors."""
+    kind = file.suffix.lower()
+    if kind in (".csv", ".tsv"):
+        yield from _read_table(file, "\t" if kind == ".tsv" else ",")
+        return
+    lines = read_lines(file, LONGEST_LINE if kind == ".txt" else LONGEST_ROW)
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            where = f"{file}, line {number}"
+            yield where, [("text", line.strip())] if kind == ".txt" else _parse_json(line, where)
+
+
+def _read_table(file: Path, delimiter: str) -> Iterator[tuple[str, Cells]]:
+    csv.field_size_limit(LONGEST_ROW)  # the library's limit is too low for a long review
+    # strict: a quote that never closes is an error, and does not take in the rest of the file.
+    table = csv.reader(read_lines(file, LONGEST_ROW), delimiter=delimiter, strict=True)
+    try:
+        header = next(table, [])
+        for row in filter(None, table):  # an empty line is no row
+            yield f"{file}, line {table.line_num}", list(zip_longest(header, row))
+    except csv.Error as error:
+        raise UserError(f"{file}: not a table: {error}") from error
+
+
+def _parse_json(line: str, where: str) -> Cells:
+    try:  # as pairs: in a dict the second of two columns of one name would replace the first
+        cells = json.loads(line, object_pairs_hook=tuple)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON: {error}") from error
+    if not isinstance(cells, tuple):
+        raise UserError(f"{where}: not a JSON object")
+    return cells
+
+
+def make_row(where: str, cells: Cells) -> Row:
+    """A row from the cells of the columns `text` and `label`; UserError if they make no sense."""
+    names = [name and name.strip() for name, _ in cells]
+    columns = dict(zip(names, (value for _, value in cells), strict=True))
+    text, label = columns.get("text"), columns.get("label")
+    found = f"columns: {', '.join(map(str, names)) or 'none'}"[:200]
+    problem = ""
+    if "text" not in columns:
+        problem = f"no column named text ({found})"
+    elif names.count("text") > 1 or names.count("label") > 1:
+        problem = f"two columns of one name ({found})"
+    elif None in columns:
+        problem = "more cells than columns; a text with a delimiter in it needs quotes"
+    elif text and not isinstance(text, str):
+        problem = f"the column text holds a {type(text).__name__}, not a string"
+    elif not text or not text.strip():
+        problem = "the column text is empty"
+    elif "\0" in text:
+        problem = "the text holds zero bytes; is the file UTF-16, or no text at all?"
+    elif isinstance(label, (list, tuple)) or str(label).lower() in ("nan", "inf", "-inf"):
+        problem = f"the label {str(label)[:40]} is neither a name nor a number"
+    elif re.search("[\ud800-\udfff]", f"{text}{label}"):  # JSON can spell half of a pair
+        problem = "the text or its label holds half of a character (a lone surrogate)"
+    if problem:
+        raise UserError(f"{where}: {problem}")
+    label = "" if label is None else str(label).strip()
+    return Row(text, re.sub(r"^(-?\d+)\.0+$", r"\1", label) or None)  # 1 and 1.0 are one label
