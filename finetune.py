@@ -87,7 +87,7 @@ def parser() -> Parser:
 
 # On resume these may differ from the saved settings; the others must be the same.
 MAY_CHANGE = {"method", "seed", "seeds", "train_examples", "lr",
-              "device", "precision", "attention", "save_minutes"}  # fmt: skip
+              "device", "threads", "precision", "attention", "save_minutes"}  # fmt: skip
 
 
 def read_arguments() -> argparse.Namespace:
@@ -157,7 +157,7 @@ def main() -> None:
 
 def fine_tune_all(args: argparse.Namespace, experiments: list[Experiment]) -> None:
     """The job, top to bottom."""
-    runtime = Runtime.start(args.device, args.precision)
+    runtime = Runtime.start(args.device, args.precision, args.threads)
 
     # 1. A pretrained model.
     why = "as asked"

@@ -104,7 +104,7 @@ def read_words(arguments: list[str]) -> dict[str, list[str]]:
 def main() -> None:
     """The job, top to bottom."""
     args = read_arguments()
-    runtime = Runtime.start(args.device, args.precision)
+    runtime = Runtime.start(args.device, args.precision, args.threads)
 
     # 1. A pretrained model, as it is.
     name, why = (args.model, "as given") if args.model else default_model()

@@ -39,7 +39,7 @@ STARTED = time.monotonic()
 PEAK_LR = {"muon": 0.01, "adamw": 0.001}
 FEW_STEPS = 200  # in a run that is planned by time
 TOO_FEW = "warning: so few steps teach next to nothing; take more --minutes or a smaller --preset"
-MAY_CHANGE = {"lr", "adamw_lr", "device", "precision", "attention", "save_minutes"}
+MAY_CHANGE = {"lr", "adamw_lr", "save_minutes", "device", "threads", "precision", "attention"}
 
 
 def parser() -> cli.Parser:
@@ -82,7 +82,7 @@ def main() -> None:
 
 def pretrain(args: argparse.Namespace, run: Run) -> None:
     """The job, top to bottom. With --resume, options that are not given are the run's."""
-    runtime = Runtime.start(args.device, args.precision)
+    runtime = Runtime.start(args.device, args.precision, args.threads)
     if run.is_finished:
         run.clean_up()  # killed between its last two lines
         runtime.log(f"{args.out} is finished; its figures are in {args.out}/metrics.json")
@@ -168,7 +168,8 @@ def pretrain(args: argparse.Namespace, run: Run) -> None:
     metrics |= {"tokens_per_second": round(trainer.tokens / seconds)}
     metrics |= {"saved_bytes": (args.out / "model.safetensors").stat().st_size}
     metrics |= {"peak_memory_bytes": runtime.peak_memory(), "device": runtime.describe()}
-    run.finish(metrics | {"precision": runtime.precision, "attention": attention})
+    metrics |= {"threads": torch.get_num_threads(), "precision": runtime.precision}
+    run.finish(metrics | {"attention": attention})
     for line in fill_examples(FillMask(model.eval(), corpus.tokenizer, runtime), task.held_out):
         runtime.log(line)
     with cli.drawing(args.out / "loss.png") as picture:

@@ -246,6 +246,7 @@ def fine_tune(experiment: Experiment, setup: Setup) -> dict:
     metrics |= {"steps": cost["steps"], "peak_memory_bytes": runtime.peak_memory()}
     metrics |= {"model": args.model, "data": args.data, "device": runtime.describe()}
     metrics |= {"precision": runtime.precision, "attention": setup.attention}
+    metrics["threads"] = torch.get_num_threads()
     if runtime.is_main:
         metrics["saved_bytes"] = save(model, experiment, setup).stat().st_size
         run.finish(metrics)

@@ -129,7 +129,7 @@ def load_together(
 
 def label_new_reviews(args: argparse.Namespace) -> None:
     """`finetune.py --predict`, from its options to the last answer."""
-    runtime = Runtime.start(args.device, args.precision)
+    runtime = Runtime.start(args.device, args.precision, args.threads)
     name = _latest_run(args.out) if args.model is None else args.model
     classifier = Classifier.load(name, runtime, args.attention, args.base)
     labels = ", ".join(classifier.labels.values())

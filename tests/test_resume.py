@@ -290,6 +290,16 @@ def test_accumulate_computes_a_batch_in_parts(text, tmp_path, monkeypatch):
     assert parts == [3] * 4
 
 
+def test_threads_are_those_of_the_option_and_are_saved(text, tmp_path):
+    try:
+        assert train_here(text, tmp_path, "--steps", 2, "--threads", 2) == 0
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    assert settings["threads"] == metrics(tmp_path)["threads"] == 2
+
+
 # Two processes
 
 

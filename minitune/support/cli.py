@@ -20,12 +20,12 @@ LONGEST_ERROR = 600  # characters; an option may hold a whole book
 
 
 def text(value: str) -> str:
-    """A converter for argparse: words in UTF-8, not blank as an unset variable would be."""
+    """A converter for argparse: text in UTF-8 that is not blank."""
     if not value.strip():
         raise argparse.ArgumentTypeError("it is empty")
     try:
         value.encode()
-    except UnicodeEncodeError:  # Python hands over bytes that are not UTF-8 as half characters
+    except UnicodeEncodeError:  # Python gives bytes that are not UTF-8 as half characters
         raise argparse.ArgumentTypeError("it is not UTF-8") from None
     return value
 
@@ -41,15 +41,15 @@ def int_range(low: int, high: int) -> Callable[[str], int]:
 
 
 def float_range(low: float, high: float, *, above: bool = True) -> Callable[[str], float]:
-    """A converter for argparse: low < number <= high; where `above` is False, low is good too."""
+    """A converter for argparse: low < number <= high, or low <= number if `above` is False."""
     words = f"a number {'above' if above else 'from'} {low:g} to {high:g}"
     return _number(float, lambda x: (low < x if above else low <= x) and x <= high, words)
 
 
-def _number(kind: type, good: Callable, words: str) -> Callable:
+def _number(kind: type, is_good: Callable, words: str) -> Callable:
     def convert(value: str) -> float:
-        with contextlib.suppress(ValueError):  # thousands of digits raise it, too
-            if good(number := kind(value)):
+        with contextlib.suppress(ValueError):
+            if is_good(number := kind(value)):
                 return number
         raise argparse.ArgumentTypeError(f"{value} is not {words}")
 
@@ -86,10 +86,10 @@ class Parser(argparse.ArgumentParser):
         return add
 
     def resumed(self, saved: dict, may_change: set[str], where: object) -> argparse.Namespace:
-        """The options; those not given are a saved run's, and the others must not differ from it.
+        """The options of a resumed run: those not given are `saved`, its settings.json.
 
-        `saved` is the settings.json of the run in the directory `where`; empty for a new run.
-        Raises UserError where it holds what cannot be given as an option.
+        `saved` is empty for a new run, `where` names the run in errors. Raises UserError where an
+        option differs from the saved one and is not in `may_change`, or where a saved one is wrong.
         """
         words = []
         for action in self._actions:
@@ -116,39 +116,33 @@ class Parser(argparse.ArgumentParser):
 
 
 def options_to_save(args: argparse.Namespace) -> dict:
-    """What a run's settings.json keeps of the options."""
+    """The options that a run keeps in its settings.json."""
     return {key: value for key, value in vars(args).items() if key not in NOT_SAVED}
 
 
 def check_same(args: argparse.Namespace, saved: dict, may_change: set[str], where: object) -> None:
     """Raise UserError where an option differs from that of a saved run."""
     for key, value in options_to_save(args).items():
-        if key not in may_change and saved.get(key, "none saved") != value:
-            flag, other = key.replace("_", "-"), saved.get(key, "none saved")
-            raise UserError(f"--{flag} {value}: the run in {where} has {other}")
+        other = saved.get(key, "none saved")
+        if key not in may_change and other != value:
+            raise UserError(f"--{key.replace('_', '-')} {value}: the run in {where} has {other}")
 
 
 def add_machine_options(parser: Parser, backends: Iterable[str]) -> None:
-    """Options about how to compute, the same in every script; `backends` of attention by name."""
+    """The options about how to compute, the same in every script; `backends` are of attention."""
     add = parser.group("how it is computed")
-    kinds = ["auto", "fp32", "bf16", "fp16"]
-    add(
-        "--precision", "of matrix multiplications; auto: bf16 if the hardware has it", kinds, "auto"
-    )
+    precision = "of matrix multiplications; auto: bf16 where it is fast"
+    add("--precision", precision, ["auto", "fp32", "bf16", "fp16"], "auto")
     add("--attention", "one of several that compute the same", ["auto", *backends], "auto")
-    add(
-        "--device",
-        "run on this device; auto: a GPU if there is one",
-        ["auto", "cpu", "cuda"],
-        "auto",
-    )
+    add("--device", "auto: a GPU if there is one", ["auto", "cpu", "cuda"], "auto")
+    add("--threads", "of the processor (default: torch decides)", int_range(1, 1024))
     add("--seed", "of everything that is random", int_range(0, 2**31), 0)
 
 
 def choose_max_len(given: int | None, positions: int, batch_tokens: int | None = None) -> int:
-    """Tokens of a text at most: as given, else 512 or what the model and a batch have room for.
+    """The most tokens of a text: what is given, else 512 or what model and batch have room for.
 
-    Raises UserError where a batch or the model has less room than that.
+    Raises UserError where a batch or the model has no room for what is given.
     """
     if given is None:
         return min(512, positions, batch_tokens or 512)
@@ -161,7 +155,7 @@ def choose_max_len(given: int | None, positions: int, batch_tokens: int | None =
 
 @contextlib.contextmanager
 def drawing(picture: Path) -> Iterator[Path]:
-    """Draw this file in the context. Where that fails a warning says so: the figures are saved."""
+    """A context in which a picture is drawn. An error there is a warning: the figures are saved."""
     try:
         yield picture
     except Exception as error:
@@ -169,35 +163,30 @@ def drawing(picture: Path) -> Iterator[Path]:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's `main`: 0, 2 with one line for what the user can put right, 130 for Ctrl-C."""
+    """Run `main` and exit: with 0, with 2 and one line for an error, or with 130 after Ctrl-C."""
     keep_freed_memory()
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the caller
             setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115
-    if isinstance(sys.stdout, io.TextIOWrapper):  # as every file, whatever the locale says
+    if isinstance(sys.stdout, io.TextIOWrapper):  # UTF-8 like every file, whatever the locale
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+    status, error = 0, ""
     try:
         main()
         sys.stdout.flush()
-        status = 0
     except BrokenPipeError:  # the reader, `head` for example, has seen enough
-        status = 0
-    except (UserError, OSError) as error:  # an OSError here: the disk is full, a path is forbidden
-        line = " ".join(str(error).split())
-        line = line if len(line) <= LONGEST_ERROR else line[:LONGEST_ERROR] + "..."
-        if os.environ.get("RANK", "0") == "0":
-            print("error:", "".join(c if c.isprintable() else "?" for c in line), file=sys.stderr)
-        status = 2
-    except torch.OutOfMemoryError:
-        print(
-            "error: out of GPU memory; try a smaller --batch-tokens, or --accumulate",
-            file=sys.stderr,
-        )
-        status = 2
+        pass
     except KeyboardInterrupt:
         status = 130
+    except torch.OutOfMemoryError:
+        status, error = 2, "out of GPU memory; try a smaller --batch-tokens, or --accumulate"
+    except (UserError, OSError) as caught:  # OSError: a full disk, a path that is forbidden
+        status, error = 2, " ".join(str(caught).split())
+    if status == 2 and os.environ.get("RANK", "0") == "0":
+        error = error if len(error) <= LONGEST_ERROR else error[:LONGEST_ERROR] + "..."
+        print("error:", "".join(c if c.isprintable() else "?" for c in error), file=sys.stderr)
     try:
         sys.stdout.flush()
-    except OSError:  # what is left has nowhere to go, and Python must not try it again
+    except OSError:  # the rest cannot be written, and Python must not try again at its exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(status)

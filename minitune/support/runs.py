@@ -22,8 +22,8 @@ from torch import Tensor
 
 from minitune.support.errors import UserError
 
-# What --overwrite deletes when the new run starts. Other files are replaced one by one, as they
-# are written; without its weights a half-replaced model directory cannot be loaded by mistake.
+# --overwrite deletes these when the new run starts. Other files are replaced when they are written:
+# without its weights, a model directory that is half old and half new cannot be loaded.
 OLD_RESULTS = ("metrics.json", "model.safetensors", "trained.safetensors", "log.jsonl")
 LARGEST_LOG = 1 << 28  # bytes
 LARGEST_TEXT = 16 << 20  # bytes; as JSON this may take up to 0.4 GB of memory
@@ -41,40 +41,40 @@ class Run:
     def __init__(self, directory: Path):
         self.directory = directory
         self.state_path = directory / "resume" / "state.safetensors"
-        self.settings: dict = {}  # of the run to be resumed; empty for a new one
-        self.is_finished = False  # the run to be resumed came to its end
-        self.replaces = False  # an old run, which goes when this one starts
+        self.settings: dict = {}  # of the run to resume; empty for a new one
+        self.is_finished = False  # whether the run to resume came to its end
+        self.replaces = False  # whether an old run is deleted when this one starts
 
     @classmethod
     @contextlib.contextmanager
     def open(cls, directory: Path, resume: bool, overwrite: bool, mark: str) -> Iterator["Run"]:
-        """A context in which the directory is locked, with its run: a new one, or one to resume.
+        """A context in which the directory is locked: its run, a new one or one to resume.
 
-        `mark` is a key that the settings of this script's runs have, and those of no other.
-        Raises UserError where another process uses the directory, where it holds something else, or
-        a run that is neither to be resumed nor overwritten. If the run does not start, directories
-        made for it are removed again. Of several processes (torchrun) only the main one locks.
+        `mark` is a key that only the settings of this script's runs have. UserError if another
+        process uses the directory, or if it holds other files, or a run and neither `resume` nor
+        `overwrite` is given. If the run does not start, directories made for it are removed. Of
+        several processes (torchrun) only the main one locks.
         """
-        run, missing, lock = cls(directory), [], None
+        run, missing, is_main = cls(directory), [], os.environ.get("RANK", "0") == "0"
         try:
-            if os.environ.get("RANK", "0") == "0":
-                missing = [p for p in (directory, *directory.parents) if not p.exists()]
-                lock = _make_and_open(directory)
-                _lock(lock, directory)
-            run._look(resume, overwrite, mark)
-            yield run
+            with contextlib.ExitStack() as stack:
+                if is_main:
+                    missing = [p for p in (directory, *directory.parents) if not p.exists()]
+                    stack.enter_context(_locked(directory))
+                run._find_old_run(resume, overwrite, mark)
+                yield run
         finally:
             for path in missing:
-                with contextlib.suppress(OSError):  # it is no longer empty
+                with contextlib.suppress(OSError):  # it is not empty
                     path.rmdir()
-            if lock is not None:
-                os.close(lock)  # and unlocks
 
-    def _look(self, resume: bool, overwrite: bool, mark: str) -> None:
-        """Set what the directory's content says, or raise UserError where it may not be used."""
+    def _find_old_run(self, resume: bool, overwrite: bool, mark: str) -> None:
+        """See what the directory holds. UserError where it may not be used."""
         if resume and overwrite:
             raise UserError("--resume and --overwrite exclude each other")
-        if not _holds_files(self.directory):
+        # A kill can leave empty folders, and *.partial, before settings.json is there.
+        found = os.walk(self.directory)
+        if not any(names and not folder.endswith(".partial") for folder, _, names in found):
             return
         path = self.directory / "settings.json"
         settings = read_json(path) if path.is_file() else {}
@@ -86,11 +86,9 @@ class Run:
         elif overwrite:
             self.replaces = True
         else:
-            state = "a finished" if is_finished else "an unfinished"
-            raise UserError(
-                f"--out {self.directory} holds {state} run: "
-                "add --resume or --overwrite, or name a new --out"
-            )
+            what = f"holds {'a finished' if is_finished else 'an unfinished'} run"
+            ways = "add --resume or --overwrite, or name a new --out"
+            raise UserError(f"--out {self.directory} {what}: {ways}")
 
     @property
     def metrics(self) -> dict:
@@ -98,7 +96,7 @@ class Run:
         return read_json(self.directory / "metrics.json")
 
     def start(self, settings: dict) -> None:
-        """Remove an old run, if it is replaced, and write the options, which mark a run."""
+        """Delete the old run that this one replaces, and write settings.json."""
         if self.replaces:
             self.clean_up()
             for name in OLD_RESULTS:
@@ -108,7 +106,7 @@ class Run:
             write_json(self.directory / "settings.json", settings)
 
     def save(self, checkpoint: dict[str, Tensor]) -> None:
-        """Replace the checkpoint by this one, in one rename."""
+        """Replace the checkpoint, in one rename."""
         write_tensors(self.state_path, checkpoint, {})
 
     def load(self) -> dict[str, Tensor] | None:
@@ -122,7 +120,7 @@ class Run:
                     raise ValueError(f"{name} holds NaN or infinity")
         except (SafetensorError, OSError, MemoryError, ValueError) as error:
             raise UserError(f"{self.state_path} is damaged: {error}") from error
-        self.read_log()  # fails here where it is damaged, not after training
+        self.read_log()  # a damaged log is an error here, not after training
         return checkpoint
 
     def log(self, entry: dict) -> None:
@@ -131,14 +129,12 @@ class Run:
             file.write(json.dumps(entry) + "\n")
 
     def read_log(self) -> list[dict]:
-        """All whole lines of log.jsonl; a kill may have cut the last one short."""
+        """The lines of log.jsonl. The last one is left out if a kill has cut it short."""
         path, entries = self.directory / "log.jsonl", []
         if path.exists() and path.stat().st_size > LARGEST_LOG:
             raise UserError(f"{path} has more than {LARGEST_LOG:,} bytes")
-        lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+        *lines, _ = path.read_bytes().split(b"\n") if path.is_file() else [b""]
         for number, line in enumerate(lines, start=1):
-            if not line.endswith(b"\n"):
-                continue
             try:
                 entry = json.loads(line)
                 numbers = [entry["step"], entry["loss"], entry["seconds"]]
@@ -151,7 +147,7 @@ class Run:
         return entries
 
     def rewind_log(self, step: int) -> None:
-        """Drop the lines of steps that a resumed run is going to do again."""
+        """Delete the lines after this step, since a resumed run repeats these steps."""
         kept = [json.dumps(entry) + "\n" for entry in self.read_log() if entry["step"] <= step]
         write_atomically(self.directory / "log.jsonl", "".join(kept).encode())
 
@@ -165,32 +161,28 @@ class Run:
         shutil.rmtree(self.state_path.parent, ignore_errors=True)
 
 
-def _make_and_open(directory: Path) -> int:
-    """A file descriptor of the directory, which is made if it is not there."""
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Make the directory and lock it. The lock ends with this process, even if it is killed."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        return os.open(directory, os.O_RDONLY)
+        descriptor = os.open(directory, os.O_RDONLY)
     except OSError as error:
         raise UserError(f"--out {directory}: {error.strerror}") from error
-
-
-def _lock(descriptor: int, directory: Path) -> None:
-    """Lock an open directory; the lock ends with this process, however that ends."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Between our open and our lock a process that was refused may have removed it again.
-        free = os.path.samestat(os.fstat(descriptor), os.stat(directory))
+        # Between our open and our lock, a process that did not start may have removed it.
+        is_free = os.path.samestat(os.fstat(descriptor), os.stat(directory))
     except (BlockingIOError, FileNotFoundError):
-        free = False
+        is_free = False
     except OSError:  # a file system without locks
-        free = True
-    if not free:
-        raise UserError(f"--out {directory}: another process is training there")
-
-
-def _holds_files(directory: Path) -> bool:
-    """Whether it holds more than what a kill can leave before settings.json is there."""
-    return any(names and not root.endswith(".partial") for root, _, names in os.walk(directory))
+        is_free = True
+    try:
+        if not is_free:
+            raise UserError(f"--out {directory}: another process is training there")
+        yield
+    finally:
+        os.close(descriptor)  # this unlocks
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -212,10 +204,10 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 @contextlib.contextmanager
 def _new_content(path: Path) -> Iterator[Path]:
-    """A name for the new content of a file. Written and fsynced, it takes the file's place.
+    """A context that gives a path to write to; at its end that file takes the place of `path`.
 
-    It lies in a directory of its own, `path`.partial, which is all that a kill can leave:
-    safetensors writes to a name of its own choice beside the one that it is given.
+    It lies in a directory of its own, `path`.partial, since safetensors writes another file beside
+    it first. A kill leaves nothing but this directory.
     """
     folder = path.with_name(path.name + ".partial")
     shutil.rmtree(folder, ignore_errors=True)
@@ -235,7 +227,7 @@ def write_json(path: Path, value: dict) -> None:
 
 
 def read_text(path: Path) -> str:
-    """A file that is small, as settings and vocabularies are, or a UserError that names it."""
+    """The text of a small file, such as settings. UserError if it cannot be read, or is large."""
     try:
         if path.exists() and not path.is_file():  # a device or a pipe may never end
             raise ValueError("it is no file")
@@ -247,7 +239,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object, or a UserError that names the file."""
+    """The JSON object in a file. UserError if there is none."""
     try:
         value = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
@@ -258,7 +250,7 @@ def read_json(path: Path) -> dict:
 
 
 def publish_directory(partial: Path, final: Path) -> None:
-    """Give a complete directory its final name; if another process was first, keep that one."""
+    """Rename a complete directory. If another process was faster, its directory stays instead."""
     for file in partial.iterdir():
         with open(file, "rb") as handle:
             os.fsync(handle.fileno())

@@ -39,12 +39,17 @@ class Runtime:
     world_size: int = 1  # how many processes there are
 
     @classmethod
-    def start(cls, device: str = "auto", precision: str = "auto") -> "Runtime":
+    def start(
+        cls, device: str = "auto", precision: str = "auto", threads: int | None = None
+    ) -> "Runtime":
         """Choose device ("auto", "cpu" or "cuda") and precision, and join the other processes.
 
         "auto" is a GPU if there is one, and bf16 where the hardware is faster with it, else fp32.
-        Raises UserError for what this machine cannot do.
+        `threads` is for the processor; None leaves that to torch. Raises UserError for what this
+        machine cannot do.
         """
+        if threads:
+            torch.set_num_threads(threads)
         if device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: torch finds no CUDA device here")
         if device == "auto":
