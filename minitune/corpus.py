@@ -4,19 +4,15 @@
     data/cache/KEY/SPLIT.tokens         ids of all texts end to end, uint16 or uint32
     data/cache/KEY/SPLIT.ends.npy       (N,) int64, where each text ends
     data/cache/KEY/unigrams.npy         (V,) int64, how often each id occurs in train
-    data/cache/KEY/index.json           sizes and checksums of these files
 
-KEY depends on all that the content depends on (files by name, size and time of change). The
-environment variable MINITUNE_CACHE names another directory than data/cache. Texts are read a part
-at a time; what stays in memory is where chunks start and how long they are, 12 bytes each.
+KEY is a hash of all that the content depends on; text files count by name, size and time of change.
+The environment variable MINITUNE_CACHE names another directory than data/cache. A corpus may be
+larger than memory, which holds only where each chunk starts and how long it is, in 12 bytes.
 """
 
-import contextlib
 import hashlib
 import json
 import os
-import shutil
-import time
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -26,19 +22,18 @@ import torch
 from torch import Tensor
 
 from minitune.data import Dataset
+from minitune.support.cache import make_once
 from minitune.support.errors import UserError
-from minitune.support.runs import publish_directory, read_json, write_json
 from minitune.tokenizer import Tokenizer
 
 CACHE = Path(os.environ.get("MINITUNE_CACHE") or Path(__file__).parents[1] / "data" / "cache")
-VERSION = 3  # of the files; raise it when they change for the same texts and tokenizer
+VERSION = 3  # to be raised when the same texts and tokenizer give other files
 SPLITS = ("train", "validation")
 FILES = ["tokenizer.json", "tokenizer_config.json", "vocab.txt", "unigrams.npy"]
 FILES += [f"{split}.{content}" for split in SPLITS for content in ("tokens", "ends.npy")]
-CHARACTERS_AT_ONCE = 1 << 20  # tokenised together
-TEXTS_AT_ONCE = 1 << 18  # cut together
+CHARACTERS_AT_ONCE = 1 << 20  # so many are tokenised together
+TEXTS_AT_ONCE = 1 << 18  # so many are cut together
 VOCABULARY_SAMPLE = 100 << 20  # bytes of text that a vocabulary is learned from
-DAY = 24 * 3600  # seconds
 
 
 class Corpus:
@@ -58,36 +53,23 @@ class Corpus:
         vocab_size: int,
         log: Callable[[str], None] = print,
     ) -> "Corpus":
-        """The cached corpus, tokenised now if it is not there yet, or damaged.
+        """The corpus in the cache. It is tokenised first if it is not there, or damaged.
 
-        `tokenizer` None: one of `vocab_size` entries is learned from the training rows, and no
-        others (validation and test stay unseen). All files are read once, to compare checksums
-        (1 to 2 GB a second).
+        If `tokenizer` is None, a vocabulary of `vocab_size` entries is learned from the train rows
+        alone: validation and test rows stay unseen.
         """
         directory = CACHE / cls.key(dataset, tokenizer, vocab_size)
-        found = _inode(directory)
-        if damaged := _damaged(directory) if found else "":
-            log(f"{directory}: {damaged} is not what was written there")
-        if damaged or not found:
+
+        def build(folder: Path) -> None:
             log(f"tokenising {dataset.name} (once; kept in {directory})")
-            _remove_leftovers(directory)
-            partial = directory.with_name(f"{directory.name}.partial-{os.getpid()}")
-            old = partial.with_name(f"{partial.name}-old")
-            partial.mkdir(parents=True)
-            try:
-                _build(dataset, tokenizer, vocab_size, partial)
-                if found and _inode(directory) == found:  # another process may have replaced it
-                    with contextlib.suppress(FileNotFoundError):  # or be replacing it now
-                        directory.rename(old)
-                publish_directory(partial, directory)
-            finally:
-                shutil.rmtree(old, ignore_errors=True)
-                shutil.rmtree(partial, ignore_errors=True)
+            _build(dataset, tokenizer, vocab_size, folder)
+
+        make_once(directory, FILES, build, log)
         return cls(directory)
 
     @staticmethod
     def key(dataset: Dataset, tokenizer: Tokenizer | None, vocab_size: int) -> str:
-        """The name of this corpus's directory: another one for other texts or another tokenizer."""
+        """The name of a corpus's directory, a hash of its texts and its tokenizer."""
         with_tokenizer = tokenizer.files()["tokenizer.json"].decode() if tokenizer else vocab_size
         facts = [VERSION, dataset.fingerprint(), with_tokenizer]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
@@ -97,7 +79,7 @@ class Corpus:
         return Chunks(self, split, max_len, overlap)
 
     def unigram_entropy(self) -> float:
-        """Entropy of the word frequencies, in nats a token: the best loss without context."""
+        """Entropy of the token frequencies in nats: the best loss of a guess without context."""
         p = self.unigrams[self.unigrams > 0] / self.unigrams.sum()
         return float(-(p * np.log(p)).sum())
 
@@ -105,29 +87,29 @@ class Corpus:
 class Chunks:
     """Sequences [CLS] tokens [SEP], cut from texts.
 
-    A text of more than max_len - 2 tokens becomes several chunks of that many, and a shorter last
-    one. With `overlap` the last one begins earlier instead and is as long as the others: steps over
-    batches of one shape are about 10% faster, since oneDNN compiles a kernel for each new shape.
+    A text of more than max_len - 2 tokens becomes several chunks of that many, and a shorter one at
+    the end. With `overlap` the last one starts earlier and is as long as the others. Training is
+    about 10% faster on that, since oneDNN compiles a kernel for each new shape.
     """
 
     def __init__(self, corpus: Corpus, split: str, max_len: int, overlap: bool):
-        self.tokenizer, self.dtype, self.max_len = corpus.tokenizer, corpus.dtype, max_len
+        self.tokenizer, self.dtype = corpus.tokenizer, corpus.dtype
         self.path = corpus.directory / f"{split}.tokens"
         ends = np.load(corpus.directory / f"{split}.ends.npy", mmap_mode="r")
-        # All texts at once would need several times the memory of the result.
+        # In parts: cutting all texts at once would need several times the memory of the result.
         parts = [
             _cut(ends[i : i + TEXTS_AT_ONCE], ends[i - 1] if i else 0, max_len - 2, overlap)
             for i in range(0, len(ends), TEXTS_AT_ONCE)
         ]
         self.starts = np.concatenate([starts for starts, _ in parts])  # (N,) int64
-        self.lengths = np.concatenate([lengths for _, lengths in parts])  # (N,) int32, framed
+        self.lengths = np.concatenate([lengths for _, lengths in parts])  # (N,) int32, with the two
 
     def __len__(self) -> int:
         return len(self.starts)
 
     def read(self, indices: Iterable[int]) -> list[Tensor]:
         """The token ids of these chunks, each (n,) int64."""
-        # Mapped each time: pages of a map that stays open count as this process's memory.
+        # Mapped each time, since the pages of an open map count as memory of this process.
         tokens = np.memmap(self.path, dtype=self.dtype, mode="r")
         cls, sep = np.split(np.array(self.tokenizer.frame([])), 2)
         bodies = (tokens[self.starts[i] :][: self.lengths[i] - 2] for i in indices)
@@ -135,9 +117,9 @@ class Chunks:
 
 
 def _cut(ends: np.ndarray, start: int, body: int, overlap: bool) -> tuple[np.ndarray, np.ndarray]:
-    """(where each chunk starts, its length with the frame), for texts that end at `ends`.
+    """(where each chunk starts, its length with [CLS] and [SEP]), for texts that end at `ends`.
 
-    A text of 25 tokens in chunks of 10: they start at 0, 10 and 20, or with `overlap` at 0, 10, 15.
+    Chunks of `body` 10 of a text of 25 tokens start at 0, 10 and 20; with `overlap` at 0, 10, 15.
     """
     text_starts = np.concatenate([[start], ends[:-1]])
     text_lengths = ends - text_starts
@@ -156,6 +138,7 @@ def _dtype(tokenizer: Tokenizer) -> type:
 
 
 def _build(dataset: Dataset, tokenizer: Tokenizer | None, vocab_size: int, directory: Path) -> None:
+    """Write the FILES of a corpus."""
     if tokenizer is None:
         tokenizer = Tokenizer.train(_sample(dataset), vocab_size)
     for name, content in tokenizer.files().items():
@@ -178,37 +161,10 @@ def _build(dataset: Dataset, tokenizer: Tokenizer | None, vocab_size: int, direc
             raise UserError(f"{dataset.name} has too few texts: none is left for {split}")
         np.save(directory / f"{split}.ends.npy", np.concatenate(ends).astype(np.int64))
     np.save(directory / "unigrams.npy", unigrams)
-    index = {name: [(directory / name).stat().st_size, _sha256(directory / name)] for name in FILES}
-    write_json(directory / "index.json", index)
-
-
-def _damaged(directory: Path) -> str:
-    """The name of a file that is not what the index says; empty where all are."""
-    name = "index.json"
-    try:
-        index = read_json(directory / name)
-        for name in FILES:
-            size, checksum = index[name]
-            if (directory / name).stat().st_size != size or _sha256(directory / name) != checksum:
-                return name
-    except (OSError, UserError, LookupError, TypeError, ValueError):
-        return name
-    return ""
-
-
-def _inode(directory: Path) -> int | None:
-    """The inode, by which a directory that was replaced is noticed."""
-    with contextlib.suppress(OSError):
-        return directory.stat().st_ino if directory.is_dir() else None
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sample(dataset: Dataset) -> Iterator[str]:
-    """Training texts to learn a vocabulary from: all, or of a huge corpus every k-th."""
+    """Train texts to learn a vocabulary from: all, or every k-th of a very large corpus."""
     size = sum(file.stat().st_size for file in dataset.files)
     every = -(-size // VOCABULARY_SAMPLE) or 1
     return (row.text for row in islice(dataset.rows("train"), 0, None, every))
@@ -225,10 +181,3 @@ def _in_parts(texts: Iterable[str]) -> Iterator[list[str]]:
             part, size = [], 0
     if part:
         yield part
-
-
-def _remove_leftovers(directory: Path) -> None:
-    """Remove what a killed process left half-made of this cache; younger ones may be at work."""
-    for partial in directory.parent.glob(f"{directory.name}.partial-*"):
-        if time.time() - partial.stat().st_mtime > DAY:
-            shutil.rmtree(partial, ignore_errors=True)

@@ -1,9 +1,11 @@
 """From texts to batches: tokens kept on disk, their chunks, and the order of batches."""
 
+import fcntl
 import math
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,11 @@ from minitune.tokenizer import SPECIAL_TOKENS, Tokenizer
 def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(minitune.corpus, "CACHE", tmp_path / "cache")
     return tmp_path / "cache"
+
+
+def made(cache):
+    """What is in the cache, besides the files that processes lock."""
+    return sorted(path for path in cache.iterdir() if path.suffix != ".lock")
 
 
 def dataset(tmp_path, texts):
@@ -213,7 +220,7 @@ def test_a_damaged_file_is_found_and_everything_tokenised_again(tmp_path, cache,
         first, second = capsys.readouterr().out.splitlines()
         assert str(directory) in first and name in first and "tokenising" in second
         assert content(directory) == before
-    assert list(cache.iterdir()) == [directory]
+    assert made(cache) == [directory]
 
 
 def test_a_pipe_in_place_of_the_index_is_not_waited_for(tmp_path, cache):
@@ -238,26 +245,7 @@ def test_a_damaged_index_is_written_again(tmp_path, cache, text):
         (directory / "index.json").write_text(text)
     Corpus.open(data, None, 100)
     assert content(directory) == before
-    assert list(cache.iterdir()) == [directory]
-
-
-def test_a_corpus_that_another_process_has_mended_meanwhile_stays(tmp_path, cache, monkeypatch):
-    data = dataset(tmp_path, ["one two", "three", "four"])
-    directory = Corpus.open(data, None, 100).directory
-    (directory / "train.tokens").write_bytes(b"")
-    build, identity = minitune.corpus._build, []
-
-    def overtaken(*arguments):
-        monkeypatch.setattr(minitune.corpus, "_build", build)
-        Corpus.open(data, None, 100)  # as another process would
-        identity.append(directory.stat().st_ino)
-        build(*arguments)
-
-    monkeypatch.setattr(minitune.corpus, "_build", overtaken)
-    monkeypatch.setattr(minitune.corpus.os, "getpid", iter(range(9)).__next__)
-    assert len(Corpus.open(data, None, 100).chunks("train", 16)) == 2
-    assert identity == [directory.stat().st_ino]
-    assert list(cache.iterdir()) == [directory]
+    assert made(cache) == [directory]
 
 
 def test_a_corpus_has_its_name_only_when_it_is_complete_and_on_disk(tmp_path, cache, monkeypatch):
@@ -282,20 +270,29 @@ def test_a_corpus_has_its_name_only_when_it_is_complete_and_on_disk(tmp_path, ca
     assert synced >= {*minitune.corpus.FILES, "index.json"}
 
 
-def test_what_a_killed_process_left_is_removed_when_it_is_old(tmp_path, cache):
+def test_what_a_killed_process_left_is_removed(tmp_path, cache):
     data = dataset(tmp_path, ["one two", "three", "four"])
     directory = cache / Corpus.key(data, None, 100)
-    old, young, other = (
-        cache / f"{name}.partial-{i}"
-        for i, name in enumerate([directory.name, directory.name, "another"])
-    )
-    for path in (old, young, other):
-        path.mkdir(parents=True)
-        (path / "train.tokens").write_bytes(b"half")
-    for path in (old, other):
-        os.utime(path, (0, 0))
+    for name in (directory.name, "another"):
+        (cache / f"{name}.partial").mkdir(parents=True)
+        (cache / f"{name}.partial" / "leftover").write_bytes(b"half")
     Corpus.open(data, None, 100)
-    assert sorted(cache.iterdir()) == sorted([directory, young, other])
+    assert made(cache) == sorted([directory, cache / "another.partial"])
+    assert not (directory / "leftover").exists()
+
+
+def test_a_process_waits_while_another_one_makes_the_same_corpus(tmp_path, cache):
+    data = dataset(tmp_path, ["one two", "three", "four"])
+    directory = cache / Corpus.key(data, None, 100)
+    cache.mkdir(exist_ok=True)
+    waiting = threading.Thread(target=Corpus.open, args=(data, None, 100), daemon=True)
+    with open(directory.with_name(f"{directory.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        waiting.start()
+        waiting.join(0.3)
+        assert waiting.is_alive() and made(cache) == []
+    waiting.join(60)
+    assert made(cache) == [directory]
 
 
 def test_two_processes_that_start_at_once_share_a_damaged_corpus(tmp_path, cache):
@@ -316,7 +313,7 @@ def test_two_processes_that_start_at_once_share_a_damaged_corpus(tmp_path, cache
         output = process.communicate(timeout=120)[0].decode()
         assert (process.returncode, output.splitlines()[-1]) == (0, "2")
     assert content(directory) == before
-    assert list(cache.iterdir()) == [directory]
+    assert made(cache) == [directory]
 
 
 def test_bad_input_leaves_nothing_behind(tmp_path, cache):
@@ -324,7 +321,7 @@ def test_bad_input_leaves_nothing_behind(tmp_path, cache):
     path.write_bytes(b"fine\n" * 1000 + "café\n".encode("latin-1"))
     with pytest.raises(UserError, match="texts.txt: not UTF-8"):
         Corpus.open(Dataset(str(path)), None, 100)
-    assert list(cache.iterdir()) == []
+    assert made(cache) == []
 
 
 def test_ctrl_c_while_tokenising_leaves_nothing_behind(tmp_path, cache, monkeypatch):
@@ -335,7 +332,7 @@ def test_ctrl_c_while_tokenising_leaves_nothing_behind(tmp_path, cache, monkeypa
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Tokenizer, "encode", interrupt)
         Corpus.open(data, None, 100)
-    assert list(cache.iterdir()) == []
+    assert made(cache) == []
     assert len(Corpus.open(data, None, 100).chunks("train", 16)) == 2
 
 

@@ -247,16 +247,3 @@ def read_json(path: Path) -> dict:
     if not isinstance(value, dict):
         raise UserError(f"{path} does not hold a JSON object")
     return value
-
-
-def publish_directory(partial: Path, final: Path) -> None:
-    """Rename a complete directory. If another process was faster, its directory stays instead."""
-    for file in partial.iterdir():
-        with open(file, "rb") as handle:
-            os.fsync(handle.fileno())
-    try:
-        os.rename(partial, final)
-    except OSError:
-        if not final.is_dir():
-            raise
-        shutil.rmtree(partial)
