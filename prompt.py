@@ -7,9 +7,9 @@
     python prompt.py --generate 12 "The film was"
 
 The model fills the blank of a cloze, "An unforgettable film. It was [MASK].", and the probabilities
-of a few words there are its answer (minitune/prompting.py), once they are level
-(minitune/calibration.py). The default templates, words and calibration were chosen on validation
-rows; --evaluate says what all of them are worth on test rows.
+of a few words there, once they are calibrated, are its answer: minitune/prompting.py,
+minitune/calibration.py. The default templates, words and calibration were chosen on validation
+rows; --evaluate measures all of them on test rows.
 """
 
 import argparse
@@ -54,29 +54,33 @@ def parser() -> cli.Parser:
     add("--generate", "write N tokens after each TEXT", int_range(1, 10**6), metavar="N")
     add = options.group("how a text becomes a query")
     add("--model", "minilm, a BERT directory, a hub id; default: the last run of train.py")
-    template = "with {text} and [MASK]; several answer together; default: eight of them"
+    template = "with {text} and [MASK]; several answer together; default: "
+    template += plural(len(TEMPLATES), "template") + " about films"
     add("--template", template, default=TEMPLATES, nargs="+", metavar="SENTENCE")
     words = "the words of each label; where data has numbers, 0 is the first label"
     add("--words", words, nargs="+", metavar="LABEL=WORD,WORD")
     add("--calibrate", "without labels; default: the best on validation rows", CALIBRATIONS, BEST)
     add("--data", "its train rows are for --calibrate prior and --shots", default="imdb")
-    add("--unlabelled", "so many reviews for --calibrate prior", int_range(1, 10**6), 256)
-    add("--shots", "put so many answered train rows in front", int_range(1, 64), 0)
-    add("--max-len", "tokens of a query; a text loses its beginning", int_range(8, 10**6), 128)
+    add("--unlabelled", "how many reviews for --calibrate prior", int_range(1, 10**6), 256)
+    shots = "few-shot: put so many train rows with their labels in front of the text"
+    add("--shots", shots, int_range(1, 64), 0)
+    max_len = "tokens of a query; of a longer text the end is read"
+    add("--max-len", max_len, int_range(8, 10**6), 128)
     add("--batch-tokens", "tokens in a batch", int_range(8, 10**7))
     add = options.group("what comes out")
-    add("--top", "so many of the most probable words", int_range(1, 1000), 5)
+    add("--top", "how many of the most probable words", int_range(1, 1000), 5)
     temperature = "of --generate; 0: always the most probable token"
     add("--temperature", temperature, float_range(0, 100, above=False), 0.7)
     add("--json", "print one JSON object a line", bool)
-    add("--curves", "a compare.json of finetune.py --train-examples, to draw", cli.path)
+    curves = "with --evaluate: draw it beside this compare.json of finetune.py --train-examples"
+    add("--curves", curves, cli.path)
     add("--out", "--evaluate writes its results here", cli.path, Path("runs/prompt"))
     cli.add_machine_options(options, BACKENDS)
     return options
 
 
 def read_arguments() -> argparse.Namespace:
-    """The options, which ask for one job."""
+    """The options, checked: exactly one job is given."""
     args = parser().parse_args()
     if sum(map(bool, (args.texts or args.generate, args.evaluate, args.fill))) != 1:
         jobs = "texts (also with --generate N), --evaluate DATA, --fill SENTENCE"
@@ -102,11 +106,9 @@ def read_words(arguments: list[str]) -> dict[str, list[str]]:
 
 
 def main() -> None:
-    """The job, top to bottom."""
+    """A pretrained model, as it is, and one of four jobs for it."""
     args = read_arguments()
     runtime = Runtime.start(args.device, args.precision, args.threads)
-
-    # 1. A pretrained model, as it is.
     name, why = (args.model, "as given") if args.model else default_model()
     source = find_model(name)
     head_size = checkpoint.read_config(source).head_size
@@ -120,49 +122,62 @@ def main() -> None:
     machine = f"{runtime.describe()}; precision: {runtime.precision}; attention: {attention}"
     say(f"model: {name} ({why}); {machine}")
 
-    # 2. Blanks anywhere in a sentence, or at its end.
     if args.fill:
-        for number, words in enumerate(fill_blanks(fill_mask, args.fill, args.top), start=1):
-            listed = [{"word": word, "probability": probability} for word, probability in words]
-            line = json.dumps({"blank": number, "words": listed}, ensure_ascii=False)
-            print(line if args.json else f"blank {number}: {in_words(words)}")
-        return
-    for text in args.texts if args.generate else ():
+        fill(args, fill_mask)
+    elif args.generate:
+        write_on(args, fill_mask)
+    else:
+        cli.choose_max_len(args.max_len, model.config.max_position_embeddings)
+        prompts = [
+            Prompt(sentence, args.words, fill_mask, args.max_len) for sentence in args.template
+        ]
+        if args.evaluate:
+            evaluate(args, prompts, name)
+        else:
+            classify(args, prompts)
+
+
+def fill(args: argparse.Namespace, fill_mask: FillMask) -> None:
+    """--fill: the most probable words for each blank of a sentence."""
+    for number, words in enumerate(fill_blanks(fill_mask, args.fill, args.top), start=1):
+        listed = [{"word": word, "probability": probability} for word, probability in words]
+        line = json.dumps({"blank": number, "words": listed}, ensure_ascii=False)
+        print(line if args.json else f"blank {number}: {in_words(words)}")
+
+
+def write_on(args: argparse.Namespace, fill_mask: FillMask) -> None:
+    """--generate: each text, and the tokens that the model writes after it."""
+    for text in args.texts:
         written = generate(fill_mask, text, args.generate, args.temperature, args.seed)
         line = {"text": text, "generated": written}
         print(json.dumps(line, ensure_ascii=False) if args.json else written)
-    if args.generate:
-        return
 
-    # 3. One blank in a template: what the model thinks of a text.
-    cli.choose_max_len(args.max_len, model.config.max_position_embeddings)
-    prompts = [Prompt(sentence, args.words, fill_mask, args.max_len) for sentence in args.template]
-    if args.evaluate:
-        evaluate(args, prompts, name)
-        return
+
+def classify(args: argparse.Namespace, prompts: list[Prompt]) -> None:
+    """The label of each text, by all templates together."""
     if args.shots:
         demonstrate(args, prompts, Reviews.load(Dataset(args.data)))
     unlabelled = []
     if args.calibrate == "prior":
         texts = [row.text for row in Dataset(args.data).rows("train")]
-        unlabelled = tokenizer.encode(choose_unlabelled(args, texts))
+        unlabelled = prompts[0].fill_mask.tokenizer.encode(choose_unlabelled(args, texts))
     ensemble = Ensemble(prompts, args.calibrate, unlabelled)
     best = " (the best on validation rows)" if args.calibrate == BEST else ""
     say(f"{plural(len(prompts), 'template')}; calibration: {args.calibrate}{best}")
-    cut = f"had no room in {args.max_len} tokens: their ends were read"
-    predict = functools.partial(ensemble.predict, count=args.top)
     rows = rows_to_label(args.texts, "TEXT", ensemble.names)
+    predict = functools.partial(ensemble.predict, count=args.top)
+    cut = f"had no room in {args.max_len} tokens: their ends were read"
     print_answers(rows, predict, args.json, cut)
 
 
 def choose_unlabelled(args: argparse.Namespace, texts: list[str]) -> list[str]:
-    """--unlabelled of these texts, at random; what their labels are plays no part."""
+    """--unlabelled of these texts, drawn at random without a look at their labels."""
     rows = np.random.default_rng(args.seed).permutation(len(texts))[: args.unlabelled]
     return [texts[i] for i in rows]
 
 
 def demonstrate(args: argparse.Namespace, prompts: list[Prompt], reviews: Reviews) -> None:
-    """Put --shots labelled training reviews in front of every query."""
+    """Put --shots training reviews with their labels in front of every query."""
     labels = matching_labels(prompts[0], reviews, args.evaluate or args.data)
     chosen = reviews.balanced_subset("train", args.shots, args.seed)
     texts = prompts[0].fill_mask.tokenizer.encode([reviews.texts["train"][i] for i in chosen])
@@ -171,7 +186,7 @@ def demonstrate(args: argparse.Namespace, prompts: list[Prompt], reviews: Review
 
 
 def matching_labels(prompt: Prompt, reviews: Reviews, source: str) -> Tensor:
-    """For each label of the data its index in the prompt: the same name, or its number."""
+    """For each label of the data the index of the prompt's label with that name or number."""
     names = prompt.verbalizer.names
     matches = [label_index(name, names, numbers_too=True) for name in reviews.names.values()]
     if None in matches:
@@ -191,17 +206,17 @@ def evaluate(args: argparse.Namespace, prompts: list[Prompt], model: str) -> Non
     labels = matching_labels(prompts[0], reviews, args.evaluate)[reviews.labels["test"]]
     unlabelled = encode(choose_unlabelled(args, reviews.texts["train"]))
     compared = {0: prompts}
-    if args.shots:  # do demonstrations help?
+    if args.shots:  # with and without demonstrations, to see what they are worth
         compared[args.shots] = [copy.copy(prompt) for prompt in prompts]
         demonstrate(args, compared[args.shots], reviews)
-    prompts[0].scores([[]])  # an error for damaged weights, before there is a directory
+    prompts[0].scores([[]])  # damaged weights are an error before --out is made
     args.out.mkdir(parents=True, exist_ok=True)
     say(f"data: {args.evaluate}: {reviews.describe()}")
 
     started, rows = time.monotonic(), []
     for shots, several in compared.items():
-        for row in compare_prompts(several, texts, labels, unlabelled):
-            rows.append(row | {"shots": shots})
+        compared_rows = compare_prompts(several, texts, labels, unlabelled)
+        rows += [row | {"shots": shots} for row in compared_rows]
     seconds = round(time.monotonic() - started, 1)
     baselines = evaluate_baselines(reviews.texts, reviews.labels, len(reviews.names))
     baselines = [row | {"interval": interval(row["accuracy"], len(texts))} for row in baselines]
@@ -223,6 +238,7 @@ def evaluate(args: argparse.Namespace, prompts: list[Prompt], model: str) -> Non
     with cli.drawing(args.out / "prompts.png") as picture:
         plots.plot_prompts(rows, baselines, title, picture)
     if curves:
+        # The last such row is that of all templates together.
         *_, prompt = (r for r in rows if (r["shots"], r["calibration"]) == (0, args.calibrate))
         with cli.drawing(args.out / "labels.png") as picture:
             plots.plot_comparison(curves, title, picture, prompt)

@@ -1,16 +1,16 @@
-"""Calibration of a prompt without labels: take off what the model would answer to any text.
+"""Calibration of a prompt, without labels: correct its preference for one label.
 
-A model that likes to write "good" into blanks calls every review positive. Its scores still put the
-reviews in the right order, most negative to most positive; only zero is in the wrong place. Each
-calibration here is one number a label, added to the scores (log-probabilities) of every text. They
-differ in what they take as the content-free answer:
+A model that likes to write "good" into blanks calls every review positive. Its scores may still put
+the reviews in the right order, from negative to positive; only the threshold between the labels is
+wrong. A calibration is one number for each label, which is added to the scores (log-probabilities)
+of every text. The calibrations here differ in how they measure the preference:
 
-    contextual   the answer to texts without content, such as "N/A" (Zhao et al. 2021)
-    pmi          the answer to the template without any text (Holtzman et al. 2021)
-    prior        the mean answer to unlabelled reviews, which should be all labels alike
+    contextual   from the answers to texts without content, such as "N/A" (Zhao et al. 2021)
+    pmi          from the answer to the template without any text (Holtzman et al. 2021)
+    prior        from the mean answer to unlabelled reviews, of which each label should get as many
 
-The last needs a few hundred reviews, and to know how frequent the labels are among them; here they
-are taken to be equally frequent. Accuracy can move by ten points and more.
+The last needs a few hundred reviews, and knowledge of how frequent the labels are among them; here
+they are assumed to be equally frequent. Accuracy can change by ten points and more.
 
 Shapes: N texts, L labels.
 """
@@ -63,11 +63,11 @@ def match_prior(scores: Tensor) -> Tensor:
     """(L,) to add to scores (N, L), so that all labels have the same mean of the softmax over N.
 
     Saerens et al. 2002, "Adjusting the Outputs of a Classifier to New a Priori Probabilities",
-    estimate an unknown prior by repeating a step; the same step, backwards, corrects scores where
-    the prior is known.
+    estimate an unknown prior by iteration. Here the prior is known, and the same iteration with the
+    opposite sign corrects the scores.
     """
     bias = torch.zeros(scores.size(1), dtype=torch.float64)
-    for _ in range(1000):  # a hundred are enough unless hardly any review is in doubt
+    for _ in range(1000):  # about a hundred suffice, more if nearly all answers are certain
         mean = (scores.double() + bias).log_softmax(-1).logsumexp(0)
         step = mean - mean.mean()  # how far each label is above the others, in log-probability
         bias -= step
@@ -81,18 +81,18 @@ CALIBRATIONS: dict[str, Calibration] = {f.__name__: f for f in (none, contextual
 
 
 def mean_log_probabilities(scores: Sequence[Tensor]) -> Tensor:
-    """The common answer of several prompts with these scores, all (N, L), as log-probabilities."""
+    """The joint answer of several prompts with these scores, all (N, L), as log-probabilities."""
     return torch.stack([each.log_softmax(-1) for each in scores]).mean(0).log_softmax(-1)
 
 
 @dataclass
 class PromptPrediction(Prediction):
-    """The answer for one text, and the words that the model would write."""
+    """The answer for one text, and the most probable words for the blank."""
 
-    words: dict[str, float]  # with their probabilities, the most probable first
+    words: dict[str, float]  # word -> probability, the most probable first
 
     def cells(self) -> dict[str, str]:
-        """Also the words."""
+        """The columns of a Prediction, and the words before the text."""
         *rest, text = super().cells().items()
         return dict([*rest, ("words", in_words(list(self.words.items()))), text])
 
@@ -112,9 +112,9 @@ class Ensemble:
         return mean_log_probabilities([prompt.scores(texts) + bias for prompt, bias in pairs])
 
     def predict(self, texts: list[str], count: int) -> list[PromptPrediction]:
-        """One prediction a text, in the order of the texts.
+        """One prediction for each text, in their order.
 
-        With the `count` most probable words in the blank of the first template.
+        With each come the `count` most probable words for the blank of the first template.
         """
         first, room = self.prompts[0], min(prompt.room for prompt in self.prompts)
         ids = first.fill_mask.tokenizer.encode(texts)
@@ -136,17 +136,16 @@ def compare_prompts(
     for prompt in prompts:
         scores = prompt.scores(texts)
         for name, calibrate in CALIBRATIONS.items():
-            leveled = scores + calibrate(prompt, unlabelled)
-            calibrated[name].append(leveled)
+            calibrated[name].append(scores + calibrate(prompt, unlabelled))
             row = {"template": prompt.sentence, "calibration": name}
-            yield row | figures(leveled, labels, names)
+            yield row | figures(calibrated[name][-1], labels, names)
     for name, several in calibrated.items() if len(prompts) > 1 else ():
         row = {"template": TOGETHER, "calibration": name}
         yield row | figures(mean_log_probabilities(several), labels, names)
 
 
 def figures(scores: Tensor, labels: Tensor, names: dict[int, str]) -> dict:
-    """What scores (N, L) are worth, given the right labels (N,)."""
+    """Accuracy, preference and calibration error of scores (N, L), given the right labels (N,)."""
     probabilities = scores.softmax(-1)
     answers = probabilities.argmax(-1)
     accuracy = (answers == labels).double().mean().item()

@@ -1,15 +1,15 @@
-"""Prompting: a masked language model answers in words. No weight changes.
+"""Prompting: a masked language model classifies texts by filling a blank. No weight changes.
 
 A cloze is a sentence with a blank: "The plot grips. It was ____." Pretraining taught the model to
 fill blanks, so a task that is written as a cloze needs no training. It takes three parts:
 
-    template     "{text} It was [MASK]." makes a cloze of a text
+    template     "{text} It was [MASK]." turns a text into a cloze
     fill-mask    the model gives every word of its vocabulary a probability at the [MASK]
     verbalizer   says which words stand for which label: "good" and "great" for positive
 
-and the label whose words are most probable is the answer (Schick & Schütze 2021, "Exploiting Cloze
+The answer is the label whose words are most probable (Schick & Schütze 2021, "Exploiting Cloze
 Questions for Few Shot Text Classification"; Gao et al. 2021, "Making Pre-trained Language Models
-Better Few-shot Learners"). These probabilities lean to one label: calibration.py levels them.
+Better Few-shot Learners"). Most prompts favour one label: calibration.py corrects that.
 
 Shapes: N texts, P blanks of a query, W words of all labels, L labels, V = vocab_size.
 """
@@ -31,7 +31,9 @@ from minitune.support.runtime import Runtime
 from minitune.tokenizer import Tokenizer
 
 TEXT, MASK = "{text}", "[MASK]"
-# Chosen on validation rows, as the words below; tests/benchmarks/LOG.md has what others gave.
+LEAST_DEMONSTRATION = 8  # tokens of a text
+ROUNDS = 10  # of `generate`, as in the paper; with fewer of them tokens fit together less well
+# Templates and words were chosen on validation rows: tests/benchmarks/LOG.md has the others.
 TEMPLATES = (
     "{text} It was [MASK].",
     "{text} All in all, it was [MASK].",
@@ -46,17 +48,15 @@ WORDS = {
     "negative": ["bad", "terrible", "awful", "boring", "dull", "lame"],
     "positive": ["good", "great", "wonderful", "excellent", "fun", "brilliant"],
 }
-
-
-Words = list[tuple[str, float]]  # with their probabilities, the most probable first
+Words = list[tuple[str, float]]  # words and their probabilities, the most probable first
 
 
 @dataclass
 class ClozeQuery:
-    """A sequence of token ids, from [CLS] to [SEP], and the positions to guess, ascending."""
+    """A sequence with masks, and where the model has to say which token stands there."""
 
-    ids: list[int]
-    positions: list[int]
+    ids: list[int]  # from [CLS] to [SEP]
+    positions: list[int]  # ascending
 
 
 @dataclass
@@ -72,7 +72,7 @@ class FillMask:
     def log_probabilities(self, queries: Sequence[ClozeQuery]) -> Iterator[tuple[int, Tensor]]:
         """The index of each query and its float32 log-probabilities (P, V), shortest queries first.
 
-        Raises UserError where these are no numbers, or a query has more tokens than positions.
+        Raises UserError where these are NaN, or a query is longer than what the model can read.
         """
         device, lengths = self.runtime.device, np.array([len(query.ids) for query in queries])
         longest, most = lengths.max(initial=0), self.model.config.max_position_embeddings
@@ -85,9 +85,9 @@ class FillMask:
             positions = [start + i for query, start in pairs for i in query.positions]
             with self.runtime.autocast():
                 hidden = self.model.bert(batch.to(device), torch.tensor(positions, device=device))
-            # The head in float32: in bfloat16 its log-probabilities come in steps of 1/16.
+            # The head in float32: bfloat16 would round its log-probabilities to steps of 1/16.
             logits = self.model.head(hidden.float(), self.model.bert.embeddings.word.weight)
-            # Some embeddings have more rows than there are words; those cannot be an answer.
+            # A model may have more embeddings than its tokenizer has words.
             logs = logits.log_softmax(-1)[:, : self.tokenizer.vocab_size].cpu()
             if logs.isnan().any():
                 raise UserError("the model's answers are no numbers: its weights must be damaged")
@@ -96,12 +96,11 @@ class FillMask:
 
     def words(self, queries: Sequence[ClozeQuery], count: int) -> list[list[Words]]:
         """The `count` most probable words for each query and each position to guess in it."""
-        answers: list[list[Words]] = [[]] * len(queries)
+        answers: list[list[Words]] = [[] for _ in queries]
         for i, logs in self.log_probabilities(queries):
             top = logs.exp().topk(min(count, logs.size(1)))
             for p, tokens in zip(top.values.tolist(), top.indices.tolist(), strict=True):
-                words = map(self.tokenizer.token, tokens)
-                answers[i] = [*answers[i], list(zip(words, p, strict=True))]
+                answers[i].append(list(zip(map(self.tokenizer.token, tokens), p, strict=True)))
         return answers
 
 
@@ -113,30 +112,32 @@ class Template:
         for part in (TEXT, MASK):
             if sentence.count(part) != 1:
                 raise UserError(f"the template {sentence!r} must hold {part} once")
-        parts = re.split(r"(\{text\}|\[MASK\])", sentence)
-        pairs = zip(parts, tokenizer.encode(parts), strict=True)
-        self.parts = [part if part in (TEXT, MASK) else ids for part, ids in pairs]
-        self.length = sum(len(part) for part in self.parts if isinstance(part, list))
+        parts = tokenizer.encode(re.split(r"\{text\}|\[MASK\]", sentence))
+        self.before, self.between, self.after = parts
+        self.text_first = sentence.index(TEXT) < sentence.index(MASK)
+        self.length = sum(map(len, parts))  # tokens, without the text and the blank
 
     def fill(self, text: list[int], blank: Sequence[int]) -> tuple[list[int], int]:
         """The sentence as ids, with these ids for {text} and [MASK], and where the blank begins."""
-        ids, start = [], 0
-        for part in self.parts:
-            start = len(ids) if part == MASK else start
-            ids += {TEXT: text, MASK: blank}[part] if isinstance(part, str) else part
-        return ids, start
+        if self.text_first:
+            start = len(self.before) + len(text) + len(self.between)
+            return [*self.before, *text, *self.between, *blank, *self.after], start
+        return [*self.before, *blank, *self.between, *text, *self.after], len(self.before)
 
 
 class Verbalizer:
     """The words that stand for each label, of one token or several."""
 
     def __init__(self, words: dict[str, list[str]], tokenizer: Tokenizer):
-        """`words` of each label name. Raises UserError for fewer than two labels, a label without
-        words, a word that the tokenizer does not know, or one that stands for two labels."""
+        """`words` of each label, by its name.
+
+        Raises UserError for fewer than two labels, a label without words, a word that the tokenizer
+        does not know, or one that stands for two labels.
+        """
         self.names = dict(enumerate(words))
         if len(words) < 2 or not all(words.values()):
-            words = "two labels or more with a word each: negative=bad positive=good"
-            raise UserError(f"--words takes {words}")
+            example = "negative=bad positive=good"
+            raise UserError(f"--words takes two labels or more with a word each: {example}")
         pairs = [(label, word) for label, name in self.names.items() for word in words[name]]
         self.labels = [label for label, _ in pairs]  # (W,)
         self.ids = tokenizer.encode([word for _, word in pairs])  # (W,), each a list of tokens
@@ -149,9 +150,9 @@ class Verbalizer:
                 raise UserError(f"--words: the tokenizer does not know {word!r}, of {name}")
             if label_of.setdefault(tuple(ids), label) != label:
                 raise UserError(f"--words: {word!r} stands for two labels")
-        # A token of a word is guessed from the tokens before it; it and those after it are masked.
-        # All words of one token share one blank, so that one query is enough for them.
-        self.blanks = defaultdict(list)  # blank -> [(word, the token to guess, the word's length)]
+        # To guess token i of a word, the blank holds the tokens before it, and masks from i on.
+        # All words of one token share one blank, so one query is enough for them.
+        self.blanks = defaultdict(list)  # blank -> [(index of the word, token, the word's length)]
         for word, ids in enumerate(self.ids):
             for i, token in enumerate(ids):
                 blank = (*ids[:i], *[tokenizer.mask_id] * (len(ids) - i))
@@ -164,28 +165,28 @@ class Prompt:
     def __init__(
         self, sentence: str, words: dict[str, list[str]], fill_mask: FillMask, max_len: int
     ):
-        """`max_len` tokens in a query without demonstrations; UserError if a text has no room."""
+        """`max_len`: tokens of a query without demonstrations. UserError if a text has no room."""
         self.sentence, self.fill_mask, self.max_len = sentence, fill_mask, max_len
         self.template = Template(sentence, fill_mask.tokenizer)
         self.verbalizer = Verbalizer(words, fill_mask.tokenizer)
         # How many tokens of a text fit beside [CLS], [SEP], the template and the longest word.
         self.room = max_len - 2 - self.template.length - max(map(len, self.verbalizer.ids))
         if self.room < 1:
-            words = f"the template {sentence!r} leaves no room for a text"
-            raise UserError(f"{words} in {max_len} tokens")
+            problem = f"the template {sentence!r} leaves no room for a text"
+            raise UserError(f"{problem} in {max_len} tokens")
         self.demonstrations: list[int] = []
 
     def demonstrate(self, texts: list[list[int]], labels: list[int]) -> None:
-        """Put answered examples in front of every query (few-shot: Brown et al. 2020).
+        """Put clozes with their answers in front of every query (few-shot: Brown et al. 2020).
 
-        They share the positions that `max_len` leaves free, and lose their beginnings for it.
-        Raises UserError where too few are left.
+        They share the positions that `max_len` leaves free; of a longer text the end is kept.
+        Raises UserError where there is not room for a few tokens of each.
         """
         verbalizer, positions = self.verbalizer, self.fill_mask.model.config.max_position_embeddings
         answers = [verbalizer.ids[verbalizer.labels.index(label)] for label in labels]
         share = (positions - self.max_len) // max(len(texts), 1)
         room = share - 2 - self.template.length - max(map(len, answers), default=0)
-        if texts and room < 8:
+        if texts and room < LEAST_DEMONSTRATION:
             shots = f"--shots {len(texts)}: no room beside --max-len {self.max_len}"
             raise UserError(f"{shots}, the model has {positions} positions")
         self.demonstrations = []
@@ -195,7 +196,7 @@ class Prompt:
     def query(self, text: list[int], blank: Sequence[int]) -> ClozeQuery:
         """The cloze of a text, with these tokens for [MASK]; the first mask in them is guessed.
 
-        A long text loses its beginning: most reviewers end with a verdict.
+        Of a long text the end is kept: most reviewers end with a verdict.
         """
         tokenizer = self.fill_mask.tokenizer
         ids, start = self.template.fill(text[-self.room :], blank)
@@ -205,10 +206,10 @@ class Prompt:
     def scores(self, texts: Sequence[list[int]]) -> Tensor:
         """(N, L): how well the words of each label fit, in log-probability a token.
 
-        A word of several tokens is guessed one token at a time, from left to right, with as many
-        masks as it has tokens left: the pseudo-log-likelihood of Salazar et al. 2020, corrected by
-        Kauf & Ivanova 2023 (the later tokens of a rare word would give the earlier ones away). A
-        word gets the mean over its tokens, and a label the mean over its words.
+        A word of several tokens is guessed one token at a time, from left to right, while the
+        tokens after it are masked too: the pseudo-log-likelihood of Salazar et al. 2020, as Kauf &
+        Ivanova 2023 correct it (the later tokens of a rare word would betray the earlier ones). The
+        score of a word is the mean over its tokens, that of a label the mean over its words.
         """
         scores = torch.zeros(len(texts), len(self.verbalizer.ids))
         for blank, guesses in self.verbalizer.blanks.items():
@@ -225,7 +226,10 @@ class Prompt:
 
 
 def fill_blanks(fill_mask: FillMask, sentence: str, count: int) -> list[Words]:
-    """For each [MASK] the `count` most probable words, each by itself; UserError where none is."""
+    """The `count` most probable words for each [MASK]; UserError where there is no [MASK].
+
+    All blanks are guessed at once, so a guess knows nothing of the words in the other blanks.
+    """
     tokenizer = fill_mask.tokenizer
     if MASK not in sentence:
         raise UserError(f"--fill: the sentence has no {MASK}")
@@ -238,22 +242,19 @@ def fill_blanks(fill_mask: FillMask, sentence: str, count: int) -> list[Words]:
 
 
 def in_words(words: Words) -> str:
-    """Words and their probabilities for people."""
+    """Words and their probabilities as text: "good 51.2%, great 20.0%"."""
     return ", ".join(f"{word} {probability:.1%}" for word, probability in words)
-
-
-ROUNDS = 10  # as in the paper; more rounds: closer to one token at a time; fewer: less coherent
 
 
 def generate(fill_mask: FillMask, prompt: str, count: int, temperature: float, seed: int) -> str:
     """The prompt with `count` tokens after it, by mask-predict (Ghazvininejad et al. 2019).
 
-    First all new tokens are masks and guessed at once, each by itself, so that they fit together
-    badly. In every round after it the least certain of them are masked again, fewer each time, and
-    guessed beside those that stay.
+    In the first round all new tokens are masks and are guessed at once, so they hardly fit
+    together. In each later round the least certain of them are masked and guessed again, with the
+    others as context; every round masks fewer.
 
     The argmax of log p + temperature · Gumbel noise is a draw from softmax(log p / temperature)
-    (Maddison et al. 2014, "A* Sampling"); at 0 it is the most probable token.
+    (Maddison et al. 2014, "A* Sampling"); at temperature 0 it is the most probable token.
     """
     tokenizer = fill_mask.tokenizer
     start = tokenizer.encode([prompt])[0]
@@ -267,7 +268,7 @@ def generate(fill_mask: FillMask, prompt: str, count: int, temperature: float, s
         ids[positions] = tokenizer.mask_id
         ((_, logs),) = fill_mask.log_probabilities([ClozeQuery(ids.tolist(), positions.tolist())])
         logs[:, tokenizer.special_ids] = -torch.inf  # neither a new mask nor the end of the text
-        noise = -torch.empty_like(logs).exponential_(generator=generator).log()  # Gumbel's
+        noise = -torch.empty_like(logs).exponential_(generator=generator).log()  # Gumbel noise
         tokens = (logs + temperature * noise).argmax(-1)
         ids[positions] = tokens
         certainty[masked] = logs.gather(1, tokens[:, None]).squeeze(1)

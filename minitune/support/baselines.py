@@ -1,8 +1,9 @@
-"""Baselines, which stand beside fine-tuning in a table of results: majority class and NB-SVM.
+"""Baselines to compare fine-tuning with: the majority class, and NB-SVM.
 
-NB-SVM (Wang & Manning 2012, "Baselines and Bigrams") is a linear classifier on words and pairs of
-neighbours. Each feature is weighted beforehand by how much more often it stands in texts of one
-class than in the others, as naive Bayes would count it; a support vector machine learns the rest.
+NB-SVM (Wang & Manning 2012, "Baselines and Bigrams") is a linear classifier. Its features are the
+words of a text and the pairs of neighbouring words. Each feature is scaled by its naive Bayes
+weight: how much more often it stands in texts of one class than in others. A linear support vector
+machine is trained on the scaled features.
 """
 
 import re
@@ -13,7 +14,7 @@ import numpy as np
 
 from minitune.support.tokenizer_files import MARKUP
 
-WORD = re.compile(r"[\w']+|[^\w\s']+")  # a run of punctuation is a word too: "!!!" says something
+WORD = re.compile(r"[\w']+|[^\w\s']+")  # punctuation counts as a word: "!!!" tells something
 SMOOTHING = 1.0  # alpha of the paper: added to every count
 
 
@@ -39,7 +40,7 @@ class Matrix(NamedTuple):
 
 
 class NBSVM:
-    """Fit on texts and labels 0..num_labels-1; of three or more, each against the rest."""
+    """A linear classifier of texts for labels 0..num_labels-1, each label against the rest."""
 
     def fit(self, texts: list[str], labels: np.ndarray, num_labels: int) -> "NBSVM":
         """Learn a vector of weights for each label: one for each feature, and last the bias."""
@@ -57,14 +58,15 @@ class NBSVM:
         """The label of each text. A text without any known word gets its label from the biases."""
         matrix = self._matrix(texts)
         scores = np.stack([matrix.times(weights) for weights in self.weights], axis=1)
-        # A label without a training text is never the answer: nothing is known of it.
+        # A label without a training text is never the answer.
         return np.where(self.seen, scores, -np.inf).argmax(axis=1)
 
     def _matrix(self, texts: list[str], learn: bool = False) -> Matrix:
-        """A row for each text: which features it holds, however often, and a last column of ones.
+        """A row for each text: 1 where it has a feature, else 0. The last column (bias) is 1.
 
-        Features are numbers, since numpy sorts and counts those: of V words, word i is i, and the
-        pair of neighbours i, j is (i + 1) * V + j. `learn` makes new words and features known.
+        Features are numbered, so that numpy can sort and count them: with V known words, word i has
+        the number i, and the neighbours i, j have (i + 1) * V + j. `learn` adds the words and
+        features of these texts to the known ones.
         """
         ids, lengths = [], []
         for text in texts:
@@ -90,17 +92,17 @@ class NBSVM:
 
 
 def _distinct(numbers: np.ndarray) -> np.ndarray:
-    """The non-negative numbers in order, each once. np.unique may hash them: far slower."""
+    """The non-negative numbers in order, each once; faster than np.unique, which may hash them."""
     numbers = np.sort(numbers)
     return numbers[np.diff(numbers, prepend=-1) > 0]
 
 
 def _fit_one(matrix: Matrix, positive: np.ndarray) -> np.ndarray:
-    """Weights whose product with a row is above zero for texts of the class.
+    """Weights with a positive score (matrix @ weights) for texts of the class.
 
-    An error costs 1 / mean |x|^2, the default of SVMlight (Joachims 1999), which suits long reviews
-    and single sentences alike. The paper also mixes the weights with their mean; at this cost that
-    adds nothing.
+    The cost of an error is 1 / mean |x|^2, the default of SVMlight (Joachims 1999), which suits
+    long reviews and single sentences alike. The paper also interpolates the weights with their
+    mean; with this cost that does not help.
     """
     scale = log_count_ratio(matrix, positive)
     cost = 1 / matrix.times(scale**2).mean()
@@ -108,7 +110,7 @@ def _fit_one(matrix: Matrix, positive: np.ndarray) -> np.ndarray:
 
 
 def log_count_ratio(matrix: Matrix, positive: np.ndarray) -> np.ndarray:
-    """The paper's r: log-ratio of a feature's shares of class and rest; 1 for the bias."""
+    """The paper's r: the log-ratio of a feature's share in the class and in the rest; bias: 1."""
     inside = SMOOTHING + matrix.transposed_times(positive.astype(float))[:-1]
     outside = SMOOTHING + matrix.transposed_times((~positive).astype(float))[:-1]
     return np.append(np.log(inside / inside.sum()) - np.log(outside / outside.sum()), 1.0)
@@ -117,11 +119,12 @@ def log_count_ratio(matrix: Matrix, positive: np.ndarray) -> np.ndarray:
 def train_svm(
     matrix: Matrix, scale: np.ndarray, signs: np.ndarray, cost: float, tolerance: float = 1e-3
 ) -> np.ndarray:
-    """The w of the least |w|^2 / 2 + cost * sum max(0, 1 - signs * (x @ w))^2; x is matrix * scale.
+    """The w that minimises |w|^2 / 2 + cost * sum max(0, 1 - signs * (x @ w))^2.
 
-    Conjugate gradients (Polak & Ribiere 1969), each step to the lowest point along its line. |w|^2
-    / 2 alone bends the objective so much that its minimum cannot lie more than |gradient|^2 / 2
-    lower: training stops where that is the share `tolerance` of the objective.
+    Here x is matrix * scale. The method is conjugate gradients (Polak & Ribiere 1969) with an exact
+    line search. Because of the term |w|^2 / 2 the objective is strongly convex: its minimum is at
+    most |gradient|^2 / 2 below the present value. Training stops where that is less than the share
+    `tolerance` of the present value.
     """
     weights, direction = np.zeros(matrix.shape[1]), np.zeros(matrix.shape[1])
     margins = np.zeros(len(signs))  # signs * (x @ weights)
@@ -136,14 +139,14 @@ def train_svm(
         direction = keep * direction - gradient
         previous, previous_square = gradient, square
 
-        # Along a line the objective is a chain of parabolas: Newton's method soon finds its
-        # minimum.
+        # Line search. Along a line the objective is piecewise quadratic, so Newton's method needs
+        # a few steps only.
         change = signs * matrix.times(scale * direction)
-        slope, bend, length = weights @ direction, direction @ direction, 0.0
+        slope, curvature, length = weights @ direction, direction @ direction, 0.0
         for _ in range(10):
             slack = np.maximum(0, 1 - margins - length * change)
-            downhill = 2 * cost * change @ slack - slope - length * bend
-            length += downhill / (bend + 2 * cost * change**2 @ (slack > 0))
+            descent = 2 * cost * change @ slack - slope - length * curvature
+            length += descent / (curvature + 2 * cost * change**2 @ (slack > 0))
         weights += length * direction
         margins += length * change
     return weights
@@ -154,7 +157,8 @@ def evaluate_baselines(
 ) -> list[dict]:
     """A row for each baseline, with its test accuracy.
 
-    `texts` and `labels` (0..num_labels-1) of "train" and "test"; `chosen`: the train rows to use.
+    `texts` and `labels` (0..num_labels-1) are those of "train" and "test", `chosen` the indices of
+    the train rows to use, None for all.
     """
     train, test = np.asarray(labels["train"]), np.asarray(labels["test"])
     chosen = np.arange(len(train)) if chosen is None else chosen

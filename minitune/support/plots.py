@@ -1,4 +1,4 @@
-"""The pictures that runs leave behind, drawn after their figures are on disk."""
+"""The pictures that scripts draw, after the figures are on disk."""
 
 import io
 import warnings
@@ -42,10 +42,10 @@ def save(figure: plt.Figure, path: Path) -> None:
 def plot_pretraining(
     log: list[dict], uniform: float, unigram: float, final: dict, path: Path
 ) -> None:
-    """Loss over time beside what it should be compared with, and the plateau where there is one.
+    """Loss over time, two losses to compare it with, and the plateau where there is one.
 
-    `log` holds the lines of log.jsonl, `uniform` is ln(vocabulary), `unigram` the entropy of the
-    words' frequencies, both in nats; `final` the metrics of the whole validation set.
+    `log` holds the lines of log.jsonl, `final` the metrics of the whole validation set. Losses to
+    compare with, in nats: `uniform` is ln(vocabulary), `unigram` the entropy of word frequencies.
     """
     minutes = [entry["seconds"] / 60 for entry in log] or [0.0]
     losses = [entry["loss"] for entry in log] or [final["loss"]]
@@ -64,9 +64,8 @@ def plot_pretraining(
     axes.text(right, unigram, f"words by their frequency alone: {unigram:.2f}", **corner)
     if span := plateau(minutes, losses, unigram):
         axes.axvspan(*span, color="#fdd0a2", alpha=0.5, linewidth=0)
-        axes.text(
-            span[1], middle, " the plateau:\n context is not\n used yet", va="center", **SMALL
-        )
+        words = " the plateau:\n context is not\n used yet"
+        axes.text(span[1], middle, words, va="center", **SMALL)
     axes.set(xlabel="minutes of training", ylabel="masked-LM loss (nats a token)")
     axes.set_title("Learning to fill blanks")
     place = {"bbox_to_anchor": (right, middle), "bbox_transform": axes.transData}
@@ -79,23 +78,25 @@ def plateau(
 ) -> tuple[float, float] | None:
     """The longest time with the loss within `margin` nats of the unigram entropy, or None.
 
-    That is the loss of a model that knows how frequent words are, and nothing else. Single batches
-    vary: what counts is the median of up to 21 in a row. A loss that only falls through the margin,
-    from its upper to its lower end, has no plateau: a line through the medians may not fall so far.
+    That is the loss of a model that knows how frequent words are, and nothing else. The loss of one
+    batch is noisy, so each is replaced by the median of up to 21 around it. A loss that only falls
+    through the margin has no plateau: a line fitted to the medians must fall less than that.
     """
     medians = np.array([median(losses[max(0, i - 10) : i + 11]) for i in range(len(losses))])
     inside = np.abs(medians - unigram) <= margin
     spans = []
     for a, b in np.flatnonzero(np.diff(inside, prepend=False, append=False)).reshape(-1, 2):
-        if b - a >= 3 and abs(np.polyfit(range(a, b), medians[a:b], 1)[0]) * (b - a) < 1.5 * margin:
-            spans.append((minutes[a], minutes[b - 1]))
+        if b - a >= 3:  # points, medians[a:b] are inside
+            slope = np.polyfit(range(a, b), medians[a:b], 1)[0]
+            if abs(slope) * (b - a) < 1.5 * margin:
+                spans.append((minutes[a], minutes[b - 1]))
     return max(spans, key=lambda span: span[1] - span[0], default=None)
 
 
 def plot_comparison(rows: list[dict], title: str, path: Path, prompt: dict | None = None) -> None:
-    """The rows of results.summarise: bars for one number of training rows, curves for several.
+    """Rows of results.summarise: bars for one number of training rows, curves for several.
 
-    `prompt` is a row of calibration.compare_prompts, which needs no labels, for a line across.
+    `prompt` is a row of calibration.compare_prompts, drawn as a line: it has no number of labels.
     """
     several = len({row["train_examples"] for row in rows}) > 1
     figure, axes = plt.subplots(figsize=(8, 4.5 if several else 1.5 + 0.5 * len(rows)))
@@ -111,7 +112,8 @@ def plot_comparison(rows: list[dict], title: str, path: Path, prompt: dict | Non
 def plot_prompts(rows: list[dict], baselines: list[dict], title: str, path: Path) -> None:
     """Rows of calibration.compare_prompts: a line for each template, a dot for each calibration.
 
-    With demonstrations and without, those with most of them. `baselines` are lines across.
+    Of rows with several numbers of demonstrations, those with the most. `baselines` are vertical
+    lines.
     """
     shots = max(row["shots"] for row in rows)
     rows = [row for row in rows if row["shots"] == shots]
@@ -124,12 +126,10 @@ def plot_prompts(rows: list[dict], baselines: list[dict], title: str, path: Path
         style = {"fmt": "o", "markersize": 5, "elinewidth": 1, "color": colour}
         axes.errorbar(x, y, xerr=errors, label=name, **style)
     for k, row in enumerate(sorted(baselines, key=lambda row: row["accuracy"])):
-        x, side = (
-            100 * row["accuracy"],
-            "left" if k else "right",
-        )  # of the line, or they may overlap
-        axes.axvline(x, color=GREY, linestyle=":", linewidth=1)
-        axes.text(x, -1.05, f" {in_short(row['method'], 30)} ", ha=side, va="bottom", **SMALL)
+        side = "left" if k else "right"  # names on two sides do not overlap
+        axes.axvline(100 * row["accuracy"], color=GREY, linestyle=":", linewidth=1)
+        name = f" {in_short(row['method'], 30)} "
+        axes.text(100 * row["accuracy"], -1.05, name, ha=side, va="bottom", **SMALL)
     axes.set_yticks(range(len(templates)), [in_short(template, 45) for template in templates])
     axes.set(ylim=(len(templates) - 0.4, -1), xlabel=ACCURACY)
     axes.set_title(in_short(title, 60) + (f", {shots} shots" if shots else ""), pad=14)
@@ -178,7 +178,8 @@ def _curves(axes: plt.Axes, rows: list[dict]) -> None:
     """Accuracy against the number of labels, with its interval."""
     for k, (method, colour) in enumerate(_colours(row["method"] for row in rows).items()):
         chosen = [row for row in rows if row["method"] == method]
-        x = [row["train_examples"] * 1.02**k for row in chosen]  # side by side, or they would hide
+        # Side by side: otherwise one error bar would hide another.
+        x = [row["train_examples"] * 1.02**k for row in chosen]
         y, errors = _with_errors(chosen)
         style = {"fmt": "o-", "markersize": 4, "capsize": 2, "color": colour}
         axes.errorbar(x, y, yerr=errors, label=in_short(method, 30), **style)

@@ -1,9 +1,8 @@
-"""Results as figures and text: intervals, calibration error, and the tables that scripts print.
+"""Results: confidence intervals, calibration error, and the tables that scripts print.
 
-Everything here takes rows, which are dictionaries of figures, and gives rows or text.
+A row is a dictionary of figures; a table is a list of rows, or the text made of it.
 """
 
-import contextlib
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -15,8 +14,8 @@ import numpy as np
 def interval(accuracy: float, n: int, z: float = 1.96) -> tuple[float, float]:
     """95% confidence interval of an accuracy measured on n rows (Wilson 1927).
 
-    The accuracy is always inside: where all rows are right or all are wrong, one end is equal to
-    it, and rounding would put that end on the wrong side as often as not.
+    Where all rows are right or all are wrong, one end is equal to the accuracy; the minimum and
+    maximum below keep rounding from putting that end on the wrong side of it.
     """
     center = (accuracy + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(accuracy * (1 - accuracy) / n + z * z / (4 * n * n))
@@ -26,11 +25,11 @@ def interval(accuracy: float, n: int, z: float = 1.96) -> tuple[float, float]:
 def expected_calibration_error(
     probabilities: np.ndarray, labels: np.ndarray, bins: int = 10
 ) -> float:
-    """How far the probability of an answer is from its chance to be right, on average.
+    """How far the probability of an answer is from how often such answers are right, on average.
 
-    `probabilities` (N, L), `labels` (N,). Answers are put into bins by their probability; each bin
-    adds |accuracy - mean probability|, weighted by its share of the answers (Guo et al. 2017, "On
-    Calibration of Modern Neural Networks").
+    `probabilities` (N, L), `labels` (N,). Answers are put into bins by their probability; the error
+    is the mean of |accuracy - mean probability| over the bins, weighted by their numbers of answers
+    (Guo et al. 2017, "On Calibration of Modern Neural Networks").
     """
     probabilities = np.asarray(probabilities, dtype=np.float64)
     confidence, right = probabilities.max(1), probabilities.argmax(1) == np.asarray(labels)
@@ -41,16 +40,16 @@ def expected_calibration_error(
 def summarise(runs: list[dict], test_rows: int, order: Sequence[str] = ()) -> list[dict]:
     """One row for each method and number of training rows: the means over the runs' seeds.
 
-    Two figures say how sure the accuracy is: `interval`, for which test rows there happen to be,
-    and `spread`, the sample standard deviation between seeds (None for one seed). Methods come in
-    this `order`, others after them.
+    Two figures say how certain the accuracy is: `interval`, which depends on the number of test
+    rows, and `spread`, the sample standard deviation between seeds (None for one seed). Methods
+    come in this `order`, others after them.
     """
+    rank = {method: place for place, method in enumerate(order)}
     groups = defaultdict(list)
-    for run in runs:
-        groups[run["train_examples"], run["method"]].append(run)
+    for run in sorted(runs, key=lambda r: (r["train_examples"], rank.get(r["method"], len(rank)))):
+        groups[run["method"], run["train_examples"]].append(run)
     rows = []
-    for count, method in sorted(groups, key=lambda g: (g[0], [*order, g[1]].index(g[1]))):
-        group = groups[count, method]
+    for (method, count), group in groups.items():
         row = {"method": method, "train_examples": count, "seeds": len(group)}
         for key in group[0]:
             values = [run.get(key) for run in group]
@@ -65,18 +64,18 @@ def summarise(runs: list[dict], test_rows: int, order: Sequence[str] = ()) -> li
 
 
 def in_bytes(number: float) -> str:
-    """A size in words."""
+    """A size as text: 22.3 MB."""
     return f"{number / 1e6:,.1f} MB" if number >= 1e5 else f"{number / 1e3:,.0f} kB"
 
 
 def in_percent(share: float) -> str:
-    """A share in words, with two digits of whatever is not zero: 4.8%, 0.047%."""
+    """A share as text, a small one with two digits that are not zero: 4.8%, 0.047%."""
     digits = 1 - math.floor(math.log10(100 * share)) if share > 0 else 1
     return f"{share:.{max(1, digits)}%}"
 
 
 def in_seconds(seconds: float) -> str:
-    """A time in words."""
+    """A time as text: 85 s, 4.1 min."""
     return f"{seconds / 60:.1f} min" if seconds >= 90 else f"{seconds:.2g} s"
 
 
@@ -113,32 +112,36 @@ PROMPT_COLUMNS: dict[str, Callable[[dict], str]] = {
 
 
 def table(rows: list[dict], columns: dict = COLUMNS, left: int = 1) -> str:
-    """The rows of `summarise` as text, a line each; the first `left` columns begin at the left.
+    """The rows as text, a line each, under a line of column names.
 
-    A cell whose figure a row lacks stays empty.
+    The first `left` columns are aligned at the left, the others at the right. `columns` maps a name
+    to the function that makes the cell of a row; a cell is empty where the row lacks its figure.
     """
-    lines = [list(columns), *([_cell(row, cell) for cell in columns.values()] for row in rows)]
+
+    def cell(row: dict, text_of: Callable[[dict], str]) -> str:
+        try:
+            return text_of(row)
+        except KeyError:
+            return ""
+
+    lines = [list(columns)]
+    lines += [[cell(row, text_of) for text_of in columns.values()] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    align = [str.ljust] * left + [str.rjust] * (len(widths) - left)
-    return "\n".join(
-        "  ".join(f(*cell) for f, *cell in zip(align, line, widths, strict=True)) for line in lines
-    )
+    for line in lines:
+        for i, width in enumerate(widths):
+            line[i] = line[i].ljust(width) if i < left else line[i].rjust(width)
+    return "\n".join(map("  ".join, lines))
 
 
-def _cell(row: dict, cell: Callable[[dict], str]) -> str:
-    with contextlib.suppress(KeyError):
-        return cell(row)
-    return ""
-
-
-TOGETHER = "all of them together"  # stands for a template in the rows of an ensemble
+TOGETHER = "all of them together"  # the template of a row that is about an ensemble
 
 
 def prompt_table(rows: list[dict], baselines: list[dict]) -> str:
     """The rows of `compare_prompts` as text, and those of baselines, which learned from labels."""
-    words = "{method}, from {train_examples:,} labels"
-    named = [row | {"template": words.format(**row)} for row in baselines]
-    return table(rows + named, PROMPT_COLUMNS, left=3)
+    for row in baselines:
+        name = f"{row['method']}, from {row['train_examples']:,} labels"
+        rows = [*rows, row | {"template": name}]
+    return table(rows, PROMPT_COLUMNS, left=3)
 
 
 def prompt_summary(rows: list[dict]) -> list[str]:
