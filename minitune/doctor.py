@@ -30,13 +30,14 @@ import torch.nn.functional as F
 
 from minitune.attention import resolve_backend
 from minitune.batching import PackedBatch
-from minitune.checkpoint import default_model, find_model, load_tokenizer, read_config
+from minitune.checkpoint import load_tokenizer, read_config
 from minitune.data import PACKAGED, SPLITS, Dataset, Reviews, Row
 from minitune.model import PRESETS, BertForMaskedLM
 from minitune.optimizer import Optimizer
 from minitune.support.baselines import evaluate_baselines
 from minitune.support.cli import Parser, run_script
 from minitune.support.errors import UserError, plural
+from minitune.support.model_names import default_model, find_model
 from minitune.support.runs import Run, read_json
 from minitune.support.runtime import Runtime
 
