@@ -1,0 +1,153 @@
+"""Comparing a learner's code with the lesson's, and naming the mistake.
+
+Both are put in the lesson's place in turn, the same things are observed in the project, and compared
+one after the other. Where they differ, so do the lesson's lines with a known mistake in them: the
+mistake that is observed to do the same is the one that was made.
+"""
+
+import ast
+import contextlib
+import functools
+import importlib
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.exercises import observations
+from tests.exercises.source import is_written
+from tests.exercises.table import Exercise
+
+Functions = dict[str, Callable]  # by the path of the lesson in whose place they stand
+Seen = list[tuple[str, Any]]  # (what was observed, in words; its value)
+
+
+class NotWritten(Exception):
+    """A function to write is not there, or has no body."""
+
+
+def written_functions(exercise: Exercise) -> Functions:
+    """What a learner wrote. Raises NotWritten, or what the code raises."""
+    tree = ast.parse(exercise.file.read_text(), str(exercise.file))
+    names = [lesson.name for lesson in exercise.lessons]
+    missing = [name for name in names if not is_written(tree, name)]
+    if missing == names:
+        raise NotWritten("not written yet")
+    if missing:
+        raise NotWritten(f"{missing[0]} is not written yet")
+    module = types.ModuleType(exercise.name)
+    exec(compile(tree, str(exercise.file), "exec"), vars(module))
+    return {lesson.path: get(module, lesson.name) for lesson in exercise.lessons}
+
+
+def lessons_own(exercise: Exercise, edits: tuple[tuple[str, str], ...] = ()) -> Functions:
+    """The lesson's lines, those with the edits in place of one of them."""
+    functions = {lesson.path: lesson.compiled() for lesson in exercise.lessons}
+    if edits:
+        lesson = exercise.lesson_of(edits)
+        functions[lesson.path] = lesson.compiled(edits)
+    return functions
+
+
+def get(owner: Any, name: str) -> Any:
+    """`owner.name`, where the name may have dots."""
+    return functools.reduce(getattr, name.split("."), owner)
+
+
+@contextlib.contextmanager
+def in_place(functions: Functions) -> Iterator[None]:
+    """The project with these functions where the lessons' own stand, by whatever name they go there."""
+    before: list[tuple[Callable, Any, Any, Callable]] = []  # how each is put back
+    for path, function in functions.items():
+        module, name = path.split(":")
+        module = importlib.import_module(module)
+        original = get(module, name)
+        if "." in name:
+            owner, _, name = name.rpartition(".")
+            before.append((setattr, get(module, owner), name, original))
+            setattr(get(module, owner), name, function)
+            continue
+        ours = [m for n, m in sys.modules.items() if n.startswith(("minitune", "tests.exercises"))]
+        for names in map(vars, ours):
+            tables = [value for value in names.values() if type(value) is dict]
+            for table in [names, *tables]:
+                for key in [key for key, value in table.items() if value is original]:
+                    before.append((dict.__setitem__, table, key, original))
+                    table[key] = function
+    try:
+        yield
+    finally:
+        for put, owner, name, original in reversed(before):
+            put(owner, name, original)
+
+
+def observe(exercise: Exercise, functions: Functions) -> tuple[Seen, BaseException | None]:
+    """What `observations` looks at in this exercise, with these functions in place, and an error."""
+    seen: Seen = []
+    with in_place(functions), torch.random.fork_rng():
+        torch.manual_seed(0)
+        try:
+            seen.extend(getattr(observations, exercise.name)())
+        except (Exception, SystemExit) as error:
+            return seen, error
+    return seen, None
+
+
+@functools.cache
+def right(exercise: Exercise) -> Seen:
+    """What is observed of the lesson's own lines."""
+    seen, error = observe(exercise, lessons_own(exercise))
+    if error:
+        raise error
+    return seen
+
+
+@functools.cache
+def with_mistakes(exercise: Exercise) -> dict[str, Seen]:
+    """What is observed of each mistake."""
+    items = exercise.mistakes.items()
+    return {words: observe(exercise, lessons_own(exercise, edits))[0] for words, edits in items}
+
+
+def verdict(exercise: Exercise, seen: Seen) -> list[str]:
+    """What is wrong, in words, by what was observed; empty where all is as it should be."""
+    expected = right(exercise)
+    differs = [not same(mine, good) for (_, mine), (_, good) in zip(seen, expected, strict=False)]
+    if not any(differs):
+        return []
+    first = differs.index(True)  # mistakes further on may follow from this one
+    (words, value), (_, good) = seen[first], expected[first]
+    agree: dict[str, int] = {}  # how much else is as with this mistake
+    for mistake, theirs in with_mistakes(exercise).items():
+        if len(theirs) > first and same(theirs[first][1], value):
+            agree[mistake] = sum(same(a, b) for (_, a), (_, b) in zip(seen, theirs, strict=False))
+    return [*([max(agree, key=agree.get)] if agree else []), f"{words}: {difference(value, good)}"]
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equal, numbers to the rounding of float32."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        rounding = {"rtol": 1e-4, "atol": 1e-5, "equal_nan": True}
+        return a.shape == b.shape and torch.allclose(a.double(), b.double(), **rounding)
+    return type(a) is type(b) and a == b
+
+
+def difference(mine: Any, good: Any) -> str:
+    """Two values that are not the same, in words."""
+    if isinstance(good, Tensor):
+        if not isinstance(mine, Tensor):
+            return f"a tensor is expected, and it is {mine!r:.60}"
+        if mine.shape != good.shape:
+            return f"the shape is {tuple(mine.shape)}, expected is {tuple(good.shape)}"
+        if not mine.isfinite().all():
+            return "there are numbers that are not finite (nan or inf)"
+        off, size = (mine - good).abs().max().item(), good.abs().mean().item()
+        return f"numbers are off by up to {off:.2g}, where the right ones are about {size:.2g}"
+    if isinstance(good, list) and isinstance(mine, list):
+        parts = {"missing": set(good) - set(mine), "too many": set(mine) - set(good)}
+        found = [f"{what}: {', '.join(sorted(part)[:3])}" for what, part in parts.items() if part]
+        return "; ".join(found) or "the order differs, or something stands there twice"
+    return "that is not so" if good is True else f"{mine!s:.60} where {good!s:.60} is expected"
