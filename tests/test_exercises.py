@@ -85,8 +85,8 @@ def test_a_typical_mistake_is_named(exercise, words):
 
 
 def test_a_mistake_in_a_file_is_named(capsys):
-    body = 'scores = torch.einsum("ihd,jhd->hij", q, k)\nreturn torch.einsum("hij,jhd->ihd", scores.softmax(2), v)'
-    write(named("attention"), {"one_sequence": body})
+    body = "top = torch.einsum('ihd,jhd->hij', q, k)\nreturn torch.softmax(top, 2)"
+    write(named("attention"), {"attention_weights": body, "one_sequence": "return v"})
     assert grade.check(named("attention")) == 1
     heading, mistake, _, hint = capsys.readouterr().out.splitlines()
     assert heading.endswith(": not right yet")
@@ -95,24 +95,26 @@ def test_a_mistake_in_a_file_is_named(capsys):
 
 
 def test_a_mistake_that_is_not_known_is_described(capsys):
-    write(named("attention"), {"one_sequence": "return v[: len(q)] + 1"})
-    assert grade.check(named("attention")) == 1
+    write(named("packed"), {"reference": "return v[: len(q)] + 1"})
+    assert grade.check(named("packed")) == 1
     _, seen, _ = capsys.readouterr().out.splitlines()
-    assert seen.startswith("the output for 6 tokens: numbers are off by up to")
+    what = "the output for sequences of 2, 5 and 2 tokens"
+    assert seen.startswith(f"{what}: numbers are off by up to")
 
 
 @pytest.mark.parametrize(
     ("body", "said"),
     [
-        ("pass; q", "the output for 6 tokens: a tensor is expected, and it is None"),
-        ("return v[:2]", "the output for 6 tokens: the shape is (2, 3, 8), expected is (6, 3, 8)"),
+        ("pass; q", "a tensor is expected, and it is None"),
+        ("return v[:2]", "the shape is (2, 3, 8), expected is (9, 3, 8)"),
+        ("return v / 0", "there are numbers that are not finite (nan or inf)"),
         ("exit()", "the code ends the program"),
     ],
 )
 def test_what_is_no_result_is_said_without_a_traceback(body, said, capsys):
-    write(named("attention"), {"one_sequence": body})
-    assert grade.check(named("attention")) == 1
-    assert capsys.readouterr().out.splitlines()[1] == said
+    write(named("packed"), {"reference": body})
+    assert grade.check(named("packed")) == 1
+    assert capsys.readouterr().out.splitlines()[1].endswith(said)
 
 
 def test_a_result_that_the_project_cannot_use_is_said_without_a_traceback(capsys):
@@ -125,10 +127,10 @@ def test_a_result_that_the_project_cannot_use_is_said_without_a_traceback(capsys
 
 
 def test_what_the_code_raises_is_shown_with_its_own_lines_alone(capsys):
-    write(named("attention"), {"one_sequence": "return torch.einsum('ab,bc->ac', q, k)"})
-    assert grade.check(named("attention")) == 1
+    write(named("packed"), {"reference": "return torch.einsum('ab,bc->ac', q, k)"})
+    assert grade.check(named("packed")) == 1
     out = capsys.readouterr().out
-    assert out.count("File ") == 1 and f'"{named("attention").file}"' in out
+    assert out.count("File ") == 1 and f'"{named("packed").file}"' in out
     assert "torch.einsum('ab,bc->ac', q, k)" in out and "RuntimeError" in out
 
 
@@ -246,6 +248,6 @@ def test_a_trial_shows_what_a_mistake_changes(exercise, small_trials):
 
 def test_a_loop_without_an_end_is_stopped(monkeypatch, capsys):
     monkeypatch.setitem(program.SECONDS, "check", 1)
-    write(named("attention"), {"one_sequence": "while True: pass"})
-    assert program.run("check", named("attention")) == 1
+    write(named("packed"), {"reference": "while True: pass"})
+    assert program.run("check", named("packed")) == 1
     assert "is there a loop without an end?" in capsys.readouterr().out

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tests.exercises import observations
 from tests.exercises.source import is_written
-from tests.exercises.table import Exercise
+from tests.exercises.table import Edits, Exercise
 
 Functions = dict[str, Callable]  # by the path of the lesson in whose place they stand
 Seen = list[tuple[str, Any]]  # (what was observed, in words; its value)
@@ -43,9 +43,11 @@ def written_functions(exercise: Exercise) -> Functions:
     return {lesson.path: get(module, lesson.name) for lesson in exercise.lessons}
 
 
-def lessons_own(exercise: Exercise, edits: tuple[tuple[str, str], ...] = ()) -> Functions:
-    """The lesson's lines, those with the edits in place of one of them."""
-    functions = {lesson.path: lesson.compiled() for lesson in exercise.lessons}
+def lessons_own(exercise: Exercise, edits: Edits = ()) -> Functions:
+    """The lesson's own functions; with edits, the one that they are for is made anew."""
+    functions = {}
+    for lesson in exercise.lessons:
+        functions[lesson.path] = get(importlib.import_module(lesson.module), lesson.name)
     if edits:
         lesson = exercise.lesson_of(edits)
         functions[lesson.path] = lesson.compiled(edits)

@@ -12,7 +12,7 @@ from torch import Generator, Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from minitune.adapters import Adapter, adapter_parameters, insert_adapters
-from minitune.attention import _tiled_forward, one_sequence, reference
+from minitune.attention import _tiled_forward, attention_weights, one_sequence, reference
 from minitune.batching import PackedBatch
 from minitune.calibration import match_prior
 from minitune.corpus import Corpus
@@ -83,6 +83,7 @@ def share(chosen: Tensor) -> str:
 
 def attention() -> Observed:
     q, k, v = torch.randn(3, 6, 3, 8)  # three heads
+    yield "the weights for 6 tokens", attention_weights(q, k)
     yield "the output for 6 tokens", one_sequence(q, k, v)
     yield "the output for 4 queries and 6 keys", one_sequence(q[:4], k, v)
     yield "the output where scores are in the hundreds", one_sequence(100 * q, k, v)

@@ -78,7 +78,7 @@ class Lesson:
         yield f"{self.file}, lines {first} to {last}:"
         yield from (f"{n:>5}  {self.lines[n - 1]}".rstrip() for n in range(first, last + 1))
 
-    def compiled(self, edits: Iterable[tuple[str, str]] = ()) -> Callable:
+    def compiled(self, edits: Iterable[tuple[str, str]]) -> Callable:
         """The function after these edits (old text, new text), among its module's names."""
         code = self.code
         for old, new in edits:

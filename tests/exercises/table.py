@@ -116,11 +116,11 @@ below 0.8 [MASK], from 0.8 to 0.9 a random word, else nothing. Write into a clon
         "attention",
         "attention of one sequence",
         "minitune/attention.py, its first lines; Vaswani et al. 2017, section 3.2.1",
-        (Lesson("minitune.attention:one_sequence"),),
+        (Lesson("minitune.attention:attention_weights"), Lesson("minitune.attention:one_sequence")),
         """\
 Scores first: for every head h, query m and key n the sum of q · k over the D dimensions, so (H, m, n):
 torch.einsum writes that in one line. Divide by √D. The softmax runs over the keys, since the weights
-of one query sum to 1. Then a second einsum with the values, back to (m, H, D).""",
+of one query sum to 1. A second einsum sums the values by these weights, back to (m, H, D).""",
         {
             "The scores are not divided by √D.": ((" / q.size(-1) ** 0.5", ""),),
             "The scores are divided by D: it is √D.": ((" ** 0.5", ""),),
@@ -139,6 +139,9 @@ of one query sum to 1. Then a second einsum with the values, back to (m, H, D)."
                     ".softmax(-1)",
                     ".masked_fill(torch.ones_like(scores).triu(1).bool(), -1e9).softmax(-1)",
                 ),
+            ),
+            "The keys are summed: it is the values that the weights are for.": (
+                ("attention_weights(q, k), v)", "attention_weights(q, k), k)"),
             ),
             "exp() of a large score overflows: subtract the largest of the row first, or use softmax().": (
                 ("scores.softmax(-1)", "scores.exp() / scores.exp().sum(-1, keepdim=True)"),

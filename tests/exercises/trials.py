@@ -14,13 +14,7 @@ from torch import nn
 
 from minitune.adapters import adapter_parameters
 from minitune.calibration import figures, match_prior
-from minitune.checkpoint import (
-    default_model,
-    find_model,
-    load_masked_lm,
-    load_tokenizer,
-    read_config,
-)
+from minitune.checkpoint import load_masked_lm, load_tokenizer, read_config
 from minitune.classification import Classification, Examples, TokenizedTexts
 from minitune.corpus import Corpus
 from minitune.data import Dataset, Reviews
@@ -31,6 +25,7 @@ from minitune.optimizer import Optimizer, one_cycle
 from minitune.pretraining import MaskedLanguageModelling
 from minitune.prompting import TEMPLATES, WORDS, FillMask, Prompt
 from minitune.support.errors import UserError
+from minitune.support.model_names import default_model, find_model
 from minitune.support.runtime import Runtime
 from minitune.training import evaluate
 from tests.exercises.checks import Functions, in_place, lessons_own
