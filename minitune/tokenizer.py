@@ -1,7 +1,8 @@
-"""WordPiece tokens: train a vocabulary, load one, turn text into ids (on the `tokenizers` library).
+"""How text becomes numbers: WordPiece tokens, and their ids (with the library `tokenizers`).
 
 WordPiece (Schuster & Nakajima 2012; BERT's lower-cased variant) keeps frequent words whole and
-splits rare ones: "unforgettable" may become "un", "##forget", "##table".
+splits rare ones: "unforgettable" may become "un", "##forget", "##table". "##" says that a token
+continues a word. A vocabulary of some thousand tokens is learned from the train rows.
 """
 
 import functools
@@ -16,20 +17,18 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from minitune.support.errors import UserError
 from minitune.support.tokenizer_files import (
-    GENERAL_CLASS,
     MARKUP,
-    OPTIONS,
-    ROLES,
     SPECIAL_TOKENS,
     check_equal,
+    file_contents,
     read_files,
 )
 
 
 class Tokenizer:
-    """Text to ids and back. Ids come without [CLS] and [SEP]; `frame` adds them.
+    """Text to ids and back. `encode` gives ids without [CLS] and [SEP]; `frame` adds them.
 
-    The five special tokens are not looked for in a text: "[MASK]" in a review is no blank.
+    If a text contains "[MASK]", it is read as ordinary text and not as the special token.
     """
 
     def __init__(
@@ -39,7 +38,10 @@ class Tokenizer:
         remove_markup: bool = True,
         **options: bool | None,
     ):
-        """Entries with ids, `added` tokens that are never split, options of BERT's normalizer."""
+        """`vocab` gives each token an id; `added` tokens are never split.
+
+        `options` are those of BERT's normalizer, `lowercase` for example.
+        """
         ids = [vocab[token] for token in SPECIAL_TOKENS]
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = ids
         self.special_ids = torch.tensor(ids)  # (5,)
@@ -50,7 +52,7 @@ class Tokenizer:
         self.backend.normalizer = normalizers.Sequence(steps) if remove_markup else steps[0]
         self.backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         self.backend.decoder = decoders.WordPiece()
-        # What `frame` does, for programs that read the saved file.
+        # The same as `frame`, for other programs that load the saved file.
         self.backend.post_processor = processors.TemplateProcessing(
             single="[CLS] $A [SEP]",
             pair="[CLS] $A [SEP] $B:1 [SEP]:1",
@@ -62,11 +64,11 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """Learn a lower-cased vocabulary of `vocab_size` entries, with the alphabet of the texts.
+        """Learn a lower-cased vocabulary of `vocab_size` tokens, with all letters of the texts.
 
-        The same texts give the same vocabulary. The library numbers the letters inside words in the
-        order of a hash map, which differs from run to run, and decides ties by those numbers; so
-        the letters are found first, and numbered in order.
+        The same texts give the same vocabulary. The library alone would not do that: it numbers
+        letters in the random order of a hash map, and these numbers decide between equally frequent
+        tokens. So the letters are sorted here, and given to it as the first tokens.
         """
         texts = list(texts)
         tokenizer = cls({token: index for index, token in enumerate(SPECIAL_TOKENS)})
@@ -82,8 +84,8 @@ class Tokenizer:
     def load(cls, directory: Path, remove_markup: bool = False) -> "Tokenizer":
         """The tokenizer of a BERT directory, as AutoTokenizer of `transformers` 4.57 reads it.
 
-        `remove_markup`: whatever the files say. Raises UserError for a tokenizer that is damaged or
-        of another kind.
+        With `remove_markup` it removes markup even if the files do not say so. Raises UserError if
+        the files are damaged or hold another kind of tokenizer.
         """
         try:
             arguments, file = read_files(directory)
@@ -93,37 +95,19 @@ class Tokenizer:
             return cls(**arguments | {"remove_markup": True}) if remove_markup else tokenizer
         except UserError:
             raise
-        except Exception as error:  # of any class, since the files may hold anything
+        except Exception as error:  # the files may hold anything, and so cause any exception
             why = error if type(error) is ValueError else repr(error)
             raise UserError(f"the tokenizer in {directory} cannot be used: {why}") from error
 
     def files(self, max_length: int | None = None) -> dict[str, bytes]:
-        """The files of a model directory that hold this tokenizer, by name.
+        """The files, name to content, that hold this tokenizer in a model directory.
 
-        `max_length` is the longest sequence that the model reads. PreTrainedTokenizerFast is the
-        class for which `transformers` 4 and 5 take all of tokenizer.json. BertTokenizer reads
-        vocab.txt alone (4) or has its own normalizer (5): it does not remove markup.
+        `max_length` is that of the model's sequences.
         """
-        document = json.loads(self.backend.to_str())
-        *_, normalizer = document["normalizer"].get("normalizers", [document["normalizer"]])
-        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        special = zip(self.special_ids.tolist(), SPECIAL_TOKENS, strict=True)
-        special = [{"id": i, "content": t, **flags, "special": True} for i, t in special]
-        document["added_tokens"] = special + document["added_tokens"]
-        config = {"tokenizer_class": GENERAL_CLASS, "model_max_length": max_length, **ROLES}
-        config["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
-        config |= {key: normalizer[name] for key, (name, _) in OPTIONS.items()}
-        # An id without a token is a repeat of the last token: readers keep a token's last line.
-        last = self.tokens[self.vocab_size - 1]
-        lines = [self.tokens.get(index, last) for index in range(self.vocab_size)]
-        return {
-            "tokenizer_config.json": json.dumps(config, indent=2).encode(),
-            "tokenizer.json": json.dumps(document, indent=2, ensure_ascii=False).encode(),
-            "vocab.txt": "".join(f"{token}\n" for token in lines).encode(),
-        }
+        return file_contents(json.loads(self.backend.to_str()), max_length)
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text, in order."""
+        """The token ids of each text."""
         encoded = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         return [text.ids for text in encoded]
 
@@ -132,7 +116,7 @@ class Tokenizer:
         return [self.cls_id, *ids, self.sep_id]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Readable text, special tokens included."""
+        """The ids as readable text, special tokens included."""
         return self.backend.decode(list(ids), skip_special_tokens=False)
 
     def token(self, index: int) -> str:
@@ -141,12 +125,12 @@ class Tokenizer:
 
     @functools.cached_property
     def continuation(self) -> torch.Tensor:
-        """Bool (vocab_size,): which entries continue a word that an earlier token began."""
+        """(vocab_size,) bool: which tokens continue a word."""
         return torch.tensor([self.token(i).startswith("##") for i in range(self.vocab_size)])
 
 
 def _alphabet(backend: tokenizers.Tokenizer, texts: list[str]) -> set[str]:
-    """Every letter of the texts that may stand inside a word, as "##a"."""
+    """Every letter in the texts that can continue a word, as "##a"."""
     letters = set()
     for character in set().union(*(re.sub(MARKUP, " ", text) for text in texts)):
         word = backend.normalizer.normalize_str("a" + character)

@@ -9,6 +9,7 @@ memory and time. So only a vocabulary, options and added tokens are taken from t
 minitune makes of these has to equal the file.
 """
 
+import json
 from pathlib import Path
 
 from tokenizers import AddedToken
@@ -86,6 +87,33 @@ def check_equal(file: dict, made: dict) -> None:
     file["model"] = {"type": "WordPiece"} | file["model"]  # older files leave it out
     for part in ("added_tokens", "normalizer", "pre_tokenizer", "post_processor", "model"):
         check(file[part] == made[part], f"the {part} of tokenizer.json is not one of BERT's")
+
+
+def file_contents(document: dict, max_length: int | None) -> dict[str, bytes]:
+    """The files of a tokenizer, from the JSON that the library makes of it.
+
+    PreTrainedTokenizerFast is the class for which `transformers` 4 and 5 take all of
+    tokenizer.json. BertTokenizer would read vocab.txt alone (4) or bring its own normalizer (5),
+    and would not remove markup.
+    """
+    vocab, added = document["model"]["vocab"], document["added_tokens"]
+    *_, normalizer = document["normalizer"].get("normalizers", [document["normalizer"]])
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    special = [{"id": vocab[t], "content": t, **flags, "special": True} for t in SPECIAL_TOKENS]
+    document["added_tokens"] = special + added
+    config = {"tokenizer_class": GENERAL_CLASS, "model_max_length": max_length, **ROLES}
+    config["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
+    config |= {key: normalizer[name] for key, (name, _) in OPTIONS.items()}
+    tokens = {index: token for token, index in vocab.items()}
+    tokens |= {token["id"]: token["content"] for token in added}
+    # An id without a token gets the last token: of equal lines in vocab.txt the last one counts.
+    last = tokens[max(tokens)]
+    lines = [tokens.get(index, last) for index in range(max(tokens) + 1)]
+    return {
+        "tokenizer_config.json": json.dumps(config, indent=2).encode(),
+        "tokenizer.json": json.dumps(document, indent=2, ensure_ascii=False).encode(),
+        "vocab.txt": "".join(f"{token}\n" for token in lines).encode(),
+    }
 
 
 def check(condition: object, why: str) -> None:
