@@ -1,6 +1,7 @@
-"""Which sequences go together: batches filled to a token budget from sequences of similar length.
+"""Packed batches: sequences laid end to end, without padding; and which sequences form a batch.
 
-Steps then cost about the same, and attention finds neighbours of equal length to group.
+A batch is filled up to a number of tokens, so that all steps cost about the same, and from
+sequences of similar length, so that attention can compute those of equal length together.
 """
 
 from collections.abc import Iterator
@@ -33,7 +34,10 @@ class PackedBatch:
         return self.cu_seqlens[:-1].long()
 
     def count_before(self, positions: Tensor) -> Tensor:
-        """(B+1,) int32: how many of these ascending positions come before each; the last is M."""
+        """(B+1,) int32: for each of `cu_seqlens`, how many of these ascending positions are below.
+
+        If only these tokens are queries of attention, that is the `cu_seqlens` of the queries.
+        """
         return torch.searchsorted(positions, self.cu_seqlens.to(positions.dtype), out_int32=True)
 
     @classmethod
@@ -49,19 +53,18 @@ class PackedBatch:
         return PackedBatch(self.tokens.to(**move), self.cu_seqlens.to(**move), self.max_seqlen)
 
 
-WINDOW = 64  # batches that are drawn together before they are sorted by length
+WINDOW = 64  # so many batches of sequences are sorted by length together
 
 
 def shuffled_batches(
     lengths: np.ndarray, batch_tokens: int, seed: int, skip: int = 0
 ) -> Iterator[np.ndarray]:
-    """Indices of the sequences of one batch after another, epoch after epoch, without end.
+    """The indices of the sequences in each batch, epoch after epoch, without end.
 
-    Every epoch shuffles all sequences, takes a window of them at a time, sorts it by length, fills
-    batches of at most `batch_tokens` tokens and yields them in random order: lengths are alike
-    within a batch and mixed between batches. The order depends on `seed` alone; `skip` batches are
-    passed over without being read, which is how a run resumes. A sequence longer than the budget
-    is a batch of its own.
+    In each epoch all sequences are shuffled and divided into windows. A window is sorted by length
+    and cut into batches of at most `batch_tokens` tokens, which come in random order. Lengths are
+    thus similar within a batch and different between batches. A sequence with more tokens is a
+    batch by itself. The order depends only on `seed`. A resumed run skips the batches it has had.
     """
     window = max(1, WINDOW * batch_tokens // int(lengths.max()))
     epoch = 0
@@ -69,10 +72,9 @@ def shuffled_batches(
         rng = np.random.default_rng([seed, epoch])
         order = rng.permutation(np.arange(len(lengths), dtype=np.int32))
         for start in range(0, len(order), window):
-            chosen = order[start : start + window]
-            batches = filled(
-                chosen[np.argsort(lengths[chosen], kind="stable")], lengths, batch_tokens
-            )
+            drawn = order[start : start + window]
+            drawn = drawn[np.argsort(lengths[drawn], kind="stable")]
+            batches = fill_batches(drawn, lengths, batch_tokens)
             for i in rng.permutation(len(batches)):
                 if skip:
                     skip -= 1
@@ -82,11 +84,11 @@ def shuffled_batches(
 
 
 def sorted_batches(lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
-    """All sequences once, sorted by length: for inference, where their order does not matter."""
-    return filled(np.argsort(lengths, kind="stable"), lengths, batch_tokens)
+    """Batches of all sequences, sorted by length: for inference, where order does not matter."""
+    return fill_batches(np.argsort(lengths, kind="stable"), lengths, batch_tokens)
 
 
-def filled(order: np.ndarray, lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
+def fill_batches(order: np.ndarray, lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
     """Cut a sequence of indices into batches of at most `batch_tokens` tokens, dropping none."""
     batches, first, total = [], 0, 0
     for i, length in enumerate(lengths[order].tolist()):
@@ -98,9 +100,9 @@ def filled(order: np.ndarray, lengths: np.ndarray, batch_tokens: int) -> list[np
 
 
 def reading_tokens(device: torch.device) -> int:
-    """The token budget of a batch that needs no gradient.
+    """How many tokens a batch should have that is only read, without gradients.
 
-    On a CPU a small one: 4,096 tokens are 1 to 3% faster and take 6 to 18% more memory, 2,048 are
-    3% slower (tests/benchmarks/LOG.md). A GPU needs larger ones.
+    On a CPU 4,096 are 1 to 3% faster but take 6 to 18% more memory, and 2,048 are 3% slower
+    (tests/benchmarks/LOG.md). A GPU needs larger batches.
     """
     return 3072 if device.type == "cpu" else 16384

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from minitune.batching import PackedBatch, filled, reading_tokens
+from minitune.batching import PackedBatch, fill_batches, reading_tokens
 from minitune.classification import TokenizedTexts
 from minitune.model import Bert, mean_of_tokens
 from minitune.support.errors import UserError
@@ -116,7 +116,8 @@ def extract(
     for path in runtime.progress(mine, desc=prefix.name):
         if not path.is_file():
             started, rows = time.monotonic(), []
-            for indices in filled(blocks[path], inputs.lengths, reading_tokens(runtime.device)):
+            budget = reading_tokens(runtime.device)
+            for indices in fill_batches(blocks[path], inputs.lengths, budget):
                 with runtime.autocast():
                     batch = inputs.select(indices).pack().to(runtime.device)
                     rows.append(pooled_layers(bert, batch).float().cpu())

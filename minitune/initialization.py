@@ -1,7 +1,7 @@
-"""Initial weights for pretraining from scratch, with which a small BERT learns sooner.
+"""Initial weights with which a small BERT learns sooner, for pretraining from scratch.
 
-BERT's own random weights are in model.initialize; the functions here overwrite some of them. What
-that is worth: tests/benchmarks/LOG.md.
+They replace some of BERT's random weights (model.initialize). How much that helps is measured in
+tests/benchmarks/LOG.md.
 """
 
 import math
@@ -19,7 +19,7 @@ def sinusoid_angles(positions: Tensor, size: int) -> Tensor:
 
 @torch.no_grad()
 def start_with_sinusoids(positions: nn.Embedding, scale: float) -> None:
-    """Initialise the learned position embeddings with sinusoids of this amplitude."""
+    """Initialise position embeddings with sinusoids of amplitude `scale`."""
     angles = sinusoid_angles(torch.arange(positions.num_embeddings), positions.embedding_dim)
     positions.weight[:, 0::2] = scale * angles.sin()
     positions.weight[:, 1::2] = scale * angles.cos()
@@ -31,16 +31,16 @@ def start_with_neighbours(
 ) -> None:
     """Initialise the first layers so that their heads attend to the words next to each word.
 
-    With random weights attention is near uniform, a bag of words, and the loss stays on a plateau
-    at the entropy of single words until training has found out which positions are neighbours.
-    Here positions begin as sinusoids p(i) with amplitude 0.1, where word embeddings have a standard
-    deviation of 0.02. In each head the query copies the D position coordinates of the highest
-    frequencies, and the key copies them rotated by the head's offset o, so that
+    With random weights, attention gives nearly the same weight to all words. The loss then stays
+    for long at the entropy of single words, until training has found out which positions are
+    neighbours. Here the position embeddings p(i) are sinusoids with amplitude `scale`, five times
+    the spread of the word embeddings. The query of a head is a copy of those D coordinates that
+    have the highest frequencies. The key is the same, shifted by the head's offset o, so that
 
-        q(i) · k(j) = sharpness² p(i) · p(j - o),   largest where j = i + o.
+        q(i) · k(j) = sharpness² p(i) · p(j - o),   which is largest where j = i + o.
 
-    Offsets are -1, +1, -2, +2, … . All weights are then trained as usual. Trockman & Kolter (2023,
-    "Mimetic Initialization of Self-Attention Layers") do the same in spirit.
+    The offsets of the heads are -1, +1, -2, +2, … . All weights are then trained as usual. The idea
+    is that of Trockman & Kolter (2023, "Mimetic Initialization of Self-Attention Layers").
     """
     C, D = bert.config.hidden_size, bert.config.head_size
     start_with_sinusoids(bert.embeddings.position, scale)
@@ -52,7 +52,7 @@ def start_with_neighbours(
             turn = sinusoid_angles(torch.tensor([offset]), C)[0, : D // 2]
             query[head], key[head] = 0.0, 0.0
             query[head, :, :D] = sharpness * torch.eye(D)
-            # sin((j - o) w) and cos((j - o) w) from sin(j w) and cos(j w).
+            # The sine and cosine of (j - o) w, from those of j w.
             key[head, even, even] = key[head, odd, odd] = sharpness * turn.cos()
             key[head, even, odd] = -sharpness * turn.sin()
             key[head, odd, even] = sharpness * turn.sin()
@@ -60,9 +60,9 @@ def start_with_neighbours(
 
 @torch.no_grad()
 def start_with_frequencies(head: MaskedLMHead, counts: Tensor) -> None:
-    """Initialise the decoder's bias with log frequencies, from how often each word occurs (V,).
+    """Initialise the decoder's bias with the log frequency of each token, from its `counts` (V,).
 
-    Training then begins at the unigram entropy, which it would reach a hundred steps later anyway.
+    The loss then begins at the unigram entropy, which it would reach only after a hundred steps.
     """
-    smoothed = counts.double() + 1  # a word that never occurred must not start at minus infinity
+    smoothed = counts.double() + 1  # the logarithm of zero would be minus infinity
     head.bias.copy_((smoothed / smoothed.sum()).log())

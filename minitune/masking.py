@@ -1,7 +1,7 @@
-"""Masked-language-model corruption (Devlin et al. 2019, section 3.1): one pure function.
+"""Masking, BERT's training task (Devlin et al. 2019, section 3.1): some tokens are to be guessed.
 
-Of the tokens chosen for prediction 80% become [MASK], 10% a random word and 10% stay as they are,
-so that the model must keep a good guess at every position, not only where it sees a [MASK].
+Of the tokens to be guessed 80% become [MASK], 10% become a random token and 10% stay as they are.
+Hence the model cannot rely on seeing a [MASK], and must have a good guess for every token.
 """
 
 import torch
@@ -13,37 +13,38 @@ from minitune.tokenizer import Tokenizer
 def mask_tokens(
     tokens: Tensor, tokenizer: Tokenizer, generator: Generator, rate: float, whole_word: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Choose tokens (T,) of a packed batch and corrupt them in a copy; special tokens never are.
+    """Choose some of the tokens (T,) of a packed batch at random, and mask them in a copy.
 
-    Returns the corrupted tokens (T,), the ascending positions (M,) of those chosen, and their
-    labels (M,), the ids that stood there. M is `rate` of the tokens that are not special: exactly,
-    since matrix multiplications of one size at every step are faster than those of many sizes.
-    With `whole_word` all tokens of a word are chosen or none (the BERT authors' update of 2019);
-    M may then be slightly smaller.
+    Returns (the tokens (T,) after masking, the ascending positions (M,) of the chosen tokens, their
+    labels (M,), which are their ids before masking). Special tokens are never chosen.
+
+    M is `rate` of all other tokens. The number is exact, since matrix multiplications are faster
+    when each step has the same sizes. With `whole_word` all tokens of a word are chosen or none
+    (the BERT authors' update of 2019); M may then be slightly smaller.
     """
     ordinary = (~torch.isin(tokens, tokenizer.special_ids)).nonzero().squeeze(1)  # positions
     count = round(rate * ordinary.numel())
     if not whole_word:
         draw = torch.rand(ordinary.numel(), generator=generator)
-    else:  # one draw for all tokens of a word, so that they stand side by side in the order below
+    else:  # one number for all tokens of a word, so that `order` keeps them together
         words = (~tokenizer.continuation[tokens]).cumsum(0)  # the number of each token's word
         draw = torch.rand(tokens.numel() + 1, generator=generator)[words][ordinary]
     order = draw.argsort()
     if whole_word and 0 < count < order.numel():
-        # Stop before the word that `count` would cut in two.
+        # Stop before the word that would be cut in two.
         count = int(torch.searchsorted(draw[order], draw[order[count]]))
     positions = ordinary[order[:count]].sort().values
     labels = tokens[positions]
 
-    # One draw decides what becomes of a token.
-    fate = torch.rand(positions.numel(), generator=generator)
+    # One number for each chosen token: below 0.8 it is masked, below 0.9 replaced, else kept.
+    u = torch.rand(positions.numel(), generator=generator)
     vocabulary = torch.ones(tokenizer.vocab_size, dtype=torch.bool)
     vocabulary[tokenizer.special_ids] = False
     vocabulary = vocabulary.nonzero().squeeze(1)
     random = vocabulary[torch.randint(vocabulary.numel(), positions.shape, generator=generator)]
 
-    corrupted = tokens.clone()
-    corrupted[positions[fate < 0.8]] = tokenizer.mask_id
-    swapped = (fate >= 0.8) & (fate < 0.9)
-    corrupted[positions[swapped]] = random[swapped]
-    return corrupted, positions, labels
+    masked = tokens.clone()
+    masked[positions[u < 0.8]] = tokenizer.mask_id
+    is_random = (u >= 0.8) & (u < 0.9)
+    masked[positions[is_random]] = random[is_random]
+    return masked, positions, labels

@@ -1,8 +1,9 @@
-"""Muon for the hidden matrices, AdamW for everything else, and the learning-rate schedule.
+"""The optimizers, Muon and AdamW, and the learning-rate schedule.
 
-Muon (Jordan et al. 2024) replaces the momentum of a matrix by the nearest orthogonal one, so that
-every direction moves by the same amount, the rare ones too. It is for maps from hidden vectors to
-hidden vectors; embeddings, head, biases and LayerNorms stay with AdamW (Loshchilov & Hutter 2019).
+Muon (Jordan et al. 2024) updates a matrix by the orthogonal matrix that is nearest to its momentum:
+all directions move by the same amount, also those with small gradients. It is for the linear maps
+inside the layers. Embeddings, head, biases and LayerNorms are updated by AdamW (Loshchilov & Hutter
+2019).
 """
 
 import re
@@ -18,8 +19,8 @@ from minitune.support.runtime import multiplies_bf16
 class Muon(torch.optim.Optimizer):
     """Momentum, made orthogonal by Newton-Schulz iterations (Jordan et al. 2024).
 
-    Two differences to `torch.optim.Muon`: processors without bfloat16 instructions multiply in
-    float32, which is a hundred times faster there, and matrices of one shape form one batch.
+    It differs from `torch.optim.Muon` in two ways, for speed. Where bfloat16 is slow it multiplies
+    in float32, and it computes matrices of the same shape together.
     """
 
     def __init__(self, params: list[nn.Parameter], lr: float, weight_decay: float):
@@ -39,26 +40,27 @@ class Muon(torch.optim.Optimizer):
                 updates = []
                 for p in matrices:
                     average = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - momentum)
-                    updates.append(p.grad.lerp(average, momentum))  # Nesterov: look one step ahead
+                    updates.append(p.grad.lerp(average, momentum))  # Nesterov momentum
                 updates = newton_schulz(torch.stack(updates))
-                # Tall matrices are scaled up, so that each of their outputs changes as much.
+                # So that the outputs of a tall matrix change as much as those of a square one.
                 rate = lr * max(1, rows / columns) ** 0.5
                 for p, update in zip(matrices, updates, strict=True):
                     p.mul_(1 - lr * group["weight_decay"]).add_(update, alpha=-rate)
 
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # steepest at zero: small singular values grow fastest
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # chosen so that small singular values grow fast
 ITERATIONS = 4  # a fifth cheaper than five, and no worse (tests/benchmarks/LOG.md)
 
 
 def newton_schulz(matrices: Tensor) -> Tensor:
-    """(N, rows, columns): about the nearest orthogonal matrices, singular values 0.7 to 1.2."""
+    """About the nearest orthogonal matrices, (N, rows, columns): singular values 0.7 to 1.2."""
     X = matrices.to(torch.bfloat16 if multiplies_bf16(matrices.device) else torch.float32)
-    if is_tall := X.size(1) > X.size(2):  # XXᵀ should be the smaller square
+    if is_tall := X.size(1) > X.size(2):  # then XᵀX is smaller than XXᵀ
         X = X.mT
     X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     a, b, c = COEFFICIENTS
-    for _ in range(ITERATIONS):  # aX + bXXᵀX + c(XXᵀ)²X: a polynomial of each singular value
+    # Each iteration gives aX + bXXᵀX + c(XXᵀ)²X: a singular value s becomes as + bs³ + cs⁵.
+    for _ in range(ITERATIONS):
         A = X @ X.mT
         B = torch.baddbmm(A, A, A, beta=b, alpha=c)
         X = torch.baddbmm(X, B, X, beta=a)
@@ -67,20 +69,20 @@ def newton_schulz(matrices: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LRMultipliers:
-    """Learning rates of AdamW by the place of a parameter, in multiples of the peak rate.
+    """Factors of AdamW's learning rate for parts of a model. Muon's matrices have none.
 
-    A word's vector moves only at steps that read the word, so `embeddings` that began at random not
-    long ago are trained with more than 1. Lower layers have learned more general things: each
-    layer learns more slowly than the one above it by the same factor, down to `lowest_layer`
-    (Howard & Ruder 2018, "Universal Language Model Fine-tuning for Text Classification", section
-    3.2). Muon's matrices are exempt.
+    The embedding of a word is updated only at steps that read the word. Hence `embeddings` that
+    were random not long ago get a factor above 1. Lower layers have learned what is more general
+    and need less change: from the highest layer down to the lowest the factor falls from 1 to
+    `lowest_layer`, by the same ratio between each layer and the next (Howard & Ruder 2018,
+    "Universal Language Model Fine-tuning for Text Classification", section 3.2).
     """
 
     embeddings: float = 1.0
     lowest_layer: float = 1.0
 
     def of(self, name: str, layers: int) -> float:
-        """The multiplier of the parameter with this name, in a model with so many layers."""
+        """The factor for the parameter with this name, in a model with so many layers."""
         if ".embeddings." in name and ".norm." not in name:
             return self.embeddings
         if match := re.search(r"\.layers\.(\d+)\.", name):
@@ -89,7 +91,7 @@ class LRMultipliers:
 
 
 class Optimizer:
-    """Muon and AdamW stepped as one, with learning rates that follow one schedule."""
+    """Muon and AdamW (`parts`), which together update all parameters that are not frozen."""
 
     def __init__(
         self,
@@ -100,7 +102,7 @@ class Optimizer:
         weight_decay: float,
         multipliers: LRMultipliers = LRMultipliers(),
     ):
-        """`name`: "muon" or "adamw"; `lr` is that optimizer's, `adamw_lr` AdamW's beside Muon."""
+        """`lr` is for `name`, "muon" or "adamw", and `adamw_lr` for AdamW beside Muon: peak rates."""
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.parts, rest = [], dict(self.named)
         layers = 1 + max(map(int, re.findall(r"\.layers\.(\d+)\.", " ".join(rest))), default=0)
@@ -111,12 +113,12 @@ class Optimizer:
             adamw_lr = lr
         groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
         for key, p in rest.items():
-            # Decay pulls matrices towards zero; a bias or a LayerNorm gain need not be small.
+            # Weight decay is for matrices: a bias or the gain of a LayerNorm need not be small.
             decay = weight_decay if p.ndim >= 2 else 0.0
             groups[adamw_lr * multipliers.of(key, layers), decay].append(p)
         groups = [{"params": ps, "lr": a, "weight_decay": b} for (a, b), ps in groups.items()]
         adamw = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
-        for p in rest.values():  # now, so that a checkpoint before step 1 is complete
+        for p in rest.values():  # so that a checkpoint before the first step has them too
             adamw.state[p] = {"step": torch.zeros((), device=p.device)}
             adamw.state[p] |= {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
         self.parts.append(adamw)
@@ -125,7 +127,7 @@ class Optimizer:
             group["peak_lr"] = group["lr"]
 
     def set_rate(self, factor: float) -> None:
-        """Use this fraction of every peak learning rate."""
+        """Set all learning rates to this fraction of their peaks."""
         for group in self.groups:
             group["lr"] = group["peak_lr"] * factor
 
@@ -135,7 +137,7 @@ class Optimizer:
             p.grad = None
 
     def state(self) -> dict[str, Tensor]:
-        """All moments and step counts, named "parameter/key": the tensors themselves."""
+        """All moments and step counts, by "parameter/key"; the tensors, not copies."""
         return {
             f"{name}/{key}": tensor
             for name, p in self.named.items()
@@ -145,9 +147,10 @@ class Optimizer:
 
 
 def one_cycle(step: int, steps: int, warmup: float = 0.05) -> float:
-    """The fraction of the peak learning rate at a step: a short rise, then linear decay to zero.
+    """The learning rate at a step, as a fraction of its peak: a short rise, then a line to zero.
 
-    On a fixed budget that beats a rate that stays high (Geiping & Goldstein 2023, "Cramming", 4.3).
+    For a given number of steps this is better than a rate that stays high (Geiping & Goldstein
+    2023, "Cramming", section 4.3).
     """
     rise = max(1, round(warmup * steps))
     return min((step + 1) / rise, (steps - step) / max(1, steps - rise))

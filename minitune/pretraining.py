@@ -1,10 +1,11 @@
 """Masked-language modelling as a task for the training loop: its batches and its two losses.
 
-BERT guesses masked tokens (masking.py). A second loss lets the [CLS] of each sequence guess the
-sequence's words in any order, all from one softmax: [CLS] then has to gather what the text is
-about. Fine-tuning reads that vector, and masked-language modelling alone does not train it. It is
-the bag of words of Le & Mikolov 2014 (PV-DBOW) as a second task of a BERT: Ma et al. 2024, "Drop
-your Decoder: Pre-training with Bag-of-Word Prediction".
+The first loss is BERT's: guess the masked tokens (masking.py). The second one: guess all words of a
+sequence, in any order, from its [CLS] alone. So the vector of [CLS] must gather what the text is
+about. Fine-tuning reads this vector, and guessing masked tokens does not train it.
+
+The second loss is the bag of words of Le & Mikolov 2014 (PV-DBOW), which Ma et al. 2024 ("Drop your
+Decoder: Pre-training with Bag-of-Word Prediction") add to a BERT.
 """
 
 import math
@@ -17,35 +18,35 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from minitune.batching import PackedBatch, filled, shuffled_batches
+from minitune.batching import PackedBatch, fill_batches, shuffled_batches
 from minitune.corpus import Corpus
 from minitune.masking import mask_tokens
 
-VALIDATION_RATE = 0.15  # whatever the training rate is, so that runs can be compared
-VALIDATION_TOKENS = 1 << 19  # of a large corpus, an evenly spread part is enough
-EVALUATIONS = 12  # quick ones, over a run
-QUICK = 8  # quick: every 8th validation batch
+VALIDATION_RATE = 0.15  # the mask rate of validation, the same in all runs to compare them
+VALIDATION_TOKENS = 1 << 19  # if there are more, an evenly spread part of them is read
+EVALUATIONS = 12  # quick ones, during a run
+QUICK = 8  # a quick evaluation reads every 8th validation batch
 
 
 @dataclass
 class MaskedBatch:
-    """A packed batch in which tokens are masked, and what stood there before."""
+    """A packed batch with masked tokens, and the ids that are to be guessed."""
 
     batch: PackedBatch
-    positions: Tensor  # (M,) int64, ascending: which of the packed tokens are to be guessed
-    labels: Tensor  # (M,) int64: their ids before masking
+    positions: Tensor  # (M,) int64, ascending: which tokens are to be guessed
+    labels: Tensor  # (M,) int64: the ids of these tokens before masking
 
     def __len__(self) -> int:
-        """M, how many predictions the loss is a mean over."""
+        """M, the number of predictions."""
         return self.labels.numel()
 
     @property
     def tokens(self) -> int:
-        """T, how many tokens are read."""
+        """T, the number of tokens that the model reads."""
         return self.batch.tokens.numel()
 
     def split(self, parts: int) -> list["MaskedBatch"]:
-        """At most so many shares of whole sequences, about equal in tokens; none is empty."""
+        """At most so many batches of whole sequences, about equal in tokens; none is empty."""
         cu, shares = self.batch.cu_seqlens, []
         targets = torch.arange(1, parts) * self.tokens // parts
         cuts = torch.searchsorted(cu, targets.to(cu.dtype)).tolist()
@@ -60,15 +61,15 @@ class MaskedBatch:
         return shares
 
     def to(self, device: torch.device) -> tuple[tuple[PackedBatch, Tensor], Tensor]:
-        """(the model's arguments, labels) on a device."""
+        """((batch, positions), labels) on a device: the arguments of the model, and the labels."""
         return (self.batch.to(device), self.positions.to(device)), self.labels.to(device)
 
 
 class MaskedLanguageModelling:
-    """Guess the masked tokens of a corpus. It has what training.Task lists."""
+    """Guess the masked tokens of a corpus. A training.Task: see there."""
 
     unit, evaluations = "tokens", EVALUATIONS
-    score = None  # the last weights are kept, since the learning rate ends at zero
+    score = None  # no evaluation chooses weights: the last are kept, trained at the lowest rate
 
     def __init__(
         self,
@@ -81,22 +82,22 @@ class MaskedLanguageModelling:
         seed: int,
         summary_weight: float = 1.0,
     ):
-        """`rate` of the tokens are masked; `summary_weight` is that of the bag-of-words loss."""
+        """`rate` is the share of tokens to mask, `summary_weight` the factor of the second loss."""
         self.tokenizer, self.batch_tokens, self.seed = corpus.tokenizer, batch_tokens, seed
         self.rate, self.whole_word, self.summary_weight = rate, whole_word, summary_weight
         self.train = corpus.chunks("train", max_len, overlap=True)
-        # Losses to compare with, in nats: every word equally likely, words by their frequency.
+        # Losses to compare with, in nats: all tokens equally likely, or guessed by frequency alone.
         self.uniform, self.unigram = math.log(self.tokenizer.vocab_size), corpus.unigram_entropy()
         self.baseline = f"ln V {self.uniform:.2f}, words alone {self.unigram:.2f}"
 
-        # Without overlap, so that every token counts once; masked in the same places in every run.
+        # Without overlap, so that each token counts once; all runs mask the same places.
         self.held_out = corpus.chunks("validation", max_len, overlap=False)
         lengths, generator = self.held_out.lengths, Generator().manual_seed(0)
         order = np.arange(0, len(lengths), -(-int(lengths.sum()) // VALIDATION_TOKENS))
         order = order[np.argsort(lengths[order], kind="stable")]
         self.validation = [
             self.mask(self.held_out.read(indices), generator, VALIDATION_RATE, whole_word=False)
-            for indices in filled(order, lengths, batch_tokens)
+            for indices in fill_batches(order, lengths, batch_tokens)
         ]
 
     def batches(self, first_step: int) -> Iterator[MaskedBatch]:
@@ -136,7 +137,7 @@ class MaskedLanguageModelling:
         return -(logits.log_softmax(-1)[sequence_ids, tokens] * is_word).sum()
 
     def evaluation_due(self, step: int, steps: int) -> bool:
-        """A few times in a run of any length, but not at its end: all rows are evaluated there."""
+        """12 times in a run, but not after the last step: all rows are evaluated then."""
         return step % max(1, steps // EVALUATIONS) == 0 and step < steps
 
     def validation_batches(self, quick: bool) -> list[MaskedBatch]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import minitune.corpus
-from minitune.batching import filled, shuffled_batches
+from minitune.batching import fill_batches, shuffled_batches
 from minitune.corpus import Corpus
 from minitune.data import Dataset
 from minitune.support.errors import UserError
@@ -407,6 +407,6 @@ def test_a_sequence_longer_than_the_budget_is_a_batch_of_its_own():
 def test_filling_drops_none_and_keeps_the_order():
     lengths = np.array([4, 6, 10, 30, 1, 9, 10, 2])
     order = np.array([7, 0, 1, 2, 3, 4, 5, 6])
-    batches = [batch.tolist() for batch in filled(order, lengths, 10)]
+    batches = [batch.tolist() for batch in fill_batches(order, lengths, 10)]
     assert batches == [[7, 0], [1], [2], [3], [4, 5], [6]]
-    assert filled(np.array([], dtype=int), lengths, 10) == []
+    assert fill_batches(np.array([], dtype=int), lengths, 10) == []
