@@ -102,7 +102,7 @@ class Optimizer:
         weight_decay: float,
         multipliers: LRMultipliers = LRMultipliers(),
     ):
-        """`lr` is for `name`, "muon" or "adamw", and `adamw_lr` for AdamW beside Muon: peak rates."""
+        """`name` is "muon" or "adamw", with peak rate `lr`; `adamw_lr` is for AdamW beside Muon."""
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.parts, rest = [], dict(self.named)
         layers = 1 + max(map(int, re.findall(r"\.layers\.(\d+)\.", " ".join(rest))), default=0)

@@ -216,7 +216,7 @@ def test_auto_precision_says_why_and_a_cpu_refuses_fp16():
     chosen = Runtime.start("cpu", "auto")
     assert chosen.precision == ("bf16" if multiplies_bf16(chosen.device) else "fp32")
     assert "bf16" in chosen.describe_precision()
-    assert FP32.describe_precision() == "fp32 (as given)"
+    assert FP32.describe_precision() == "fp32 (--precision)"
     with pytest.raises(UserError, match="fp16"):
         Runtime.start("cpu", "fp16")
 

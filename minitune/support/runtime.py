@@ -30,11 +30,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where and how a program computes. Made once, by `Runtime.start`, and handed on."""
+    """Where and how a program computes. Each program makes one, by `Runtime.start`."""
 
     device: torch.device
     precision: str  # of matrix multiplications: "fp32", "bf16" or "fp16"
-    precision_reason: str = "as given"
+    precision_reason: str = "--precision"  # why this one
     rank: int = 0  # of this process
     world_size: int = 1  # how many processes there are
 
@@ -64,7 +64,7 @@ class Runtime:
                 torch.cuda.set_device(device)
             # The others wait while the main process tokenises, and a large corpus takes hours.
             dist.init_process_group(backend, timeout=timedelta(days=1))
-        device, reason = torch.device(device), "as given"
+        device, reason = torch.device(device), "--precision"
         if precision == "auto":
             precision = "bf16" if multiplies_bf16(device) else "fp32"
             where = "this GPU" if device.type == "cuda" else "this processor"
@@ -81,9 +81,9 @@ class Runtime:
         return torch.autocast(self.device.type, self.dtype, enabled=self.precision != "fp32")
 
     def cast_frozen(self, module: nn.Module) -> None:
-        """Convert the frozen linear maps of a module to `dtype`, once.
+        """Convert the frozen linear maps of a module to `dtype`.
 
-        The numbers are those of autocast, which would convert them again for every batch.
+        Autocast computes the same, but converts them again for every batch.
         """
         linear = (m for m in module.modules() if isinstance(m, nn.Linear))
         for p in (p for m in linear for p in m.parameters() if not p.requires_grad):
@@ -153,7 +153,7 @@ class Runtime:
             dist.destroy_process_group()
 
     def peak_memory(self) -> int:
-        """Bytes: the most that tensors took on the GPU, or this process in all on a CPU."""
+        """The peak in bytes: of tensors on a GPU, on a CPU of the whole process."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         with contextlib.suppress(OSError, IndexError):  # Linux, where the peak can be reset
@@ -162,7 +162,7 @@ class Runtime:
         return peak if sys.platform == "darwin" else peak * 1024
 
     def reset_peak_memory(self) -> None:
-        """Measure the peak from here on, where the system can do that."""
+        """Measure the peak from this moment on, where the system can do that."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         with contextlib.suppress(OSError):
@@ -200,7 +200,7 @@ def multiplies_bf16(device: torch.device) -> bool:
 
 
 def return_freed_memory() -> None:
-    """Return freed memory to the system now, so that the next training's peak is its own."""
+    """Return freed memory to the system, so that it does not count in the next training's peak."""
     gc.collect()
     if malloc_trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         malloc_trim(0)
@@ -210,10 +210,11 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep the memory that its tensors free, for those of the next step.
+    """Let this process keep the memory of freed tensors for the tensors of the next step.
 
-    By default glibc returns it to the system and gets it back, cleared, at every step: on a CPU up
-    to a fifth of full fine-tuning (tests/benchmarks/LOG.md). Other C libraries: no change.
+    By default glibc returns it to the system, which clears it and gives it back at the next step.
+    On a CPU that is up to a fifth of the time of full fine-tuning (tests/benchmarks/LOG.md). With
+    other C libraries nothing changes.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     # Before version 2.35 glibc refuses more than 32 MB and answers 0.
