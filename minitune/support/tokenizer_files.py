@@ -4,9 +4,10 @@
     tokenizer_config.json    its class, options and special tokens
     special_tokens_map.json, added_tokens.json, config.json    the same, in older directories
 
-The files may be anybody's, and the `tokenizers` library builds some normalizers in any amount of
-memory and time. So only a vocabulary, options and added tokens are taken from them, and what
-minitune makes of these has to equal the file.
+The files may be anybody's, so tokenizer.json is not given to the `tokenizers` library: with some of
+the normalizers that a file can ask for, it takes any amount of memory and time. Only a vocabulary,
+options and added tokens are read. The tokenizer that minitune builds from these must then be equal
+to tokenizer.json (`check_equal`).
 """
 
 import json
@@ -20,34 +21,38 @@ from minitune.support.runs import read_json, read_text
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 ROLES = {f"{token[1:-1].lower()}_token": token for token in SPECIAL_TOKENS}  # "pad_token": "[PAD]"
 MARKUP = r"(?i)<br\s*/?>"  # line breaks of web reviews, which are no text
-# What tokenizer_config.json calls options of the normalizer, and their defaults. They count there
-# for a tokenizer of BERT's classes, and in tokenizer.json, if there is one, for the general class.
+# Options of the normalizer: name in tokenizer_config.json -> (name in tokenizer.json, default).
+# Of the two files the first decides for BERT's classes, the second for the general class.
 OPTIONS = {
     "do_lower_case": ("lowercase", True),
     "strip_accents": ("strip_accents", None),
     "tokenize_chinese_chars": ("handle_chinese_chars", True),
 }
 BERT_CLASSES, GENERAL_CLASS = ("BertTokenizer", "BertTokenizerFast"), "PreTrainedTokenizerFast"
-LARGEST_ID, MOST_ADDED = 10_000_000, 200_000  # the latter in characters of all together
+LARGEST_ID = 10_000_000
+MOST_ADDED = 200_000  # characters of all added tokens
 
 
 def read_files(directory: Path) -> tuple[dict, dict]:
-    """(arguments of a Tokenizer, the tokenizer.json that it must come to; {} where there is none).
+    """(arguments of a Tokenizer, the tokenizer.json that it must be equal to, {} without one).
 
-    Raises UserError, ValueError and, since the files may hold anything, other exceptions.
+    Raises UserError, ValueError and, since the files may hold anything, any other exception.
     """
     if not any((directory / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
         raise UserError(f"{directory} has no tokenizer.json and no vocab.txt")
     names = ("tokenizer", "tokenizer_config", "special_tokens_map", "added_tokens", "config")
-    file, config, older, more, model = (_read_json(directory / f"{name}.json") for name in names)
+    paths = [directory / f"{name}.json" for name in names]
+    file, config, special_map, added_map, model = (
+        read_json(path) if path.is_file() else {} for path in paths
+    )
     check(file or not (directory / "tokenizer.json").is_file(), "tokenizer.json is empty")
     kind = config.get("tokenizer_class") or model.get("tokenizer_class") or BERT_CLASSES[0]
     check(kind in (*BERT_CLASSES, GENERAL_CLASS), f"its class is {kind}")
-    decoder = config.get("added_tokens_decoder", {})
+    decoder = config.get("added_tokens_decoder", {})  # id -> token; older directories have none
     if not decoder:
-        config |= older
-    for key, value in ROLES.items():
-        check(_contents(config.get(key, value)) == [value], f"its {key} is not {value}")
+        config |= special_map
+    for role, token in ROLES.items():
+        check(_contents(config.get(role, token)) == [token], f"its {role} is not {token}")
     check(not config.get("split_special_tokens"), "it has split_special_tokens")
 
     vocab = file["model"]["vocab"] if file else _read_vocab(directory / "vocab.txt")
@@ -58,35 +63,37 @@ def read_files(directory: Path) -> tuple[dict, dict]:
 
     normalizer = (file["normalizer"] or {}) if file else {"type": "BertNormalizer"}
     remove_markup = normalizer.get("type") == "Sequence"
-    if remove_markup:
+    if remove_markup:  # a tokenizer of minitune: first markup is replaced, then as in BERT
         normalizer = normalizer["normalizers"][-1]
     elif kind in BERT_CLASSES or not file:
         normalizer |= {name: config.get(key, default) for key, (name, default) in OPTIONS.items()}
     arguments = {name: value for name, value in normalizer.items() if name != "type"}
 
-    # Tokens that are found whole in a text. `transformers` adds those of other files too.
+    # Added tokens are never split. `transformers` also adds those that only other files name, which
+    # is refused here.
     added = [t for t in file.get("added_tokens", []) if t["content"] not in SPECIAL_TOKENS]
     check(sum(len(t["content"]) for t in added) < MOST_ADDED, "its added tokens are too many")
     known = [*SPECIAL_TOKENS, *(t["content"] for t in added)]
     special = ("bos_token", "eos_token", "additional_special_tokens", "extra_special_tokens")
-    for token in [*more, *_contents([config.get(key) for key in special])]:
+    for token in [*added_map, *_contents([config.get(key) for key in special])]:
         check(token in known, f"the token {token} is not in tokenizer.json, but in another file")
     for index, token in decoder.items():
         same = token["content"] in SPECIAL_TOKENS or {"id": int(index)} | token in added
         check(same, f"the token {token['content']} is another one in tokenizer.json")
-    file |= {"added_tokens": added} if file else {}
+    if file:
+        file["added_tokens"] = added
     tokens = [AddedToken(**{k: v for k, v in token.items() if k != "id"}) for token in added]
     return arguments | {"vocab": vocab, "added": tokens, "remove_markup": remove_markup}, file
 
 
-def check_equal(file: dict, made: dict) -> None:
-    """Raise ValueError where a tokenizer.json is not what minitune made of it."""
-    cls, sep = ([token, made["model"]["vocab"][token]] for token in ("[CLS]", "[SEP]"))
+def check_equal(file: dict, built: dict) -> None:
+    """Raise ValueError where a tokenizer.json differs from that of the tokenizer built from it."""
+    cls, sep = ([token, built["model"]["vocab"][token]] for token in ("[CLS]", "[SEP]"))
     if file["post_processor"] == {"type": "BertProcessing", "sep": sep, "cls": cls}:
-        file["post_processor"] = made["post_processor"]  # an older spelling of the same
+        file["post_processor"] = built["post_processor"]  # an older spelling of the same
     file["model"] = {"type": "WordPiece"} | file["model"]  # older files leave it out
     for part in ("added_tokens", "normalizer", "pre_tokenizer", "post_processor", "model"):
-        check(file[part] == made[part], f"the {part} of tokenizer.json is not one of BERT's")
+        check(file[part] == built[part], f"the {part} of tokenizer.json is not one of BERT's")
 
 
 def file_contents(document: dict, max_length: int | None) -> dict[str, bytes]:
@@ -123,16 +130,12 @@ def check(condition: object, why: str) -> None:
 
 
 def _contents(value: str | dict | list | None) -> list[str]:
-    """The tokens in a value of tokenizer_config.json, which has several spellings of them."""
+    """The tokens in a value of tokenizer_config.json: a string, {"content": string}, or several."""
     if isinstance(value, dict):
         value = [value["content"]] if "content" in value else list(value.values())
     if isinstance(value, list):
         return [content for part in value for content in _contents(part)]
     return [value] if value else []
-
-
-def _read_json(path: Path) -> dict:
-    return read_json(path) if path.is_file() else {}
 
 
 def _read_vocab(path: Path) -> dict[str, int]:
