@@ -16,8 +16,7 @@ be anybody's: shapes are compared with the file's header before memory is taken 
 import hashlib
 import math
 import os
-import reprlib
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 
 from minitune.data import MOST_LABELS
 from minitune.model import POOLERS, BertConfig, BertForMaskedLM, BertForSequenceClassification
+from minitune.support.config_file import FIXED, read_config_file
 from minitune.support.errors import UserError
 from minitune.support.model_names import find_model
 from minitune.support.runs import read_json, write_atomically, write_json, write_tensors
@@ -93,7 +93,7 @@ def save_model(
     for name, content in tokenizer.files(model.config.max_position_embeddings).items():
         write_atomically(directory / name, content)
     config = config_json(model.config, type(model).__name__)
-    if getattr(model, "pooling", "cls") != "cls":  # which `transformers` does not know
+    if getattr(model, "pooling", "cls") != "cls":  # another one is unknown to `transformers`
         config["pooling"] = model.pooling
     write_json(directory / "config.json", config)
     write_tensors(directory / "model.safetensors", to_bert(model.state_dict()), {"format": "pt"})
@@ -138,29 +138,14 @@ def weights_hash(directory: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# What minitune computes, whatever a `config.json` says; where it says otherwise, it is refused.
-FIXED = {
-    "model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute",
-    "is_decoder": False, "tie_word_embeddings": True,
-}  # fmt: skip
-# Values of the original BERT, for fields that a `config.json` leaves out.
-ORIGINAL = {
-    "vocab_size": 30522, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
-    "intermediate_size": 3072, "hidden_dropout_prob": 0.1,
-}  # fmt: skip
-
-
 def read_config(directory: Path) -> BertConfig:
     """The `config.json` of a BERT directory.
 
     Raises UserError where it describes another architecture, or not the weights beside it.
     """
-    path = directory / "config.json"
-    if not path.is_file():
-        raise UserError(f"{directory} is no model directory: it has no config.json")
-    config, weights = parse_config(read_json(path), path), open_weights(directory)
-    # One matrix for each size is enough here; when the model is filled, every tensor is compared.
-    C, embeddings = config.hidden_size, "bert.embeddings"
+    config = BertConfig(**read_config_file(directory / "config.json", asdict(BertConfig())))
+    # A matrix of each size is enough here; when a model is filled, every tensor is compared.
+    weights, C, embeddings = open_weights(directory), config.hidden_size, "bert.embeddings"
     weights.check(f"{embeddings}.word_embeddings.weight", (config.vocab_size, C))
     weights.check(f"{embeddings}.position_embeddings.weight", (config.max_position_embeddings, C))
     weights.check(f"{embeddings}.token_type_embeddings.weight", (config.type_vocab_size, C))
@@ -168,35 +153,6 @@ def read_config(directory: Path) -> BertConfig:
         layer = f"bert.encoder.layer.{i}"
         weights.check(f"{layer}.attention.output.dense.weight", (C, C))
         weights.check(f"{layer}.intermediate.dense.weight", (config.intermediate_size, C))
-    return config
-
-
-def parse_config(raw: dict, path: Path) -> BertConfig:
-    """The fields of the `config.json` at `path`; UserError where minitune cannot compute them."""
-    if "model_type" not in raw:
-        raise UserError(f"{path} names no model_type")
-    for key, only in FIXED.items():
-        if raw.get(key, only) != only:
-            raise UserError(f"{path}: {key} is {reprlib.repr(raw[key])}, minitune runs {only} only")
-    known = {field.name for field in fields(BertConfig)}
-    values = ORIGINAL | {key: value for key, value in raw.items() if key in known}
-    labels = values.pop("id2label", {})
-    for key, value in values.items():
-        if isinstance(getattr(BertConfig, key), int):
-            smallest = 0 if key == "pad_token_id" else 1
-            possible = type(value) is int and value >= smallest
-        else:
-            possible = type(value) in (int, float) and 0 <= value < 1
-        if not possible:
-            raise UserError(f"{path}: {key} cannot be {reprlib.repr(value)}")
-    try:
-        labels = {int(index): str(label) for index, label in labels.items()}
-        "".join(labels.values()).encode()
-    except (AttributeError, ValueError):  # no object, an index that is no number, half a character
-        raise UserError(f"{path}: id2label is not an object of names") from None
-    config = BertConfig(**values, id2label=labels)
-    if config.hidden_size % config.num_attention_heads:
-        raise UserError(f"{path}: hidden_size is no multiple of num_attention_heads")
     return config
 
 

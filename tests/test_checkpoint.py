@@ -4,7 +4,7 @@ import json
 import math
 import os
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -15,11 +15,11 @@ from minitune.checkpoint import (
     load_bert,
     load_classifier,
     load_masked_lm,
-    parse_config,
     save_model,
     to_bert,
 )
 from minitune.model import BertConfig, BertForMaskedLM, BertForSequenceClassification
+from minitune.support.config_file import read_config_file
 from minitune.support.errors import UserError
 from minitune.support.model_names import find_model
 from minitune.tokenizer import Tokenizer
@@ -210,7 +210,8 @@ def test_load_bert_says_what_was_missing(model, directory):
 
 
 def test_what_a_config_leaves_out_is_as_in_the_original_bert(directory):
-    config = parse_config({"model_type": "bert"}, directory / "config.json")
+    (directory / "config.json").write_text('{"model_type": "bert"}')
+    config = BertConfig(**read_config_file(directory / "config.json", asdict(BertConfig())))
     assert (config.vocab_size, config.hidden_size, config.intermediate_size) == (30522, 768, 3072)
     assert (config.num_hidden_layers, config.num_attention_heads) == (12, 12)
     assert (config.max_position_embeddings, config.type_vocab_size) == (512, 2)
