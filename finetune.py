@@ -20,7 +20,9 @@ from minitune.attention import BACKENDS, resolve_backend
 from minitune.checkpoint import load_tokenizer, read_config, weights_hash
 from minitune.classification import Examples, TokenizedTexts
 from minitune.data import SPLITS, Dataset, Reviews
-from minitune.finetuning import METHODS, Experiment, Setup, fine_tune
+from minitune.finetuning import METHODS, Experiment, Setup, check_options, fine_tune
+from minitune.lora import TARGETS
+from minitune.merging import merge_runs
 from minitune.prediction import label_new_reviews
 from minitune.support.baselines import evaluate_baselines
 from minitune.support.cli import (
@@ -68,6 +70,13 @@ def parser() -> Parser:
     soup = "train N times from the same weights, in other orders, and try their average too"
     add("--soup", soup, int_range(1, 100), 1, metavar="N")
     add("--adapter-size", "units in the bottleneck of an adapter", int_range(1, 10_000), 64)
+    targets = "linear maps of each layer that LoRA changes, by BERT's names, with commas between"
+    add("--lora-targets", targets, default=",".join(TARGETS), metavar="MAPS")
+    add("--lora-rank", "rows of A and columns of B", int_range(1, 10_000), 8)
+    add("--lora-alpha", "B A is multiplied by alpha / rank", float_range(0, 1e6), "16")
+    add("--lora-dropout", "on what A reads", float_range(0, 0.9, above=False), "0")
+    add("--rslora", "multiply B A by alpha / sqrt(rank)", bool)
+    add("--dora", "train the lengths of the matrices' rows apart from their directions", bool)
     max_len = "tokens of a text; longer ones keep their ends; default: 512, if there is room"
     add("--max-len", max_len, int_range(8, 10**6))
     add("--batch-tokens", "tokens in a step, all processes together", int_range(8, 10**7))
@@ -81,6 +90,20 @@ def parser() -> Parser:
     add("--predict", predict, nargs="+", metavar="TEXT")
     add("--base", "the pretrained model of --model, if it was moved", metavar="DIR")
     add("--json", "print one JSON object a review instead of CSV", bool)
+    add = options.group("a plain BERT from runs of lora or ia3")
+    add(
+        "--merge",
+        "fold these runs into the weights of their base, written to --out",
+        nargs="+",
+        metavar="RUN",
+    )
+    add(
+        "--weights",
+        "of each run in the sum of their changes; default: equal shares",
+        float_range(-100, 100, above=False),
+        nargs="+",
+        metavar="W",
+    )
     add_machine_options(options, BACKENDS)
     return options
 
@@ -94,8 +117,14 @@ def read_arguments() -> argparse.Namespace:
     """The options; with --resume, those that are not given are the last run's."""
     options = parser()
     args = options.parse_args()
-    if args.base and not args.predict:
-        raise UserError("--base goes with --predict; the model to start from is --model")
+    if args.base and not (args.predict or args.merge):
+        raise UserError("--base goes with --predict or --merge; what training starts from, --model")
+    if args.merge and (args.predict or args.resume or args.model):
+        raise UserError("--merge takes runs, and --out; not --model, --predict or --resume")
+    if args.merge and args.out == options.get_default("out"):
+        raise UserError("--merge needs --out, the directory to write to")
+    if args.weights and not args.merge:
+        raise UserError("--weights goes with --merge")
     if args.resume and not args.predict and (found := list(args.out.rglob("settings.json"))):
         latest = max(found, key=lambda path: path.stat().st_mtime)
         if "experiment" not in (saved := read_json(latest)):
@@ -146,10 +175,13 @@ def finished_runs(out: Path, settings: dict) -> list[tuple[dict, dict]]:
 
 
 def main() -> None:
-    """Label new reviews, or lock --out and fine-tune."""
+    """Label new reviews, merge runs, or lock --out and fine-tune."""
     args = read_arguments()
     if args.predict:
         label_new_reviews(args)
+        return
+    if args.merge:
+        merge_runs(args)
         return
     with contextlib.ExitStack() as stack:
         fine_tune_all(args, open_runs(args, stack))
@@ -167,6 +199,8 @@ def fine_tune_all(args: argparse.Namespace, experiments: list[Experiment]) -> No
     config = read_config(source)
     why += f"), {config.num_hidden_layers} layers of {config.hidden_size}"
     runtime.log(f"model: {args.model} ({why}")
+    for method in {experiment.method for experiment in experiments}:
+        check_options(method, config, args)
     tokenizer = load_tokenizer(source, config)
     attention = resolve_backend(args.attention, runtime.device, runtime.dtype, config.head_size)
     args.max_len = choose_max_len(args.max_len, config.max_position_embeddings, args.batch_tokens)

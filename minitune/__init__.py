@@ -14,8 +14,12 @@
     classification  classifying texts as a task: batches, loss, evaluation
     features        feature extraction: a frozen encoder and a linear classifier
     adapters        small trained layers inside a frozen network
+    lora            low-rank changes beside frozen matrices
+    ia3             trained vectors that multiply inside a frozen network
     finetuning      every method as a row of one table, from weights to test accuracy
     checkpoint      what is saved: BERT directories, and only what was trained
+    peft_files      LoRA and (IA)³ on disk, as the library peft has them
+    merging         LoRA folded into the weights; several added up: task arithmetic
     prompting       asking a masked language model with a template
     calibration     why a prompt's answers lean to one side, and how to correct that
     explain         why this label: what each word adds, and how to test that

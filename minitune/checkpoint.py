@@ -249,45 +249,59 @@ class Trained:
 
     method: str
     pooling: str
-    options: dict[str, int]  # of the method, adapter_size for example
+    options: dict  # of the method, {"adapter_size": 64} for example
     labels: dict[int, str]
     max_len: int
     base: str  # the pretrained model as it was named
-    base_hash: str  # weights_hash of it
+    base_hash: str  # weights_hash of it; empty if unknown
     relative_base: str | None = None  # its path from the run, which holds if both are moved
+    foreign = False  # written by another program, whose tokenizer may keep markup
 
     def save(self, model: nn.Module, directory: Path) -> Path:
         """Write both files; returns the path of the weights."""
-        weights, path, relative = directory / "trained.safetensors", self.base, None
+        weights = directory / "trained.safetensors"
         write_tensors(weights, trained_tensors(model), {"format": "pt"})
+        description = {"method": self.method, "pooling": self.pooling, **self.options}
+        write_json(directory / "trained.json", description | self.context(directory))
+        return weights
+
+    def context(self, directory: Path) -> dict:
+        """Labels, longest text and base model, as they are saved."""
+        path, relative = self.base, None
         if Path(path).is_dir():  # found again from any directory
             path = str(Path(path).resolve())
             relative = os.path.relpath(path, directory.resolve())
-        description = {"method": self.method, "pooling": self.pooling, **self.options}
-        description |= {"labels": list(self.labels.values()), "max_len": self.max_len}
         base = {"path": path, "relative": relative, "sha256": self.base_hash}
-        write_json(directory / "trained.json", description | {"base": base})
-        return weights
+        return {"labels": list(self.labels.values()), "max_len": self.max_len, "base": base}
 
     @classmethod
     def read(cls, directory: Path) -> "Trained":
         """From trained.json; raises UserError where it is damaged."""
-        options = read_json(directory / "trained.json")  # what is left after the other fields
+        raw, options = read_json(directory / "trained.json"), {}
         try:
-            keys = ("method", "pooling", "labels", "max_len", "base")
-            method, pooling, names, max_len, base = (options.pop(key) for key in keys)
-            path, relative, base_hash = base["path"], base.get("relative"), base["sha256"]
-            texts = [method, pooling, path, base_hash, relative or ".", *names]
-            if not all(texts) or "\0" in "".join(texts) or not "".join(texts).encode():
+            context = {key: raw.pop(key) for key in ("labels", "max_len", "base")}
+            method, pooling, options = raw.pop("method"), raw.pop("pooling"), raw
+            if not method or not pooling or "\0" in method + pooling:
                 raise ValueError("a name is empty")
-            if not (type(names) is list and 2 <= len(set(names)) == len(names) <= MOST_LABELS):
-                raise ValueError("labels")
             if not all(type(value) is int and 0 < value <= 10_000 for value in options.values()):
                 raise ValueError(f"options {options}")
+            return cls(method, pooling, options, **cls.parse_context(context))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{directory}/trained.json is damaged: {error!r}") from error
-        labels = dict(enumerate(names))
-        return cls(method, pooling, options, labels, max_len, path, base_hash, relative)
+
+    @staticmethod
+    def parse_context(raw: dict) -> dict:
+        """The fields that `context` describes; AttributeError, KeyError, TypeError or ValueError
+        where it is damaged."""
+        names, max_len, base = raw["labels"], raw["max_len"], raw["base"]
+        path, relative, base_hash = base["path"], base.get("relative"), base["sha256"]
+        strings = [path, base_hash, relative or ".", *names]
+        if not all(strings) or "\0" in "".join(strings) or not "".join(strings).encode():
+            raise ValueError("a name is empty")
+        if not (type(names) is list and 2 <= len(set(names)) == len(names) <= MOST_LABELS):
+            raise ValueError("labels")
+        fields = {"labels": dict(enumerate(names)), "max_len": max_len, "base": path}
+        return fields | {"base_hash": base_hash, "relative_base": relative}
 
     def find_base(self, directory: Path, named: str | None = None) -> Path:
         """The directory of the base model, if its weights still are the same.
@@ -300,7 +314,7 @@ class Trained:
         for place in places:
             try:
                 source = find_model(place)
-                if weights_hash(source) == self.base_hash:
+                if self.base_hash in ("", weights_hash(source)):
                     return source
                 reasons.append(f"it was trained on another base model than the one now in {source}")
             except UserError as error:

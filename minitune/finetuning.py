@@ -21,8 +21,11 @@ from minitune.checkpoint import Trained, load_for_classification, save_model
 from minitune.classification import Classification, Examples
 from minitune.data import Reviews
 from minitune.features import FeatureClassifier, Features, extract
-from minitune.model import BertForSequenceClassification
+from minitune.ia3 import ia3_parameters, insert_ia3
+from minitune.lora import insert_lora, lora_parameters
+from minitune.model import Bert, BertConfig, BertForSequenceClassification
 from minitune.optimizer import LRMultipliers, Optimizer
+from minitune.peft_files import METHODS_OF_PEFT, PeftDirectory
 from minitune.support.errors import UserError
 from minitune.support.model_names import began_at_random
 from minitune.support.runs import Run, write_atomically
@@ -105,6 +108,17 @@ METHODS = {
         trained=biases_and_classifier, pooling="mean",
         lr=lambda _: 3e-3, epochs=1, batch_rows=32,
     ),
+    "ia3": Method(
+        "vectors that multiply keys, values and units of the frozen encoder, pooler and classifier",
+        trained=ia3_parameters, insert=insert_ia3,
+        lr=lambda _: 1e-2, epochs=1, batch_rows=32,
+    ),
+    "lora": Method(
+        "low-rank matrices beside those of the frozen encoder, the pooler and the classifier",
+        trained=lora_parameters, insert=insert_lora,
+        options=("lora_targets", "lora_rank", "lora_alpha", "lora_dropout", "rslora", "dora"),
+        lr=lambda size: 10 * for_all_parameters(size), epochs=1, batch_rows=32,
+    ),
     "adapter": Method(
         "bottlenecks inside the frozen encoder, the LayerNorms of its layers, and the classifier",
         # In a frozen network [CLS] gathers little, since masked-language modelling does not need
@@ -160,9 +174,16 @@ def load_trained(
     try:
         model = build(trained.method, source, *shape, **trained.options)
     except (AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"{directory}/trained.json is damaged: {error!r}") from error
+        raise UserError(f"{directory}: its description is damaged: {error!r}") from error
     trained.fill(model, directory)
     return model
+
+
+def check_options(method: str, config: BertConfig, args: argparse.Namespace) -> None:
+    """Raise UserError where the options of a method do not suit the sizes of a model."""
+    with torch.device("meta"):
+        options = {name: getattr(args, name) for name in METHODS[method].options}
+        METHODS[method].insert(Bert(config), **options)
 
 
 @dataclass
@@ -354,7 +375,8 @@ def save(model: nn.Module, experiment: Experiment, setup: Setup) -> Path:
         return directory / "model.safetensors"
     options = {key: getattr(args, key) for key in METHODS[name].options}
     labels, base = setup.reviews.names, setup.settings["base_hash"]
-    trained = Trained(name, model.pooling, options, labels, args.max_len, args.model, base)
+    kind = PeftDirectory if name in METHODS_OF_PEFT.values() else Trained
+    trained = kind(name, model.pooling, options, labels, args.max_len, args.model, base)
     return trained.save(model, directory)
 
 

@@ -18,10 +18,11 @@ from torch import nn
 
 from minitune.attention import resolve_backend
 from minitune.batching import reading_tokens, sorted_batches
-from minitune.checkpoint import Trained, check_max_len, load_classifier, load_tokenizer, read_config
+from minitune.checkpoint import check_max_len, load_classifier, load_tokenizer, read_config
 from minitune.classification import TokenizedTexts
 from minitune.data import SUFFIXES, Dataset, Row, label_index, make_row
 from minitune.finetuning import load_trained
+from minitune.peft_files import read_trained
 from minitune.support.answers import Prediction, lines_of_standard_input, print_answers, say
 from minitune.support.errors import UserError
 from minitune.support.model_names import find_model
@@ -62,14 +63,13 @@ class Classifier:
         """
         runtime = runtime or Runtime.start()
         directory = find_model(name)
-        is_whole = not (directory / "trained.json").is_file()
-        if is_whole and base is not None:
+        trained = read_trained(directory)
+        if trained is None and base is not None:
             raise UserError(f"--base: {directory} holds a whole model and needs no other")
-        trained = None if is_whole else Trained.read(directory)
-        source = directory if is_whole else trained.find_base(directory, base)
+        source = trained.find_base(directory, base) if trained else directory
         config = read_config(source)
         attention = resolve_backend(attention, runtime.device, runtime.dtype, config.head_size)
-        if is_whole:
+        if trained is None:
             model = load_classifier(directory, attention)
             labels, base_hash = model.config.id2label, ""
             where, max_len = directory / "settings.json", config.max_position_embeddings
@@ -78,10 +78,11 @@ class Classifier:
         else:
             model = load_trained(trained, directory, source, attention)
             labels, base_hash = trained.labels, trained.base_hash
-            where, max_len = directory / "trained.json", trained.max_len
+            where, max_len = directory, trained.max_len
         check_max_len(max_len, config, where)
-        # The files of a whole model say whether markup is removed; with a base model it always is.
-        tokenizer = load_tokenizer(source, config, remove_markup=not is_whole)
+        # Where minitune trained on a base, without markup; else the files of the model say.
+        remove_markup = trained is not None and not trained.foreign
+        tokenizer = load_tokenizer(source, config, remove_markup)
         return cls(model, tokenizer, labels, max_len, runtime, base_hash)
 
     def predict(self, texts: list[str], batch_tokens: int | None = None) -> list[Prediction]:

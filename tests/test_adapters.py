@@ -23,6 +23,7 @@ from minitune.classification import Classification, Examples, TokenizedTexts
 from minitune.fast.layers import ByteDropout, pad_rows
 from minitune.features import Features, feature_size
 from minitune.finetuning import METHODS, build, in_short
+from minitune.lora import TARGETS
 from minitune.model import PRESETS, BertConfig, BertForMaskedLM, BertForSequenceClassification
 from minitune.optimizer import Optimizer
 from minitune.prediction import Classifier, load_together
@@ -89,6 +90,12 @@ ADAPTERS_OF_A_LAYER = {
     "feed_forward_adapter.up.weight",
     "feed_forward_adapter.up.bias",
 }
+LORA_OF_A_LAYER = {
+    f"{part}.{matrix}"
+    for part in ("attention.qkv", "attention.out", "feed_forward.up", "feed_forward.down")
+    for matrix in "AB"
+}
+VECTORS_OF_A_LAYER = {"attention.qkv.keys", "attention.qkv.values", "feed_forward.down.units"}
 POOLER = {"pooler.dense.weight", "pooler.dense.bias"}
 CLASSIFIER = {"classifier.weight", "classifier.bias"}
 
@@ -101,6 +108,8 @@ EVERYTHING = EMBEDDINGS | in_both_layers(IN_A_LAYER | NORMS_OF_A_LAYER) | POOLER
 TRAINED = {
     "feature": {"head.classifier.weight", "head.classifier.bias"},
     "bitfit": {name for name in EVERYTHING - POOLER if name.endswith("bias")} | CLASSIFIER,
+    "ia3": in_both_layers(VECTORS_OF_A_LAYER) | POOLER | CLASSIFIER,
+    "lora": in_both_layers(LORA_OF_A_LAYER) | POOLER | CLASSIFIER,
     "adapter": in_both_layers(ADAPTERS_OF_A_LAYER | NORMS_OF_A_LAYER) | CLASSIFIER,
     "full": EVERYTHING,
     "scratch": EVERYTHING,
@@ -146,8 +155,13 @@ def copies(model):
 
 
 def new_model(base, method="adapter", labels=NAMES, units=UNITS):
-    options = {"adapter_size": units} if method == "adapter" else {}
-    return build(method, base, labels, **options)
+    return build(method, base, labels, **options_of(method, units))
+
+
+def options_of(method, units=UNITS):
+    lora = {"lora_targets": ",".join(TARGETS), "lora_rank": 2, "lora_alpha": 4, "lora_dropout": 0.0}
+    lora |= {"rslora": False, "dora": False}
+    return {"adapter": {"adapter_size": units}, "lora": lora}.get(method, {})
 
 
 @torch.no_grad()
@@ -263,7 +277,7 @@ def test_the_printed_list_names_each_kind_once(base):
 def test_a_step_changes_every_trained_tensor_and_not_a_bit_of_the_others(
     base, tokenizer, tmp_path, method
 ):
-    model = new_model(base, method)
+    model = as_trained(base, method)  # at its start B of LoRA is zero, so A has no gradient
     learner, inputs = model, TokenizedTexts(TEXTS, tokenizer, 16)
     if method == "feature":
         learner, inputs = model.head, Features(torch.randn(len(TEXTS), feature_size(model.bert)))
@@ -329,7 +343,7 @@ def test_the_backward_pass_stops_at_the_lowest_adapter(base):
 # On disk
 
 
-PARTS = [name for name, method in METHODS.items() if method.trained is not METHODS["full"].trained]
+PARTS = ["feature", "bitfit", "adapter"]  # of the others see test_lora.py and test_checkpoint.py
 each_part = pytest.mark.parametrize("method", PARTS)
 
 

@@ -57,7 +57,7 @@ TINY = [
     *("--epochs", str(EPOCHS), "--max-len", "32", "--batch-tokens", "256", "--lr", "3e-3"),
     *("--adapter-size", "8", "--precision", "fp32", "--device", "cpu"),
 ]
-METHODS = ["feature", "bitfit", "adapter", "full"]
+METHODS = ["feature", "bitfit", "ia3", "lora", "adapter", "full"]
 TRAINED = [*METHODS, "scratch"]
 KEYS = {
     "method", "accuracy", "loss", "trainable_params", "total_params", "train_seconds", "tokens_per_second",
@@ -353,6 +353,18 @@ def test_the_others_leave_only_what_they_trained(compared, folder, method):
     assert (description["method"], description["labels"]) == (method, LABELS)
     assert description["base"]["path"] == str(folder / "base")
     assert description["base"]["sha256"]
+
+
+@pytest.mark.parametrize("method", ["lora", "ia3"])
+def test_lora_and_ia3_leave_a_directory_of_peft(compared, folder, method):
+    directory = compared[0] / method
+    files = {"adapter_model.safetensors", "adapter_config.json"}
+    assert contents(directory).keys() == files | {"settings.json", "metrics.json", "log.jsonl"}
+    count = sum(tensor.numel() for tensor in weights(directory).values())
+    assert count == metrics(directory)["trainable_params"]
+    config = json.loads((directory / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(folder / "base")
+    assert config["auto_mapping"]["minitune"]["labels"] == LABELS
 
 
 # What the figures claim, computed again from what was saved

@@ -10,17 +10,10 @@ PACKAGE = ROOT / "minitune"
 # A floor may import from floors below it; within a floor imports make no circle.
 FLOORS = [
     {"train", "finetune", "prompt", "doctor"},
-    {"finetuning", "prediction"},
-    {"checkpoint"},
-    {
-        "pretraining",
-        "classification",
-        "features",
-        "adapters",
-        "prompting",
-        "calibration",
-        "explain",
-    },
+    {"finetuning", "prediction", "merging"},
+    {"checkpoint", "peft_files"},
+    {"pretraining", "classification", "features", "adapters", "lora", "ia3"}
+    | {"prompting", "calibration", "explain"},
     {"model", "attention", "initialization", "optimizer", "training"},
     {"masking", "tokenizer", "corpus", "data"},
     {"fast", "support"},

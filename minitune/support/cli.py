@@ -15,7 +15,7 @@ from minitune.support.errors import UserError
 from minitune.support.runtime import keep_freed_memory
 
 # Options that say what to do in this call, not how a run is computed.
-NOT_SAVED = {"help", "out", "resume", "overwrite", "predict", "base", "json"}
+NOT_SAVED = {"help", "out", "resume", "overwrite", "predict", "base", "json", "merge", "weights"}
 LONGEST_ERROR = 600  # characters; an option may hold a whole book
 
 
