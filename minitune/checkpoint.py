@@ -255,6 +255,7 @@ class Trained:
     base: str  # the pretrained model as it was named
     base_hash: str  # weights_hash of it; empty if unknown
     relative_base: str | None = None  # its path from the run, which holds if both are moved
+    file = "trained.json"
     foreign = False  # written by another program, whose tokenizer may keep markup
 
     def save(self, model: nn.Module, directory: Path) -> Path:

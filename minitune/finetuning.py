@@ -174,7 +174,7 @@ def load_trained(
     try:
         model = build(trained.method, source, *shape, **trained.options)
     except (AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"{directory}: its description is damaged: {error!r}") from error
+        raise UserError(f"{directory}/{trained.file} is damaged: {error!r}") from error
     trained.fill(model, directory)
     return model
 

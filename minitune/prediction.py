@@ -78,7 +78,7 @@ class Classifier:
         else:
             model = load_trained(trained, directory, source, attention)
             labels, base_hash = trained.labels, trained.base_hash
-            where, max_len = directory, trained.max_len
+            where, max_len = directory / trained.file, trained.max_len
         check_max_len(max_len, config, where)
         # Where minitune trained on a base, without markup; else the files of the model say.
         remove_markup = trained is not None and not trained.foreign
