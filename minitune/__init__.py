@@ -17,7 +17,8 @@
     lora            low-rank changes beside frozen matrices
     ia3             trained vectors that multiply inside a frozen network
     finetuning      every method as a row of one table, from weights to test accuracy
-    checkpoint      what is saved: BERT directories, and only what was trained
+    checkpoint      a model on disk, as a Hugging Face BERT
+    trained         what a method trained of a frozen model, on disk
     peft_files      LoRA and (IA)³ on disk, as the library peft has them
     merging         LoRA folded into the weights; several added up: task arithmetic
     prompting       asking a masked language model with a template

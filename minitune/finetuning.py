@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from minitune.adapters import adapter_parameters, insert_adapters, parameters_of
-from minitune.checkpoint import Trained, load_for_classification, save_model
+from minitune.checkpoint import load_for_classification, save_model
 from minitune.classification import Classification, Examples
 from minitune.data import Reviews
 from minitune.features import FeatureClassifier, Features, extract
@@ -31,6 +31,7 @@ from minitune.support.model_names import began_at_random
 from minitune.support.runs import Run, write_atomically
 from minitune.support.runtime import Runtime
 from minitune.tokenizer import Tokenizer
+from minitune.trained import Trained
 from minitune.training import Trainer, evaluate
 
 MOST_TOKENS = 4096  # in a batch

@@ -17,13 +17,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from minitune.checkpoint import Trained, bert_names, open_weights, read_config, weights_hash
+from minitune.checkpoint import bert_names, open_weights, read_config, weights_hash
 from minitune.data import MOST_LABELS
 from minitune.ia3 import ScaledKeysAndValues, ScaledUnits
 from minitune.lora import TARGETS, LoRA
 from minitune.support.errors import UserError
 from minitune.support.runs import read_json, write_json, write_tensors
 from minitune.support.tensor_file import TensorFile
+from minitune.trained import Trained
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of all names: peft wraps a model twice

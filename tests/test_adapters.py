@@ -12,13 +12,7 @@ from torch import nn
 
 from minitune.adapters import Adapter, adapter_parameters, insert_adapters
 from minitune.batching import PackedBatch
-from minitune.checkpoint import (
-    Trained,
-    load_for_classification,
-    save_model,
-    trained_tensors,
-    weights_hash,
-)
+from minitune.checkpoint import load_for_classification, save_model, weights_hash
 from minitune.classification import Classification, Examples, TokenizedTexts
 from minitune.fast.layers import ByteDropout, pad_rows
 from minitune.features import Features, feature_size
@@ -31,6 +25,7 @@ from minitune.support.errors import UserError
 from minitune.support.model_names import find_model
 from minitune.support.runs import Run
 from minitune.support.runtime import Runtime
+from minitune.trained import Trained, trained_tensors
 from minitune.training import Trainer
 
 # Weights ten times BERT's initial ones, so that attention is far from uniform and every part

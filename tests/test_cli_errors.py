@@ -17,12 +17,13 @@ import finetune
 import minitune.corpus
 import prompt
 import train
-from minitune.checkpoint import Trained, read_config, save_model, weights_hash
+from minitune.checkpoint import read_config, save_model, weights_hash
 from minitune.finetuning import build
 from minitune.model import BertConfig, BertForMaskedLM, BertForSequenceClassification
 from minitune.support.cli import choose_max_len, run_script
 from minitune.support.errors import UserError
 from minitune.tokenizer import Tokenizer
+from minitune.trained import Trained
 
 ROOT = Path(__file__).parents[1]
 TEXT = "".join(f"this film is number {i} and it was quite good .\n" for i in range(40))

@@ -7,7 +7,7 @@ from safetensors.torch import save
 
 from minitune import features
 from minitune.batching import PackedBatch
-from minitune.checkpoint import Trained, load_for_classification, weights_hash
+from minitune.checkpoint import load_for_classification, weights_hash
 from minitune.classification import Classification, Examples, TokenizedTexts
 from minitune.features import FeatureHead, Features, extract, feature_size, pooled_layers
 from minitune.finetuning import build
@@ -17,6 +17,7 @@ from minitune.prediction import Classifier
 from minitune.support.errors import UserError
 from minitune.support.runs import Run
 from minitune.support.runtime import Runtime
+from minitune.trained import Trained
 from minitune.training import Trainer
 
 CONFIG = BertConfig(

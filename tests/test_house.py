@@ -11,7 +11,7 @@ PACKAGE = ROOT / "minitune"
 FLOORS = [
     {"train", "finetune", "prompt", "doctor"},
     {"finetuning", "prediction", "merging"},
-    {"checkpoint", "peft_files"},
+    {"checkpoint", "trained", "peft_files"},
     {"pretraining", "classification", "features", "adapters", "lora", "ia3"}
     | {"prompting", "calibration", "explain"},
     {"model", "attention", "initialization", "optimizer", "training"},

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from minitune.checkpoint import Trained, save_model, weights_hash
+from minitune.checkpoint import save_model, weights_hash
 from minitune.classification import TokenizedTexts
 from minitune.features import FeatureClassifier
 from minitune.finetuning import build
@@ -26,6 +26,7 @@ from minitune.support import answers
 from minitune.support.answers import Prediction, print_answers
 from minitune.support.errors import UserError
 from minitune.support.runtime import Runtime
+from minitune.trained import Trained
 
 FP32 = Runtime.start("cpu", "fp32")
 CONFIG = BertConfig(
