@@ -23,7 +23,7 @@ from minitune.data import SPLITS, Dataset, Reviews
 from minitune.finetuning import METHODS, Experiment, Setup, check_options, fine_tune
 from minitune.lora import TARGETS
 from minitune.merging import merge_runs
-from minitune.prediction import label_new_reviews
+from minitune.prediction import evaluate_explanations, label_new_reviews
 from minitune.support.baselines import evaluate_baselines
 from minitune.support.cli import (
     Parser,
@@ -88,6 +88,9 @@ def parser() -> Parser:
     add = options.group("new reviews")
     predict = "label these texts, or a .txt .csv .tsv .jsonl file, or - for the lines of stdin"
     add("--predict", predict, nargs="+", metavar="TEXT")
+    add("--explain", "with --predict: also what each word adds to the answer", bool)
+    evaluate = "with --explain: test that on N test rows of --data"
+    add("--evaluate", evaluate, int_range(1, 10**6), metavar="N")
     add("--base", "the pretrained model of --model, if it was moved", metavar="DIR")
     add("--json", "print one JSON object a review instead of CSV", bool)
     add = options.group("a plain BERT from runs of lora or ia3")
@@ -117,9 +120,12 @@ def read_arguments() -> argparse.Namespace:
     """The options; with --resume, those that are not given are the last run's."""
     options = parser()
     args = options.parse_args()
-    if args.base and not (args.predict or args.merge):
+    if args.base and not (args.predict or args.evaluate or args.merge):
         raise UserError("--base goes with --predict or --merge; what training starts from, --model")
-    if args.merge and (args.predict or args.resume or args.model):
+    jobs = bool(args.predict) + bool(args.evaluate)
+    if args.explain and jobs != 1 or args.evaluate and not args.explain:
+        raise UserError("--explain goes with --predict TEXT, or with --evaluate N")
+    if args.merge and (args.predict or args.evaluate or args.resume or args.model):
         raise UserError("--merge takes runs, and --out; not --model, --predict or --resume")
     if args.merge and args.out == options.get_default("out"):
         raise UserError("--merge needs --out, the directory to write to")
@@ -177,6 +183,9 @@ def finished_runs(out: Path, settings: dict) -> list[tuple[dict, dict]]:
 def main() -> None:
     """Label new reviews, merge runs, or lock --out and fine-tune."""
     args = read_arguments()
+    if args.evaluate:
+        evaluate_explanations(args)
+        return
     if args.predict:
         label_new_reviews(args)
         return

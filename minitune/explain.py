@@ -18,8 +18,7 @@ something it has never seen: packed batches hold none.
 Shapes: n tokens of one text, W words, B texts of a batch, H heads.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -47,12 +46,11 @@ class Explanation:
     words: list[str]
     attributions: list[float]  # of each word, in logits
     steps: int  # of the path
+    error: float = field(init=False)  # of the sum, as a share of what it should be (completeness)
 
-    @property
-    def error(self) -> float:
-        """How far the sum is off, as a share of what it should be (completeness)."""
+    def __post_init__(self):
         change = self.difference - self.without_words
-        return abs(sum(self.attributions) - change) / max(abs(change), 1e-12)
+        self.error = abs(sum(self.attributions) - change) / max(abs(change), 1e-12)
 
     @property
     def trusted(self) -> bool:
@@ -87,12 +85,12 @@ class Question:
         budget = batch_tokens or reading_tokens(self.ids.device)
         self.texts_at_once = max(1, budget // len(ids))
         with torch.no_grad():
-            logits = self.model(PackedBatch.from_sequences([self.ids]))[0].float()
-        if not logits.isfinite().all():
+            self.logits = self.model(PackedBatch.from_sequences([self.ids]))[0].float().cpu()
+        if not self.logits.isfinite().all():
             raise UserError("the model's answers are no numbers: its weights must be damaged")
-        self.label, self.other = logits.topk(2).indices.tolist()
+        self.label, self.other = self.logits.topk(2).indices.tolist()
         self.label_names = labels[self.label], labels[self.other]
-        self.value = (logits[self.label] - logits[self.other]).item()  # f of the text
+        self.value = (self.logits[self.label] - self.logits[self.other]).item()  # f of the text
 
     def f(self, batch: PackedBatch) -> Tensor:
         """(B,): the logit of the predicted label minus that of the other, for each text."""
@@ -213,24 +211,22 @@ def rollout(question: Question) -> Tensor:
     return question.sum_of_words(read)
 
 
-RANKINGS: dict[str, Callable[[Question], Tensor]] = {
-    "integrated gradients": lambda question: torch.tensor(explain(question).attributions),
-    "occlusion": lambda question: occlusion(question).cpu(),
-    "attention rollout": lambda question: rollout(question).cpu(),
-}
-
-
-def deletion_test(question: Question, generator: Generator) -> dict[str, dict[str, float]]:
-    """For each ranking of the words, and "random": {"drop", "spearman"}.
+def deletion_test(
+    question: Question, explanation: Explanation, generator: Generator
+) -> dict[str, dict[str, float]]:
+    """For each way to rank the words, and "random": {"drop", "spearman"}.
 
     `drop` is how far f falls when the ten words of the highest rank are hidden, for random words
     the mean of ten draws. `spearman` is the rank correlation with occlusion over all words.
     """
-    numbers = {name: ranking(question) for name, ranking in RANKINGS.items()}
+    numbers = {
+        "integrated gradients": torch.tensor(explanation.attributions),
+        "occlusion": occlusion(question).cpu(),
+        "attention rollout": rollout(question).cpu(),
+    }
     chosen = [values.topk(HIDDEN_WORDS).indices for values in numbers.values()]
     for _ in range(RANDOM_DRAWS):
-        words = torch.randperm(len(question.words), generator=generator)
-        chosen.append(words[:HIDDEN_WORDS])
+        chosen.append(torch.randperm(len(question.words), generator=generator)[:HIDDEN_WORDS])
     hidden = [question.hide(words.to(question.ids.device)) for words in chosen]
     drops = (question.value - question.values(hidden)).tolist()
     found = {

@@ -9,10 +9,15 @@ pretrained base model (checkpoint.py has both layouts). A Classifier is loaded f
 
 import argparse
 import functools
+import json
 import os
+import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -21,14 +26,39 @@ from minitune.batching import reading_tokens, sorted_batches
 from minitune.checkpoint import check_max_len, load_classifier, load_tokenizer, read_config
 from minitune.classification import TokenizedTexts
 from minitune.data import SUFFIXES, Dataset, Row, label_index, make_row
+from minitune.explain import HIDDEN_WORDS, Explanation, Question, deletion_test, explain, words_of
 from minitune.finetuning import load_trained
 from minitune.peft_files import read_trained
+from minitune.support import explanations
 from minitune.support.answers import Prediction, lines_of_standard_input, print_answers, say
-from minitune.support.errors import UserError
+from minitune.support.errors import UserError, plural
 from minitune.support.model_names import find_model
+from minitune.support.results import table
 from minitune.support.runs import read_json
 from minitune.support.runtime import Runtime
 from minitune.tokenizer import Tokenizer
+
+
+@dataclass
+class ExplainedPrediction(Prediction):
+    """The answer for one text, and what each of its words adds to it."""
+
+    explanation: Explanation
+
+    def show(self, header: bool) -> str:
+        """The words in colours where stdout is a terminal, else a table of those that add most."""
+        why = self.explanation
+        first = f"{self.label} ({self.probabilities[self.label]:.1%}) and not {why.other}"
+        last = f"completeness error {why.error:.2%} with {plural(why.steps, 'step')}"
+        last += "" if why.trusted else ": too large, this explanation is not to be trusted"
+        if sys.stdout.isatty():
+            words = explanations.coloured(why.words, why.attributions)
+            last = f"blue: for {self.label}; orange: for {why.other}; {last}"
+        else:
+            difference = f"logit of {self.label} above that of {why.other}"
+            sums = {"(no words, each a [MASK])": why.without_words, difference: why.difference}
+            words = explanations.word_table(why.words, why.attributions, sums)
+        return f"{first}\n{words}\n{last}\n"
 
 
 class Classifier:
@@ -105,6 +135,19 @@ class Classifier:
             answers.append(Prediction(text, max(by_name, key=by_name.get), by_name, truncated))
         return answers
 
+    def question(self, ids: np.ndarray, batch_tokens: int | None = None) -> Question:
+        """Why does the text of these ids have its label? UserError if no word of it is known."""
+        return Question(self.model, self.tokenizer, ids.tolist(), self.labels, batch_tokens)
+
+    def explain(self, text: str, batch_tokens: int | None = None) -> ExplainedPrediction:
+        """The prediction for a text, and what each of its words adds to it, in float32."""
+        inputs = TokenizedTexts([text], self.tokenizer, self.max_len)
+        question = self.question(inputs.ids[0], batch_tokens)
+        probabilities = question.logits.softmax(-1).tolist()
+        by_name = {self.labels[i]: p for i, p in enumerate(probabilities)}
+        label, _ = question.label_names
+        return ExplainedPrediction(text, label, by_name, inputs.truncated[0], explain(question))
+
 
 def load_together(
     runs: dict[str, str], runtime: Runtime | None = None, attention: str = "auto"
@@ -130,15 +173,52 @@ def load_together(
 
 def label_new_reviews(args: argparse.Namespace) -> None:
     """`finetune.py --predict`, from its options to the last answer."""
-    runtime = Runtime.start(args.device, args.precision, args.threads)
+    classifier = _load(args)
+    rows = rows_to_label(args.predict, "--predict", classifier.labels)
+    cut = f"had more than {classifier.max_len} tokens: their two ends were read"
+    predict = functools.partial(classifier.predict, batch_tokens=args.batch_tokens)
+    if args.explain:  # one after the other
+        each = functools.partial(classifier.explain, batch_tokens=args.batch_tokens)
+        predict = functools.partial(map, each)
+    print_answers(rows, predict, args.json, cut)
+
+
+def evaluate_explanations(args: argparse.Namespace) -> None:
+    """`finetune.py --explain --evaluate N`: the deletion test on N test rows, in a table."""
+    classifier, generator = _load(args), torch.Generator().manual_seed(args.seed)
+    texts = [row.text for row in Dataset(args.data, args.test).rows("test")]
+    inputs = TokenizedTexts(texts, classifier.tokenizer, classifier.max_len)
+    chosen, found, tests = [], [], []
+    for i in torch.randperm(len(texts), generator=generator).tolist():
+        words, _ = words_of(torch.from_numpy(inputs.ids[i]).long(), classifier.tokenizer)
+        if len(words) >= 2 * HIDDEN_WORDS:  # or most are hidden, whichever are chosen
+            chosen.append(inputs.ids[i])
+    for ids in classifier.runtime.progress(chosen[: args.evaluate]):
+        question = classifier.question(ids, args.batch_tokens)
+        found.append(explain(question))
+        tests.append(deletion_test(question, found[-1], generator))
+    if not tests:
+        raise UserError(f"{args.data}: no test row has {2 * HIDDEN_WORDS} words")
+    rows = explanations.summarise(tests)
+    if args.json:
+        print(*map(json.dumps, rows), sep="\n")
+        return
+    difference = mean(explanation.difference for explanation in found)
+    print(f"{plural(len(tests), 'test row')} of {args.data}; logit difference {difference:.2f}")
+    print(table(rows, explanations.COLUMNS))
+    largest = max(explanation.error for explanation in found)
+    say(f"integrated gradients: the largest completeness error is {largest:.2%}")
+
+
+def _load(args: argparse.Namespace) -> Classifier:
+    """The model that the options mean; explanations are computed in float32."""
+    precision = "fp32" if args.explain else args.precision
+    runtime = Runtime.start(args.device, precision, args.threads)
     name = _latest_run(args.out) if args.model is None else args.model
     classifier = Classifier.load(name, runtime, args.attention, args.base)
     labels = ", ".join(classifier.labels.values())
     say(f"model: {name}; labels: {labels}; precision: {runtime.precision}")
-    rows = rows_to_label(args.predict, "--predict", classifier.labels)
-    cut = f"had more than {classifier.max_len} tokens: their two ends were read"
-    predict = functools.partial(classifier.predict, batch_tokens=args.batch_tokens)
-    print_answers(rows, predict, args.json, cut)
+    return classifier
 
 
 def _latest_run(out: Path) -> str:

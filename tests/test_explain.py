@@ -1,5 +1,7 @@
 """Explanations: integrated gradients against float64 and known answers, occlusion, rollout, the deletion test."""
 
+import json
+import sys
 from dataclasses import replace
 
 import pytest
@@ -7,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import finetune
 from minitune import explain as module
 from minitune.batching import PackedBatch
+from minitune.checkpoint import save_model
 from minitune.explain import (
     Explanation,
     Question,
@@ -23,7 +27,10 @@ from minitune.explain import (
 )
 from minitune.finetuning import METHODS, build
 from minitune.model import BertConfig, BertForSequenceClassification
+from minitune.prediction import Classifier
 from minitune.support.errors import UserError
+from minitune.support.explanations import coloured, word_table
+from minitune.support.runtime import Runtime
 
 CONFIG = BertConfig(
     vocab_size=70,
@@ -42,9 +49,9 @@ pytestmark = pytest.mark.usefixtures("fixed_seed")
 
 
 def with_opinions(model):
-    """Classifiers begin at zero or nearly so."""
+    """Classifiers, adapters and LoRA begin at zero or nearly so."""
     for name, parameter in model.named_parameters():
-        if "classifier" in name or "adapter" in name:
+        if "classifier" in name or "adapter" in name or name.endswith(".B"):
             nn.init.normal_(parameter, std=0.5)
     return model.eval()
 
@@ -173,8 +180,10 @@ def test_no_weight_and_no_later_answer_changes(model, tokenizer, question):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_can_be_explained(base, tokenizer, method):
-    options = {"adapter_size": 4} if METHODS[method].options else {}
-    question = ask(with_opinions(build(method, base, NAMES, **options)), tokenizer)
+    options = {"adapter": {"adapter_size": 4}}
+    options["lora"] = {"lora_targets": "query,value", "lora_rank": 2, "lora_alpha": 2.0}
+    model = build(method, base, NAMES, **options.get(method, {}))
+    question = ask(with_opinions(model), tokenizer)
     found = explain(question)
     assert found.error <= 0.02 and max(map(abs, found.attributions)) > 1e-3
 
@@ -301,11 +310,11 @@ def test_rollout_multiplies_half_identity_half_attention(model, question):
 
 
 def test_deletion_hides_the_ten_words_that_matter_where_ten_do(tokenizer, monkeypatch):
-    monkeypatch.delitem(module.RANKINGS, "attention rollout")  # there is no attention
+    monkeypatch.setattr(module, "rollout", lambda question: torch.rand(len(question.words)))
     question = ask(BagOfWords(lambda x: x), tokenizer, "so good. " * 5 + "a joke, " * 10)
     own = explain(question)
     values = sorted(own.attributions, reverse=True)
-    found = deletion_test(question, torch.Generator().manual_seed(0))
+    found = deletion_test(question, own, torch.Generator().manual_seed(0))
     for name in ("integrated gradients", "occlusion"):
         assert found[name]["drop"] == pytest.approx(sum(values[:10]), abs=1e-4)
         assert found[name]["spearman"] > 0.5  # equal words are in any order
@@ -320,3 +329,140 @@ def test_spearman_is_the_correlation_of_ranks():
     assert spearman(x, -x) == pytest.approx(-1)
     # Ranks 2 0 1 3 and 0 1 2 3: 1 - 6 (4 + 1 + 1) / (4 · 15).
     assert spearman(x, torch.tensor([0.0, 1.0, 2.0, 3.0])) == pytest.approx(0.4)
+
+
+# finetune.py --explain
+
+
+@pytest.fixture
+def finetune_py(model, tokenizer, tmp_path, monkeypatch, capsys):
+    """Runs the script on a fine-tuned model; returns the lines of stdout."""
+    save_model(model, tokenizer, tmp_path)
+
+    def run(*options):
+        command = ["finetune.py", "--model", str(tmp_path), *options]
+        monkeypatch.setattr(sys, "argv", command)
+        capsys.readouterr()
+        finetune.main()
+        return capsys.readouterr().out.splitlines()
+
+    return run
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_json_has_the_prediction_and_what_each_word_adds_in_float32(finetune_py, precision, model):
+    lines = finetune_py("--predict", *TEXTS, "--explain", "--json", "--precision", precision)
+    plain = finetune_py("--predict", *TEXTS, "--json", "--precision", "fp32")
+    for line, without, text in zip(lines, plain, TEXTS, strict=True):
+        answer, expected = json.loads(line), json.loads(without)
+        why = answer.pop("explanation")
+        assert answer["probabilities"] == pytest.approx(expected["probabilities"], abs=1e-5)
+        assert answer | {"probabilities": 0} == expected | {"probabilities": 0}
+        assert "".join(why["words"]) == text.lower().replace("é", "e").replace(" ", "")
+        total = why["without_words"] + sum(why["attributions"])
+        change = abs(why["difference"] - why["without_words"])
+        assert abs(total - why["difference"]) <= 0.0201 * change
+        assert why["error"] <= 0.02 and why["label"] == answer["label"] != why["other"]
+
+
+def test_a_table_has_all_that_adds_up_and_the_error_of_the_sum(finetune_py):
+    why = json.loads(finetune_py("--predict", TEXT, "--explain", "--json")[0])["explanation"]
+    first, _, *rows, no_words, total, last, _ = finetune_py("--predict", TEXT, "--explain")
+    assert first.startswith(why["label"]) and first.endswith(f"not {why['other']}")
+    pairs = sorted(zip(why["words"], why["attributions"], strict=True), key=lambda p: -abs(p[1]))
+    assert [row.split() for row in rows] == [[word, f"{added:+.2f}"] for word, added in pairs]
+    assert float(no_words.split()[-1]) == pytest.approx(why["without_words"], abs=0.006)
+    assert float(total.split()[-1]) == pytest.approx(why["difference"], abs=0.006)
+    assert f"completeness error {why['error']:.2%} with {why['steps']} steps" in last
+    assert "trusted" not in last
+
+
+def test_an_explanation_with_a_wrong_sum_says_so(finetune_py, monkeypatch):
+    monkeypatch.setattr(module, "MOST_STEPS", module.FIRST_STEPS)
+    monkeypatch.setattr(module, "integrated_gradients", lambda question, _: question.ids / 7.0)
+    lines = finetune_py("--predict", TEXT, "--explain")
+    assert "not to be trusted" in lines[-2]
+
+
+def test_a_terminal_gets_the_words_in_colours(finetune_py, monkeypatch):
+    why = json.loads(finetune_py("--predict", TEXT, "--explain", "--json")[0])["explanation"]
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    _, words, legend, _ = finetune_py("--predict", TEXT, "--explain")
+    assert words == coloured(why["words"], why["attributions"])
+    assert f"blue: for {why['label']}; orange: for {why['other']}" in legend
+
+
+def test_colours_say_the_sign_and_grow_with_the_number():
+    line = coloured(["a", "b", "c", "d", "e"], [8.0, 1.0, -1.0, -4.0, 0.9])
+    assert line.split() == [
+        "\033[30;48;5;75ma\033[0m", "\033[30;48;5;195mb\033[0m", "\033[30;48;5;230mc\033[0m",
+        "\033[30;48;5;208md\033[0m", "e",
+    ]  # fmt: skip
+    assert coloured(["a", "b"], [0.0, 0.0]) == "a b"
+
+
+def test_a_table_of_many_words_has_the_sum_of_those_it_leaves_out():
+    numbers = [(-1) ** i * i / 4 for i in range(30)]
+    _, *rows, rest, last = word_table(list(map(str, range(30))), numbers, {"all": 7.0}).split("\n")
+    assert [row.split()[0] for row in rows] == [str(i) for i in range(29, 9, -1)]
+    assert rest.split() == ["(10", "other", "words)", f"{sum(numbers[:10]):+.2f}"]
+    assert last.split() == ["all", "+7.00"]
+
+
+@pytest.fixture
+def reviews(tmp_path):
+    """A file whose test rows are two long texts and a short one of each label."""
+    file, texts = tmp_path / "reviews.csv", [f"{text} {TEXT} {TEXT}" for text in TEXTS[1:]]
+    rows = [
+        f'"{text}",{label}' for label in NAMES.values() for text in [*texts * 9, "so good", *texts]
+    ]
+    file.write_text("\n".join(["text,label", *rows]))
+    return file
+
+
+def test_the_deletion_test_is_on_long_test_rows_and_the_same_for_a_seed(finetune_py, reviews):
+    command = ["--explain", "--evaluate", "4", "--data", str(reviews), "--json"]
+    rows = [json.loads(line) for line in finetune_py(*command)]
+    names = ["integrated gradients", "occlusion", "attention rollout", "random"]
+    assert [row["ranking"] for row in rows] == names
+    assert [row["texts"] for row in rows] == [4] * 4
+    for row in rows:
+        assert row["times_random"] == pytest.approx(row["drop"] / rows[-1]["drop"])
+    assert rows[1]["spearman"] == pytest.approx(1) and abs(rows[0]["spearman"]) <= 1
+    assert [json.loads(line) for line in finetune_py(*command)] == rows
+    first, header, *table = finetune_py(*command[:-1])
+    assert first.startswith("4 test rows of ")
+    assert [line.split("  ")[0] for line in table] == names
+    assert f"{rows[0]['drop']:.2f}" in table[0] and f"{rows[0]['spearman']:.2f}" in table[0]
+    more = [
+        json.loads(line) for line in finetune_py("--evaluate", "99", *command[:1], *command[3:])
+    ]
+    assert more[0]["texts"] == 6  # of nine test rows three are short
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--explain"],
+        ["--evaluate", "3"],
+        ["--predict", "so good", "--evaluate", "3"],
+        ["--predict", "so good", "--evaluate", "3", "--explain"],
+    ],
+)
+def test_explain_goes_with_one_of_two_jobs(finetune_py, options):
+    with pytest.raises(UserError, match="--explain goes with --predict TEXT, or with --evaluate N"):
+        finetune_py(*options)
+
+
+def test_test_rows_that_are_too_short_are_an_error_of_one_line(finetune_py, tmp_path):
+    file = tmp_path / "short.csv"
+    file.write_text("text,label\n" + "so good,good\nawful,bad\n" * 20)
+    with pytest.raises(UserError, match="no test row has 20 words"):
+        finetune_py("--explain", "--evaluate", "3", "--data", str(file))
+
+
+def test_from_python_too(model, tokenizer):
+    classifier = Classifier(model, tokenizer, NAMES, 16, Runtime.start("cpu", "fp32"))
+    answer = classifier.explain(TEXT)
+    assert answer.truncated and len(answer.explanation.words) < 14
+    assert answer.label == classifier.predict([TEXT])[0].label

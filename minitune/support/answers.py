@@ -31,14 +31,20 @@ class Prediction:
         facts = {"label": self.label, "probability": f"{self.probabilities[self.label]:.4f}"}
         return facts | {"truncated": str(self.truncated).lower(), "text": self.text}
 
+    def show(self, header: bool) -> str:
+        """The answer as a line of CSV, below the names of the columns if `header`."""
+        cells = self.cells()
+        lines = [cells.keys(), cells.values()] if header else [cells.values()]
+        return "\n".join(map(_csv_line, lines))
+
 
 def print_answers(
     rows: Iterable[tuple | None],
-    predict: Callable[[list[str]], list[Prediction]],
+    predict: Callable[[list[str]], Iterable[Prediction]],
     as_json: bool,
     cut: str,
 ) -> None:
-    """Answer texts block by block, and print one line for each, as CSV or JSON.
+    """Answer texts block by block, and print each answer: a line of JSON, or what it shows.
 
     A row begins with (text, its right label or None). None instead of a row: answer those before
     it now. How many texts were too long, of which `cut` says what happened to them, and the
@@ -48,13 +54,8 @@ def print_answers(
     for block in _blocks(rows):
         answers = predict([text for text, *_ in block])
         for (_, label, *_), answer in zip(block, answers, strict=True):
-            if as_json:
-                print(json.dumps(asdict(answer), ensure_ascii=False))
-            else:
-                cells = answer.cells()
-                if count == 0:
-                    print(_csv_line(cells))
-                print(_csv_line(cells.values()))
+            line = json.dumps(asdict(answer), ensure_ascii=False) if as_json else None
+            print(line or answer.show(header=count == 0))
             count += 1
             truncated += answer.truncated
             labelled += label is not None

@@ -15,7 +15,8 @@ from minitune.support.errors import UserError
 from minitune.support.runtime import keep_freed_memory
 
 # Options that say what to do in this call, not how a run is computed.
-NOT_SAVED = {"help", "out", "resume", "overwrite", "predict", "base", "json", "merge", "weights"}
+NOT_SAVED = {"help", "out", "resume", "overwrite", "predict", "explain", "evaluate", "base", "json"}
+NOT_SAVED |= {"merge", "weights"}
 LONGEST_ERROR = 600  # characters; an option may hold a whole book
 
 
