@@ -5,9 +5,9 @@
     python train.py --init minilm --out runs/more   continue from real weights
     python train.py --resume                        continue after a kill or Ctrl-C
 
-The steps below are those of any pretraining: choose a model, get text and its vocabulary, mask
-words, train, look at the result. What is written to --out loads here, and in `transformers` as
-BertForMaskedLM.
+The numbered steps in `pretrain` are those of any pretraining: choose a model, get text and a
+vocabulary, mask words, train, look at the result. The directory --out can be loaded here, and in
+`transformers` as BertForMaskedLM.
 """
 
 import argparse
@@ -37,8 +37,9 @@ from minitune.training import Trainer
 
 STARTED = time.monotonic()
 PEAK_LR = {"muon": 0.01, "adamw": 0.001}
-FEW_STEPS = 200  # in a run that is planned by time
+FEW_STEPS = 200  # where a run is planned by time
 TOO_FEW = "warning: so few steps teach next to nothing; take more --minutes or a smaller --preset"
+# Options that may differ when a run is resumed.
 MAY_CHANGE = {"lr", "adamw_lr", "save_minutes", "device", "threads", "precision", "attention"}
 
 
@@ -84,13 +85,13 @@ def pretrain(args: argparse.Namespace, run: Run) -> None:
     """The job, top to bottom. With --resume, options that are not given are the run's."""
     runtime = Runtime.start(args.device, args.precision, args.threads)
     if run.is_finished:
-        run.clean_up()  # killed between its last two lines
+        run.clean_up()  # it may have been killed just before that
         runtime.log(f"{args.out} is finished; its figures are in {args.out}/metrics.json")
         return
     if args.resume and not run.settings:
         runtime.log(f"nothing to resume in {args.out}: starting from step 0")
 
-    # 1. The model: a preset with random weights, made in step 2; or real weights.
+    # 1. The model: pretrained weights, or a preset, which gets random weights in step 2.
     torch.manual_seed(args.seed)
     source = find_model(args.init) if args.init else None
     config = read_config(source) if source else PRESETS[args.preset]
@@ -103,7 +104,8 @@ def pretrain(args: argparse.Namespace, run: Run) -> None:
         origin = f"{args.init} ({source}), its masked-LM head {'too' if has_head else 'new'}"
     runtime.log(f"model: {origin}")
 
-    # 2. The text as token ids, and for a new model a vocabulary. The main process tokenises.
+    # 2. The text as token ids, and for a new model a vocabulary. Of several processes the main one
+    #    tokenises, and the others wait.
     dataset = Dataset(args.data)
     key = Corpus.key(dataset, tokenizer, args.vocab_size)
     if run.settings.get("corpus", key) != key:
@@ -151,7 +153,7 @@ def pretrain(args: argparse.Namespace, run: Run) -> None:
             runtime.log(TOO_FEW)
     final = trainer.train()
 
-    # 5. Write the result, and only then look at it.
+    # 5. Write the result first, then look at it.
     guessed = f"{final['accuracy']:.1%} of the masked tokens right"
     runtime.log(f"validation: loss {final['loss']:.3f}, {guessed}")
     runtime.close()
@@ -182,20 +184,19 @@ def pretrain(args: argparse.Namespace, run: Run) -> None:
 
 
 def fill_examples(fill_mask: FillMask, chunks: Chunks, count: int = 3) -> list[str]:
-    """Lines that show the model at work: held-out texts, a word masked in each, and its guesses."""
+    """Lines to print: validation texts with one word masked, and the model's guesses."""
     tokenizer, token, lines = fill_mask.tokenizer, fill_mask.tokenizer.token, []
     for chunk in chunks.read(torch.linspace(0, len(chunks) - 1, count).long().unique().tolist()):
         ids = tokenizer.frame(chunk[1:-1][:20].tolist())
         starts_word = ~tokenizer.continuation[ids]
-        # The longest word, a harder example than "the"; and a whole one, or it would be easy.
-        whole = [i for i in range(len(ids) - 1) if token(ids[i]).isalpha() and starts_word[i + 1]]
-        if whole:
-            masked = max(whole, key=lambda i: len(token(ids[i])))
+        # The longest word, and one that is a single token: the rest of a word would give it away.
+        words = [i for i in range(len(ids) - 1) if token(ids[i]).isalpha() and starts_word[i + 1]]
+        if words:
+            masked = max(words, key=lambda i: len(token(ids[i])))
             query = ClozeQuery([*ids[:masked], tokenizer.mask_id, *ids[masked + 1 :]], [masked])
-            [[words]] = fill_mask.words([query], 4)
-            text = tokenizer.decode(query.ids[1:-1]).replace("[MASK]", "____")
-            lines.append(f"  {text}")
-            lines.append(f"      it was: {token(ids[masked])}; the model says: {in_words(words)}")
+            [[guesses]] = fill_mask.words([query], 4)
+            lines.append("  " + tokenizer.decode(query.ids[1:-1]).replace("[MASK]", "____"))
+            lines.append(f"      it was: {token(ids[masked])}; the model says: {in_words(guesses)}")
     return lines
 
 

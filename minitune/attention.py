@@ -1,22 +1,20 @@
-"""Attention over packed sequences: one function, several ways to compute it.
+"""Self-attention over packed sequences: one function, several ways to compute it.
 
-A batch holds its sequences laid end to end with no padding, so the T tokens of B sequences come
-with `cu_seqlens` (B+1,), the cumulative lengths: sequence b is rows
-`cu_seqlens[b]:cu_seqlens[b+1]`. Attention is the only part of the model that looks at them: a token
-attends to the tokens of its sequence and to nothing else (Vaswani et al. 2017, section 3.2.1,
-without a causal mask, as in BERT).
+In a packed batch the T tokens of B sequences are laid end to end, and `cu_seqlens` (B+1,) has the
+cumulative lengths: sequence b is the rows `cu_seqlens[b]:cu_seqlens[b+1]`. Attention is the only
+part of the model that needs them. A token attends to all tokens of its sequence and to no others
+(Vaswani et al. 2017, section 3.2.1; without a causal mask, as in BERT).
 
-    q             (M, H, D)   M queries (T, or some tokens only), H heads, D dimensions a head
+    q             (M, H, D)   M queries (all T tokens or some of them), H heads of D dimensions
     k, v          (T, H, D)
     cu_seqlens_q  (B+1,)      int32, the cumulative numbers of queries
     cu_seqlens    (B+1,)      int32
     max_seqlen                the length of the longest sequence
     returns       (M, H, D)
 
-Read `one_sequence` for what is computed and `Tiled` for how FlashAttention computes the same
-without ever holding all scores. fast/triton_attention.py does that on a GPU;
-fast/padded_attention.py suits a CPU. No backend drops attention weights at random: minitune trains
-without dropout there.
+Read `one_sequence` for what is computed, and `Tiled` for how FlashAttention computes the same
+without holding all scores at once. fast/triton_attention.py does that on a GPU, and
+fast/padded_attention.py is fast on a CPU. There is no dropout of attention weights.
 """
 
 import importlib.util
@@ -44,7 +42,7 @@ def one_sequence(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """The definition for a packed batch: a sequence at a time, and the results end to end."""
+    """The definition for a packed batch: one sequence after another."""
     counts, lengths = cu_seqlens_q.diff().tolist(), cu_seqlens.diff().tolist()
     sequences = zip(q.split(counts), k.split(lengths), v.split(lengths), strict=True)
     return torch.cat([one_sequence(*qkv) for qkv in sequences])
@@ -53,34 +51,31 @@ def reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens:
 class Tiled(torch.autograd.Function):
     """FlashAttention (Dao et al. 2022) in plain torch: exact, in memory that grows with T, not T².
 
-    `reference` needs a whole row of scores before it can divide by the row's sum. The way out is
-    the online softmax (Milakov & Gimelshein 2018). Take the keys a block at a time, and keep for
-    each query
+    `one_sequence` needs a whole row of scores before it can divide by the sum of the row. The
+    online softmax (Milakov & Gimelshein 2018) does not. It takes the keys a block at a time and
+    keeps for each query
 
         top      the largest score so far
         total    Σ exp(score − top)  over the keys so far
         out      Σ exp(score − top) · value
 
-    When a block brings a larger score, `total` and `out` are relative to the wrong one; multiplying
-    both by exp(old top − new top) puts that right. After the last block out / total is the answer,
-    and lse = top + log(total), the log of Σ exp(score), is all that the backward pass needs to know
-    of the softmax: it recomputes any block of the weights as P = exp(S − lse) instead of storing
-    them.
+    If a block has a larger score, then `total` and `out` were computed with the wrong `top`, which
+    multiplying both by exp(old top − new top) corrects. After the last block the result is out /
+    total. The backward pass needs only lse = top + log(total), the log of Σ exp(score): from it any
+    block of weights can be recomputed as P = exp(S − lse), so that no weights are stored.
 
-    With dO, the gradient of the output, the chain rule through S = q kᵀ, P = softmax(S), O = P v
-    reads
+    Let dO be the gradient of the output. The chain rule for S = q kᵀ, P = softmax(S), O = P v gives
 
         dv = Pᵀ dO      dP = dO vᵀ      dS = P ∘ (dP − δ)      dq = dS k      dk = dSᵀ q
 
-    where δ = Σ_keys P ∘ dP, from the softmax's own derivative, seems to need whole rows again. But
-    it equals the row sum of dO ∘ O (Dao 2023, FlashAttention-2), so block by block is enough here
-    too.
+    where δ = Σ_keys P ∘ dP comes from the derivative of the softmax. It is a sum over a whole row,
+    but it equals the row sum of dO ∘ O (Dao 2023, FlashAttention-2), which is known beforehand.
 
-    From forward to backward it keeps q, k, v, the output and lse. Blocks are summed in float32
-    (float64 for float64 inputs) and in a fixed order, so equal inputs give equal bits.
+    Kept for the backward pass are q, k, v, the output and lse. Sums are in float32 (float64 for
+    float64 inputs) and in a fixed order, so that equal inputs give equal bits.
     """
 
-    KEY_BLOCK = 64  # keys at a time; the largest tensor is a block of scores, M·H·KEY_BLOCK numbers
+    KEY_BLOCK = 64  # keys in a block; the largest tensor has M·H·KEY_BLOCK scores
 
     @staticmethod
     def forward(
@@ -89,7 +84,7 @@ class Tiled(torch.autograd.Function):
         out = torch.empty_like(q)
         lse = torch.empty_like(q[..., :1], dtype=torch.promote_types(q.dtype, torch.float32))
         with torch.autocast(q.device.type, enabled=False):  # float32 stays float32 in here
-            # Groups of sequences of equal length, as views (sequences, H, length, D).
+            # Sequences of equal length are one batch, as views (sequences, H, length, D).
             for q1, out1, lse1, k1, v1 in equal_lengths(
                 cu_seqlens_q, cu_seqlens, [q, out, lse], [k, v]
             ):
@@ -112,7 +107,7 @@ class Tiled(torch.autograd.Function):
 
 
 def _tiled_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """The output (sequences, H, m, D) and lse (sequences, H, m, 1) of one batch."""
+    """The output (sequences, H, m, D) and lse (sequences, H, m, 1) of q, k and v."""
     q = q * q.size(-1) ** -0.5
     top = q.new_full((*q.shape[:-1], 1), -torch.inf)
     total, out = torch.zeros_like(top), torch.zeros_like(q)
@@ -120,7 +115,7 @@ def _tiled_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         scores = q @ k1.mT  # (sequences, H, m, KEY_BLOCK)
         old_top, top = top, torch.maximum(top, scores.amax(-1, keepdim=True))
         weights = torch.exp(scores - top)
-        correction = torch.exp(old_top - top)  # 0 for the first block: nothing has been summed yet
+        correction = torch.exp(old_top - top)  # 0 for the first block
         total = correction * total + weights.sum(-1, keepdim=True)
         out = correction * out + weights @ v1
     return out / total, top + total.log()
@@ -129,7 +124,7 @@ def _tiled_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def _tiled_backward(
     q: Tensor, out: Tensor, lse: Tensor, d_out: Tensor, k: Tensor, v: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of its q (sequences, H, m, D), k and v (sequences, H, n, D)."""
+    """The gradients of q (sequences, H, m, D), k and v (sequences, H, n, D)."""
     scale = q.size(-1) ** -0.5
     q = q * scale
     delta = (d_out * out).sum(-1, keepdim=True)  # (sequences, H, m, 1)
@@ -144,7 +139,7 @@ def _tiled_backward(
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """torch's own fused attention: one call for all neighbours of equal lengths."""
+    """torch's fused attention, one call for neighbouring sequences of equal length."""
     outputs = []
     for q1, k1, v1 in equal_lengths(cu_seqlens_q, cu_seqlens, [q], [k, v]):
         out = F.scaled_dot_product_attention(q1, k1, v1)  # (sequences, H, m, D)
@@ -153,7 +148,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens: Tens
 
 
 def padded(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Padded to few shapes in training (fast/padded_attention.py); without gradients, sdpa."""
+    """Padded to few different shapes in training (fast/padded_attention.py); else sdpa."""
     if torch.is_grad_enabled() and q.requires_grad:
         return Padded.apply(q, k, v, cu_seqlens_q, cu_seqlens)
     return sdpa(q, k, v, cu_seqlens_q, cu_seqlens)
@@ -164,14 +159,11 @@ BACKENDS = [*ON_ANY_DEVICE, "triton"]
 
 
 def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype, head_size: int) -> str:
-    """The backend that "auto" stands for; any other name is returned as it is.
+    """The name of the backend; "auto" is replaced by a fast one. UserError if triton cannot run.
 
-    Measured on CPUs with bfloat16 arithmetic (tests/benchmarks/LOG.md): in bfloat16 plain matrix
-    multiplications are about twice as fast as torch's fused kernel and its backward pass, where
-    the same shapes recur; in float32 the fused kernel is ahead. On a GPU the Triton kernels where
-    they run, since one call serves sequences of all lengths.
-
-    Raises UserError where "triton" is named and cannot run.
+    On CPUs with fast bfloat16 plain matrix multiplications of few shapes take half the time of
+    torch's fused kernel, while in float32 the fused kernel is faster (tests/benchmarks/LOG.md). On
+    a GPU one call of the Triton kernels is enough for sequences of all lengths.
     """
     if backend == "triton" and (obstacle := obstacle_to_triton(device, head_size)):
         raise UserError(f"--attention triton: {obstacle}")
@@ -184,12 +176,12 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype, head
 
 def obstacle_to_triton(device: torch.device, head_size: int) -> str:
     """Why the kernels of fast/triton_attention.py cannot run here; empty if they can."""
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":  # kernels in numpy
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":  # run them in numpy
         return "it needs a CUDA device"
     if not importlib.util.find_spec("triton"):
         return "the package triton is not installed"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        return "it needs a GPU of compute capability 8.0 or more"  # what triton itself supports
+        return "it needs a GPU of compute capability 8.0 or more"  # as triton itself
     if head_size not in (32, 64, 128):
         return f"it needs heads of 32, 64 or 128, and the model's have {head_size}"
     return ""
@@ -204,9 +196,9 @@ def attention(
     backend: str = "sdpa",
     cu_seqlens_q: Tensor | None = None,
 ) -> Tensor:
-    """Attend within each sequence of a packed batch; shapes as at the top of this file.
+    """Attention within each sequence of a packed batch. The shapes are at the top of this file.
 
-    Without `cu_seqlens_q` every token is a query. Raises KeyError for an unknown backend.
+    Without `cu_seqlens_q` all tokens are queries. Raises KeyError for an unknown backend.
     """
     cu_seqlens_q = cu_seqlens if cu_seqlens_q is None else cu_seqlens_q
     if backend == "triton":  # imported here: not every machine has the package

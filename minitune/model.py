@@ -1,14 +1,14 @@
 """BERT (Devlin et al. 2019), every line of it, over packed batches.
 
-The architecture is BERT to the letter: post-LayerNorm, learned positions, token types, exact GELU,
-a masked-LM decoder tied to the word embeddings. A batch is its T tokens laid end to end (see
-attention.py), so no sequence is padded.
+The architecture is exactly BERT's: post-LayerNorm, learned positions, token types, exact GELU, and
+a masked-LM decoder whose matrix is that of the word embeddings. A batch is its T tokens laid end to
+end (batching.py), so no sequence is padded.
 
-Two things are here for speed alone. Where a head reads hidden states at M positions only, the last
-layer computes no others. And what comes from fast/layers.py is to be read as follows: pad_rows(x)
-is x, ByteDropout is Dropout, gelu_linear(x, linear) is linear(gelu(x)).
+Two things are for speed alone. If a head reads hidden states at M positions only, the last layer
+computes only these. And fast/layers.py has faster versions of simple things. Read pad_rows(x) as x,
+ByteDropout as Dropout, and gelu_linear(x, linear) as linear(gelu(x)).
 
-Shapes: T tokens, B sequences, M positions that a head reads, R rows (T or M, and those that
+Shapes: T tokens, B sequences, M positions that a head reads, R rows (T or M, plus the rows that
 `pad_rows` adds), C = hidden_size, H heads, D = C / H, V = vocab_size.
 """
 
@@ -25,20 +25,20 @@ from minitune.fast.layers import ByteDropout, gelu_linear, pad_rows
 
 @dataclass
 class BertConfig:
-    """The fields of a BERT `config.json` that shape the computation, under the names used there."""
+    """The sizes of a model, under the names that they have in a BERT `config.json`."""
 
     vocab_size: int = 8192
     hidden_size: int = 256
     num_hidden_layers: int = 4
-    num_attention_heads: int = 4  # heads of 64, the size that attention kernels like best
+    num_attention_heads: int = 4  # heads of 64, for which attention kernels are fast
     intermediate_size: int = 1024  # 4 × hidden, as in every BERT
     max_position_embeddings: int = 512
     type_vocab_size: int = 2
     layer_norm_eps: float = 1e-12
-    hidden_dropout_prob: float = 0.0  # a short run never sees a text often enough to overfit it
+    hidden_dropout_prob: float = 0.0  # a short run reads no text often enough to overfit
     initializer_range: float = 0.02
     pad_token_id: int = 0
-    # Names of the labels in the order of the classifier's outputs; empty where there is none.
+    # The names of a classifier's labels, in the order of its outputs.
     id2label: dict[int, str] = field(default_factory=dict)
 
     @property
@@ -55,14 +55,14 @@ PRESETS = {
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm in float32, whatever autocast is doing around it."""
+    """LayerNorm in float32, also under autocast."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x.float(), self.normalized_shape, self.weight, self.bias, self.eps)
 
 
 class Embeddings(nn.Module):
-    """Word + position + token type, then LayerNorm: (R, C), the T tokens and padding rows."""
+    """The sum of word, position and token-type embedding, then LayerNorm: (R, C)."""
 
     def __init__(self, config: BertConfig):
         super().__init__()
@@ -76,7 +76,7 @@ class Embeddings(nn.Module):
         starts = batch.cls_positions[batch.sequence_ids]
         positions = torch.arange(batch.tokens.numel(), device=starts.device) - starts
         x = self.word(pad_rows(batch.tokens)) + self.position(pad_rows(positions))
-        x = x + self.token_type.weight[0]  # minitune reads single texts: every token is of type 0
+        x = x + self.token_type.weight[0]  # single texts, not pairs: every token has type 0
         return self.dropout(self.norm(x))  # (R, C)
 
 
@@ -86,7 +86,7 @@ class SelfAttention(nn.Module):
     def __init__(self, config: BertConfig, backend: str):
         super().__init__()
         self.heads, self.backend = config.num_attention_heads, backend
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)  # three maps in one
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)  # query, key and value
         self.out = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor, batch: PackedBatch, positions: Tensor | None = None) -> Tensor:
@@ -100,7 +100,7 @@ class SelfAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear maps with a GELU between, applied to every token by itself."""
+    """Two linear maps with a GELU in between, for each token by itself."""
 
     def __init__(self, config: BertConfig):
         super().__init__()
@@ -112,7 +112,7 @@ class FeedForward(nn.Module):
 
 
 class Layer(nn.Module):
-    """One transformer block. Post-LayerNorm: normalise after each residual sum."""
+    """One transformer layer. Post-LayerNorm: it normalises after each residual sum."""
 
     def __init__(self, config: BertConfig, backend: str):
         super().__init__()
@@ -121,12 +121,12 @@ class Layer(nn.Module):
         self.feed_forward = FeedForward(config)
         self.feed_forward_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = ByteDropout(config.hidden_dropout_prob)
-        # Where adapters.py puts its bottlenecks: after dropout, before the residual sum.
+        # Here adapters.py inserts its bottlenecks: after dropout, before the residual sum.
         self.attention_adapter = nn.Identity()
         self.feed_forward_adapter = nn.Identity()
 
     def forward(self, x: Tensor, batch: PackedBatch, positions: Tensor | None = None) -> Tensor:
-        """(R, C) of all tokens to (R, C) of all, or of those at ascending `positions`."""
+        """From (R, C) of all tokens to (R, C) of all, or of those at ascending `positions`."""
         y = self.attention_adapter(self.dropout(self.attention(x, batch, positions)))
         if positions is not None:
             x = x.index_select(0, pad_rows(positions))
@@ -136,7 +136,7 @@ class Layer(nn.Module):
 
 
 class Bert(nn.Module):
-    """Embeddings and a stack of layers: a packed batch in, one vector a token out."""
+    """The encoder: embeddings and layers. It gives one vector for each token of a packed batch."""
 
     def __init__(self, config: BertConfig, attention_backend: str = "sdpa"):
         super().__init__()
@@ -163,7 +163,7 @@ class Pooler(nn.Module):
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
     def positions(self, batch: PackedBatch) -> Tensor | None:
-        """Where it reads hidden states, ascending; None is everywhere."""
+        """The ascending positions of the hidden states that it reads; None: all."""
         return batch.cls_positions
 
     def forward(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
@@ -178,7 +178,7 @@ def mean_of_tokens(hidden: Tensor, batch: PackedBatch) -> Tensor:
 
 
 class MeanPooler(nn.Module):
-    """Another summary of a sequence, not in BERT: the mean over its tokens. It has no weights."""
+    """Another summary of a sequence, which BERT does not have: the mean over its tokens."""
 
     def positions(self, batch: PackedBatch) -> Tensor | None:
         return None
@@ -187,12 +187,12 @@ class MeanPooler(nn.Module):
         return mean_of_tokens(hidden, batch)  # (B, C)
 
 
-# By the name that is saved with a model. To add one: a class here, its name in a row of METHODS.
+# By the name that is saved with a model. A new one is a class here, named in a row of METHODS.
 POOLERS = {"cls": Pooler, "mean": lambda config: MeanPooler()}
 
 
 class MaskedLMHead(nn.Module):
-    """Scores every word of the vocabulary. The decoder's matrix is the word embedding itself."""
+    """Scores for all tokens of the vocabulary. Its last matrix is that of the word embeddings."""
 
     def __init__(self, config: BertConfig):
         super().__init__()
@@ -205,7 +205,7 @@ class MaskedLMHead(nn.Module):
 
 
 class BertForMaskedLM(nn.Module):
-    """BERT with the head that pretraining uses."""
+    """BERT with the head for pretraining."""
 
     def __init__(self, config: BertConfig, attention_backend: str = "sdpa"):
         super().__init__()
@@ -217,13 +217,13 @@ class BertForMaskedLM(nn.Module):
     def forward(self, batch: PackedBatch, positions: Tensor) -> Tensor:
         """Logits (M, V) at M positions in the packed tokens, in any order."""
         ascending, order = positions.sort()
-        # argsort of a permutation is its inverse: back to the order of `positions`.
+        # The argsort of a permutation is its inverse: back to the order of `positions`.
         hidden = self.bert(batch, ascending).index_select(0, order.argsort())
         return self.head(pad_rows(hidden), self.bert.embeddings.word.weight)[: positions.numel()]
 
 
 class BertForSequenceClassification(nn.Module):
-    """BERT with the head that fine-tuning uses: one score a label for each sequence."""
+    """BERT with the head for fine-tuning: one score for each label of a sequence."""
 
     def __init__(self, config: BertConfig, attention_backend: str = "sdpa", pooling: str = "cls"):
         """`pooling` is a key of POOLERS."""
@@ -242,7 +242,7 @@ class BertForSequenceClassification(nn.Module):
 
 
 def initialize(module: nn.Module, config: BertConfig) -> None:
-    """BERT's initial weights: normal with a small spread, zero biases."""
+    """BERT's initial weights: normally distributed with a small spread; biases are zero."""
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=config.initializer_range)
     if isinstance(module, nn.Linear):

@@ -1,4 +1,4 @@
-"""What makes layers fast on a CPU and changes no result."""
+"""Faster versions of simple operations on a CPU, with the same results."""
 
 from collections.abc import Iterator
 from itertools import groupby
@@ -12,9 +12,10 @@ ROW_MULTIPLE = 64
 
 
 def pad_rows(x: Tensor) -> Tensor:
-    """(N, …) and rows of zeros, up to a multiple of 64, or of a higher power of two for large N.
+    """Append rows of zeros to (N, …), on a CPU only; the result has a multiple of 64 rows.
 
-    They are at most an eighth of N, or fewer than 64; on another device than a CPU there are none.
+    From 1,024 rows on it is a multiple of a higher power of two. There are fewer than 64 new rows,
+    or at most N / 8.
 
     The matrices of a network then have few different numbers of rows. On a CPU with bfloat16
     arithmetic oneDNN compiles a kernel for each number, which took a tenth of all training.
@@ -27,13 +28,13 @@ def pad_rows(x: Tensor) -> Tensor:
 
 
 def gelu_linear(x: Tensor, linear: nn.Module) -> Tensor:
-    """linear(gelu(x)), with gelu(x) recomputed in the backward pass instead of kept.
+    """linear(gelu(x)), where gelu(x) is not kept for the backward pass but recomputed there.
 
-    That is an eighth less of all that a layer keeps, for one more GELU (checkpointing, Chen et al.
-    2016). `linear` may be any module.
+    A layer then keeps an eighth less memory, for one more GELU (checkpointing, Chen et al. 2016).
+    `linear` may be any module.
     """
     y = F.gelu(x)
-    place = y.data_ptr(), y.shape  # a reference to y itself would keep it
+    place = y.data_ptr(), y.shape  # to recognise y without a reference, which would keep it
 
     def pack(kept: Tensor) -> Tensor | None:
         return None if (kept.data_ptr(), kept.shape) == place else kept
@@ -46,9 +47,9 @@ def gelu_linear(x: Tensor, linear: nn.Module) -> Tensor:
 
 
 class ByteDropout(nn.Dropout):
-    """nn.Dropout, on a CPU by one random byte a number, with p rounded to a multiple of 1/256.
+    """nn.Dropout, which on a CPU draws one random byte for each number, not a float.
 
-    nn.Dropout draws a float for each number, which takes four times as long as all of this.
+    That takes a quarter of the time. `p` is rounded to a multiple of 1/256.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -58,7 +59,7 @@ class ByteDropout(nn.Dropout):
         words = torch.empty(-(-x.numel() // 8), dtype=torch.int64)
         words.random_(-(2**63), None)  # all 64 bits
         noise = words.view(torch.uint8)[: x.numel()].view(x.shape)
-        # 0 or 1, not by a comparison: bools take three times as long. Autograd keeps the bytes.
+        # Bytes of 0 and 1, which autograd keeps. Bools from a comparison take three times as long.
         kept = noise.clamp_(drop - 1, drop).sub_(drop - 1)
         return (x * kept).mul_(256 / (256 - drop))
 
@@ -66,11 +67,11 @@ class ByteDropout(nn.Dropout):
 def equal_lengths(
     cu_seqlens_q: Tensor, cu_seqlens: Tensor, of_queries: list[Tensor], of_keys: list[Tensor]
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Neighbouring sequences with equally many queries m and equally many keys n, as one batch.
+    """Group neighbouring sequences that have equally many queries m and equally many keys n.
 
-    They come as views: (sequences, H, m, …) of each tensor (M, H, …) of queries, then (sequences,
-    H, n, …) of each tensor (T, H, …) of keys. One call computes a batch, which is fast where
-    sequences are sorted by length.
+    For each group it yields views: (sequences, H, m, …) of each tensor (M, H, …) in `of_queries`,
+    then (sequences, H, n, …) of each tensor (T, H, …) in `of_keys`. Attention then takes one call
+    for each group, and groups are large where sequences are sorted by length.
     """
     lengths = zip(cu_seqlens_q.diff().tolist(), cu_seqlens.diff().tolist(), strict=True)
     runs = [(len(list(run)), m, n) for (m, n), run in groupby(lengths)]

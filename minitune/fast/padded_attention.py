@@ -1,10 +1,10 @@
 """Attention by plain matrix multiplications over padded lengths, for a CPU that has bfloat16.
 
-There oneDNN compiles a kernel for every new shape of a multiplication, in 1 to 3 ms, and texts come
-in all lengths: compiling was a third of a training step. Lengths that are multiples of 64 are few,
-and come again. So here, and only here, rows of zeros stand after a text; a bias hides them as keys,
-and as queries their outputs are not read. Neighbours so short that they fit into 64 rows together
-share them, and the bias hides the keys of each from the other.
+There oneDNN compiles a kernel for every new shape of a multiplication, in 1 to 3 ms. Texts have all
+lengths, and so a third of a training step was compiling. There are only a few multiples of 64, so
+here, and only here, sequences are padded with rows of zeros to such a length. An attention bias
+hides these rows as keys, and their outputs as queries are not read. Short neighbours that fit into
+64 rows together share them, and the bias hides the keys of each from the others.
 """
 
 import functools
@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-KEY_MULTIPLE = 64  # of rows of keys, and of queries where these are the same tokens
-QUERY_MULTIPLE = 16  # of rows of queries where only some tokens are queries
-GROUP_SCORES = 2**22  # of several blocks at most; a quarter takes 1.2 to 1.3 times as long
-# The softmax of a token, H·n numbers, is kept for the backward pass if it takes no more than so
-# many hidden vectors of H·D (with heads of 64: up to 512 tokens). Else it is recomputed.
+KEY_MULTIPLE = 64  # keys are padded to a multiple of this, and queries if they are all tokens
+QUERY_MULTIPLE = 16  # queries are padded to a multiple of this if they are some of the tokens
+GROUP_SCORES = 2**22  # in one multiplication at most; a quarter of it takes 1.2 times as long
+# The attention weights of a token, H·n numbers, are kept for the backward pass if they are no more
+# than 8 vectors of H·D numbers (with heads of 64: up to 512 tokens). Else they are recomputed.
 KEPT_VECTORS = 8
 
 Lengths = tuple[int, ...]  # cumulative, starting with 0
@@ -29,9 +29,8 @@ Lengths = tuple[int, ...]  # cumulative, starting with 0
 class Padded(torch.autograd.Function):
     """softmax(q kᵀ / √D) v for packed q (M, H, D), k and v (T, H, D).
 
-    It keeps padded q, k and v, and the softmax only where it is small.
-
-    Raises ValueError where the cumulative lengths do not end with M and T.
+    It keeps padded q, k and v for the backward pass, and the softmax if it is small. Raises
+    ValueError if the cumulative lengths do not end with M and T.
     """
 
     @staticmethod
@@ -76,66 +75,66 @@ class Padded(torch.autograd.Function):
 
 
 def vectors(x: Tensor) -> Tensor:
-    """A packed (T, H, D), whose rows may lie apart, as (T·H + H, D) with the last H rows zeros."""
+    """A packed (T, H, D) as (T·H + H, D), a row for each token and head; the last H are zeros."""
     return F.pad(x, (0, 0, 0, 0, 0, 1)).flatten(0, 1)
 
 
 class Blocks:
-    """Where rows of a packed (T, H, D) stand in S blocks (S, H, n, D): neighbours, then zeros.
+    """How a packed (T, H, D) is copied to S padded blocks (S, H, n, D), and back.
 
-    One gather index moves all vectors of D numbers at once, which is four times as fast as a copy
-    for each block.
+    A block has the rows of one or more neighbouring sequences, and then zeros. One index for all
+    blocks is four times as fast as a copy for each of them.
     """
 
     def __init__(
         self, cu: Lengths, blocks: list[tuple[int, int]], n: int, heads: int, device: torch.device
     ):
-        """`blocks` are neighbours: of each the first sequence, and the one after the last."""
+        """`blocks` are neighbours: (first sequence, sequence after the last) of each."""
         starts, ends = ([cu[i] for i in sequences] for sequences in zip(*blocks, strict=True))
         self.shape, self.packed = (len(blocks), heads, n), slice(starts[0], ends[-1])
         self.lengths = [end - start for start, end in zip(starts, ends, strict=True)]
         start, end, cu = (torch.tensor(x, device=device) for x in (starts, ends, cu))
         row = start[:, None] + torch.arange(n, device=device)
-        row = row.where(row < end[:, None], cu[-1])  # (S, n): the row that stands here; T for none
-        self.sequence = torch.bucketize(row, cu[1:], right=True)  # (S, n): that row's; B for none
+        row = row.where(row < end[:, None], cu[-1])  # (S, n): the packed row; T where there is none
+        self.sequence = torch.bucketize(row, cu[1:], right=True)  # (S, n): of that row; B for none
         self.is_row = row < cu[-1]
         head = torch.arange(heads, device=device)[:, None]
         self.gather = (row[:, None] * heads + head).flatten()  # (S·H·n,), into `vectors`
         places = torch.arange(self.gather.numel(), device=device).view(self.shape)
-        self.scatter = places.transpose(1, 2)[self.is_row].flatten()  # and back
+        self.scatter = places.transpose(1, 2)[self.is_row].flatten()  # from the blocks to `packed`
 
     def pad(self, x: Tensor) -> Tensor:
-        """The blocks, from the `vectors` of a packed tensor."""
+        """The blocks (S, H, n, D), from the `vectors` of a packed tensor."""
         return x.index_select(0, self.gather).view(*self.shape, x.size(1))
 
     def unpad(self, blocks: Tensor, x: Tensor) -> None:
-        """Write the blocks into those rows of a packed tensor that they are for."""
+        """Write the blocks to their rows of a packed tensor (T, H, D)."""
         out = x[self.packed].view(-1, x.size(2))
         torch.index_select(blocks.flatten(0, 2), 0, self.scatter, out=out)
 
 
 @dataclass
 class Group:
-    """Neighbouring blocks of one shape; a block is a long sequence or several short ones."""
+    """Neighbouring blocks of the same shape, which are computed together."""
 
     queries: Blocks  # of m rows
     keys: Blocks  # of n rows
-    bias: Tensor | None  # (S, 1, m, n) attention bias, 0 or -∞, where sequences share a block
+    bias: Tensor | None  # (S, 1, m, n) attention bias of 0 or -∞, if sequences share a block
 
     def softmax(self, q1: Tensor, k1: Tensor) -> Tensor:
-        """Attention weights (S, H, m, n), zero for keys that are not of the query's sequence."""
+        """The attention weights (S, H, m, n); they are zero for keys of other sequences."""
         scores = q1 @ k1.mT
         if self.bias is not None:
-            scores += self.bias  # a seventh of the time of masked_fill_
+            scores += self.bias  # takes a seventh of the time of masked_fill_
         else:
             for block, length in zip(scores, self.keys.lengths, strict=True):
                 block[..., length:] = -torch.inf
         return scores.softmax(-1)
 
 
-@functools.lru_cache(maxsize=2)  # called in every layer of a step
+@functools.lru_cache(maxsize=2)  # it is called in every layer of a step
 def plan(cu_q: Lengths, cu_k: Lengths, heads: int, device: torch.device) -> list[Group]:
-    """What is computed together: neighbours of one padded length, at most GROUP_SCORES scores."""
+    """The groups of a batch: neighbours of the same padded length, at most GROUP_SCORES scores."""
     blocks, first, B = [], 0, len(cu_k) - 1
     while first < B:
         last = first + 1
@@ -164,7 +163,7 @@ def plan(cu_q: Lengths, cu_k: Lengths, heads: int, device: torch.device) -> list
 def attention_bias(queries: Blocks, keys: Blocks) -> Tensor:
     """(S, 1, m, n): -∞ where a query meets a key of another sequence or of none, else 0."""
     hidden = queries.sequence[:, None, :, None] != keys.sequence[:, None, None, :]
-    # A row without a query may see all keys: a softmax of nothing would be no number.
+    # A row that is no query may see all keys: a softmax over no key would be NaN.
     hidden &= queries.is_row[:, None, :, None]
-    # bfloat16 has both numbers, whatever they are added to.
+    # bfloat16 can represent both numbers.
     return torch.zeros_like(hidden, dtype=torch.bfloat16).masked_fill(hidden, -torch.inf)

@@ -1,19 +1,18 @@
 """FlashAttention on a GPU: what `Tiled` in attention.py does, as Triton kernels over packed tokens.
 
-Triton (Tillet et al. 2019) compiles a Python function into a program that runs many times at once,
-each time on one tile of the work. Here a program owns a block of queries (or of keys) of one head
-of one sequence, which it looks up in the cumulative lengths: nothing is padded, and no sequence
-sees another. It walks over the blocks of the other side and keeps its sums in registers. A tile of
-scores lives and dies inside the chip; what attention waits for is traffic to memory, not arithmetic
+Triton (Tillet et al. 2019) compiles a Python function, the kernel, into a program that runs many
+times in parallel, each time on one tile of the work. Here a program computes a block of queries (or
+of keys) of one head of one sequence, which it finds by the cumulative lengths: nothing is padded,
+and sequences do not mix. It loops over the blocks of keys (or of queries) and keeps its sums in
+registers. Scores never leave the chip; attention is limited by memory traffic, not by arithmetic
 (FlashAttention, Dao et al. 2022).
 
-dq is a sum over keys, dk and dv are sums over queries. Hence two backward kernels, each of which
-recomputes the scores (FlashAttention-2, Dao 2023, computes them once and adds up dq with
-atomics). So every element is summed by one program in one order, and equal inputs give equal bits.
+dq is a sum over keys, while dk and dv are sums over queries. So there are two backward kernels, and
+each recomputes the scores. (FlashAttention-2, Dao 2023, computes them once and adds up dq with
+atomics.) Each number is summed by one program in a fixed order: equal inputs give equal bits.
 
-Powers are of 2, which is what the hardware has: exp(x) = 2^(x·log₂e), and lse = log₂ Σ 2^score.
-Rows are counted in int64 where they are multiplied by a stride, since T·H·D may be more than int32
-holds.
+Powers are of 2, as in the hardware: exp(x) = 2^(x·log₂e), and lse = log₂ Σ 2^score. Row numbers are
+int64 where they are multiplied by a stride, since T·H·D may be too large for int32.
 """
 
 import math
@@ -26,9 +25,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 LOG2_E = tl.constexpr(math.log2(math.e))
-# By bytes an element; TILE counts queries or keys. Not timed, but chosen to fit at D = 128: into
-# registers, and into the 99 kB of shared memory of a gaming GPU. float32 goes without tensor cores
-# and needs more.
+# By the bytes of a number; TILE is the number of queries or keys in a block. Not tuned for speed,
+# but chosen to fit at D = 128 into registers and into the 99 kB of shared memory of a gaming GPU.
 TILES = {
     2: {"TILE": 64, "num_warps": 4, "num_stages": 2},
     4: {"TILE": 32, "num_warps": 8, "num_stages": 2},
@@ -39,9 +37,10 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 @triton.jit
 def find_work(cu_seqlens, T, H, stride, head_stride, D: tl.constexpr):
-    """Where the program's sequence and head begin among T rows of queries or keys, and its length.
+    """Where the sequence and the head of this program begin among T rows, and the length.
 
-    Three beginnings: in a tensor with these strides; in one (T, H, D) without gaps; in one (H, T).
+    There are three offsets: into a tensor with these strides, into a contiguous tensor (T, H, D),
+    and into one (H, T).
     """
     sequence, head = tl.program_id(0) // H, (tl.program_id(0) % H).to(tl.int64)
     start = tl.load(cu_seqlens + sequence)
@@ -52,22 +51,22 @@ def find_work(cu_seqlens, T, H, stride, head_stride, D: tl.constexpr):
 
 @triton.jit
 def load(matrix, rows, length, stride, D: tl.constexpr):
-    """These rows of a matrix (length, D), as a tile; zeros for rows that it does not have."""
+    """These rows of a matrix (length, D) as a tile; rows from `length` on are zeros."""
     tile = matrix + rows.to(tl.int64)[:, None] * stride + tl.arange(0, D)[None, :]
     return tl.load(tile, mask=(rows < length)[:, None], other=0.0)
 
 
 @triton.jit
 def store(matrix, rows, length, stride, D: tl.constexpr, values):
-    """Write a tile where `load` would read it, rounded to the dtype that is stored there."""
+    """Write a tile to where `load` would read it, in the dtype of the matrix."""
     tile = matrix + rows.to(tl.int64)[:, None] * stride + tl.arange(0, D)[None, :]
     tl.store(tile, values.to(matrix.dtype.element_ty), mask=(rows < length)[:, None])
 
 
 @triton.jit
 def matmul(a, b):
-    """a @ b, summed in float32; "ieee" keeps float32 inputs from rounding to TensorFloat-32."""
-    if INTERPRETED:  # numpy knows no bfloat16 and would multiply its bits as integers
+    """a @ b, summed in float32; "ieee": float32 inputs are not rounded to TensorFloat-32."""
+    if INTERPRETED:  # numpy has no bfloat16 and would multiply its bits as integers
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, input_precision="ieee")
 
@@ -81,7 +80,7 @@ def forward_kernel(
     """Out and Lse for a block of queries: the online softmax over blocks of keys."""
     q_start, out_start, sums_start, q_count = find_work(cu_q, M, H, q_stride, q_head_stride, D)
     kv_start, _, _, k_count = find_work(cu_k, T, H, kv_stride, kv_head_stride, D)
-    if tl.program_id(1) * TILE >= q_count:  # the grid has room for the longest sequence
+    if tl.program_id(1) * TILE >= q_count:  # there are as many programs as the longest one needs
         return
     queries = tl.program_id(1) * TILE + tl.arange(0, TILE)
     q = load(Q + q_start, queries, q_count, q_stride, D)
@@ -152,8 +151,8 @@ def dkdv_kernel(
     dk = tl.zeros((TILE, D), tl.float32)
     dv = tl.zeros((TILE, D), tl.float32)
     for start in range(0, q_count, TILE):
-        # Past the last query q, d_out and delta are 0 and add nothing, and past the last key the
-        # tile's rows are nonsense, which stays in those rows and is not stored.
+        # Past the last query q, d_out and delta are 0 and add nothing. Past the last key rows of the
+        # tile are wrong, but they affect no other row and are not stored.
         queries = start + tl.arange(0, TILE)
         q = load(Q + q_start, queries, q_count, q_stride, D)
         d_out = load(dOut + out_start, queries, q_count, H * D, D)
