@@ -62,7 +62,7 @@ NUMBERS += ("validation_every", "best_step", "best_loss", "best_accuracy")
 
 
 class Trainer:
-    """Trains `model` on `task` and saves checkpoints to `run`. `steps` is to be set."""
+    """Trains `model` on `task`, and saves checkpoints to `run`. The caller sets `steps`."""
 
     def __init__(
         self,
@@ -135,21 +135,21 @@ class Trainer:
         return final
 
     def backward(self, batch: Any) -> tuple[float, float, int]:
-        """Compute the gradients, and clip them.
+        """Compute the gradients of a batch, and clip them.
 
-        Returns the mean loss, the norm of the gradients before clipping, and the number of signals
-        that any process got.
+        Returns (mean loss, norm of the gradients before clipping, signals of all processes).
         """
         # Dropout must not depend on where the run was resumed.
         torch.manual_seed((self.seed * 1_000_003 + self.step) * 1009 + self.runtime.rank)
         total = torch.tensor([0.0, len(self.signals)])
-        self.scaler.scale(torch.zeros((), device=self.runtime.device))  # a process may have no part
+        # `unscale_` fails if nothing was scaled before, and a process may get no part of the batch.
+        self.scaler.scale(torch.zeros((), device=self.runtime.device))
         parts = batch.split(self.runtime.world_size * self.accumulate)
         for part in parts[self.runtime.rank :: self.runtime.world_size]:
             inputs, labels = part.to(self.runtime.device)
             with self.runtime.autocast():
                 minimised, reported = self.task.loss(self.model, inputs, labels)
-            # Divided by the predictions of the whole batch: parts differ in how many they have.
+            # A mean over the whole batch, not over the part: parts have different numbers.
             self.scaler.scale(minimised / max(len(batch), 1)).backward()
             total[0] += (reported.detach() / max(len(batch), 1)).cpu()
         parameters = list(self.trained.values())
@@ -158,24 +158,21 @@ class Trainer:
         for optimizer in self.optimizer.parts:
             self.scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM).item()
-        # Scaled float16 gradients may overflow now and then; `update` skips such a step.
+        # Scaled float16 gradients overflow now and then, and `update` skips such a step.
         self._check_finite(loss if self.scaler.is_enabled() else loss + norm)
         return loss, norm, int(signals)
 
     def update(self, norm: float) -> None:
         """Update the weights, and drop the gradients."""
         self.optimizer.set_rate(one_cycle(self.step, self.steps, self.warmup))
-        if math.isfinite(norm):
+        if math.isfinite(norm):  # else neither optimizer may take a step
             for optimizer in self.optimizer.parts:
                 self.scaler.step(optimizer)
         self.scaler.update()  # lowers the scale after an overflow
         self.optimizer.zero_grad()
 
     def _log(self, loss: float, norm: float) -> None:
-        """Evaluate where the task says so; write a line of the log then, or every LOG_EVERY steps.
-
-        An evaluation keeps the weights if they are the best so far.
-        """
+        """Evaluate if the task says so, and keep the best weights. Add a line to the log if due."""
         entry = {"step": self.step, "steps": self.steps, "loss": loss}
         entry["gradient_norm"] = norm if math.isfinite(norm) else None
         entry |= {"tokens": self.tokens, "seconds": round(self.seconds, 2)}
@@ -203,7 +200,7 @@ class Trainer:
         )
 
     def _check_finite(self, loss: float) -> None:
-        """Raise UserError if the loss is NaN or infinite: nothing can be learned from there."""
+        """Raise UserError if the loss is NaN or infinite."""
         if not math.isfinite(loss):
             saved, folder = self.run.state_path.is_file(), self.run.state_path.parent
             where = f"the last good checkpoint is in {folder}" if saved else "none saved"
@@ -248,10 +245,10 @@ class Trainer:
         mine, theirs = (
             {(name, t.dtype, t.shape) for name, t in x.items()} for x in (state, checkpoint)
         )
-        for name, *_ in sorted(mine ^ theirs, key=str):
-            raise UserError(f"{damaged}: the tensor {name[:99]}")
+        if different := sorted(mine ^ theirs, key=str):
+            raise UserError(f"{damaged}: the tensor {different[0][0][:99]}")
         found = {name: checkpoint[f"numbers/{name}"].item() for name in NUMBERS}
-        # Of the right types, and without the impossible.
+        # Each with the type of its attribute, and neither negative nor infinite.
         numbers = {k: type(getattr(self, k))(x) for k, x in found.items() if 0 <= x < 2**53}
         if numbers != found or not self._is_possible(**numbers):
             raise UserError(f"{damaged}: " + ", ".join(f"{k} {x:g}" for k, x in found.items()))

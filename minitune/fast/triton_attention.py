@@ -151,8 +151,8 @@ def dkdv_kernel(
     dk = tl.zeros((TILE, D), tl.float32)
     dv = tl.zeros((TILE, D), tl.float32)
     for start in range(0, q_count, TILE):
-        # Past the last query q, d_out and delta are 0 and add nothing. Past the last key rows of the
-        # tile are wrong, but they affect no other row and are not stored.
+        # Past the last query q, d_out and delta are 0 and add nothing. Past the last key the tile
+        # has wrong rows, which affect no other row and are not stored.
         queries = start + tl.arange(0, TILE)
         q = load(Q + q_start, queries, q_count, q_stride, D)
         d_out = load(dOut + out_start, queries, q_count, H * D, D)

@@ -56,18 +56,18 @@ class Run:
         `overwrite` is given. If the run does not start, directories made for it are removed. Of
         several processes (torchrun) only the main one locks.
         """
-        run, missing, is_main = cls(directory), [], os.environ.get("RANK", "0") == "0"
-        try:
-            with contextlib.ExitStack() as stack:
-                if is_main:
-                    missing = [p for p in (directory, *directory.parents) if not p.exists()]
-                    stack.enter_context(_locked(directory))
+        run, missing = cls(directory), []
+        with contextlib.ExitStack() as stack:
+            if os.environ.get("RANK", "0") == "0":
+                missing = [p for p in (directory, *directory.parents) if not p.exists()]
+                stack.enter_context(_locked(directory))
+            try:
                 run._find_old_run(resume, overwrite, mark)
                 yield run
-        finally:
-            for path in missing:
-                with contextlib.suppress(OSError):  # it is not empty
-                    path.rmdir()
+            finally:
+                for path in missing:
+                    with contextlib.suppress(OSError):  # it is not empty
+                        path.rmdir()
 
     def _find_old_run(self, resume: bool, overwrite: bool, mark: str) -> None:
         """See what the directory holds. UserError where it may not be used."""
