@@ -232,7 +232,14 @@ def evaluate(args: argparse.Namespace, prompts: list[Prompt], model: str) -> Non
         print(prompt_table(rows, baselines), *prompt_summary(rows), sep="\n")
     counts = f"{plural(len(prompts), 'template')}, {plural(len(texts), 'text')}"
     say(f"{counts} and {len(unlabelled):,} unlabelled: {seconds:.0f} s")
-    title = f"{model} on {args.evaluate}"
+    draw(args, rows, baselines, curves, title=f"{model} on {args.evaluate}")
+    say(f"wrote {args.out}: prompts.json, prompts.png{', labels.png' if curves else ''}")
+
+
+def draw(
+    args: argparse.Namespace, rows: list[dict], baselines: list[dict], curves: list, title: str
+) -> None:
+    """The accuracy of each prompt; and with --curves, that of all templates beside fine-tuning."""
     from minitune.support import plots  # matplotlib takes a second to import
 
     with cli.drawing(args.out / "prompts.png") as picture:
@@ -242,7 +249,6 @@ def evaluate(args: argparse.Namespace, prompts: list[Prompt], model: str) -> Non
         *_, prompt = (r for r in rows if (r["shots"], r["calibration"]) == (0, args.calibrate))
         with cli.drawing(args.out / "labels.png") as picture:
             plots.plot_comparison(curves, title, picture, prompt)
-    say(f"wrote {args.out}: prompts.json, prompts.png{', labels.png' if curves else ''}")
 
 
 def read_curves(path: Path) -> list[dict]:
@@ -250,8 +256,8 @@ def read_curves(path: Path) -> list[dict]:
     try:
         rows = read_json(path)["rows"]
         shares = np.array([[row["accuracy"], *row["interval"]] for row in rows], dtype=float)
-        counts = {int(row["train_examples"]) for row in rows if str(row["method"])}
-        if len(counts) > 1 and min(counts) > 0 and (abs(shares - 0.5) < 0.51).all():
+        counts = {int(row["train_examples"]) for row in rows}
+        if len(counts) > 1 and min(counts) > 0 and ((0 <= shares) & (shares <= 1)).all():
             return rows
     except (KeyError, TypeError, ValueError, OverflowError):
         pass
