@@ -66,7 +66,7 @@ class MaskedBatch:
 
 
 class MaskedLanguageModelling:
-    """Guess the masked tokens of a corpus. A training.Task: see there."""
+    """Guess the masked tokens of a corpus. As a task it has what training.py lists."""
 
     unit, evaluations = "tokens", EVALUATIONS
     score = None  # no evaluation chooses weights: the last are kept, trained at the lowest rate

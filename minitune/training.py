@@ -2,15 +2,30 @@
 
     batch -> loss -> backward pass -> clip -> optimizer step -> log, evaluate, save
 
-A task (pretraining.py, classification.py) gives the batches and the loss. What a step computes
-depends only on the seed and on the step's number. So a run that was killed and resumed ends with
-the same bits as one that was not.
+What a step computes depends only on the seed and on the step's number. So a run that was killed and
+resumed ends with the same bits as one that was not.
+
+The loop knows nothing of what is learned. That is in a task, MaskedLanguageModelling or
+Classification, which has
+
+    batches(first_step)         the batch of each step from `first_step` on, without end
+    loss(model, inputs, labels) (loss to minimise, loss to report), summed over the predictions
+    evaluation_due(step, steps) whether to evaluate after this step
+    validation_batches(quick)   all validation rows; if `quick`, a part of them is enough
+    score(metrics)              the weights with the highest score are kept; if it is None, the last
+    unit, baseline              what `tokens` below counts, and losses to compare with, as text
+
+and in its batches, MaskedBatch or Examples, which have
+
+    tokens                      how many tokens the model reads
+    len(batch)                  the number of predictions; the loss is their mean
+    split(parts)                at most so many smaller batches, none of them empty
+    to(device)                  (inputs, labels); model(*inputs) has a row of logits for each label
 """
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,35 +42,6 @@ LOG_EVERY = 10  # steps
 REPORT_EVERY = 10  # seconds; small tasks are evaluated more often than anyone reads
 
 
-class Task(Protocol):
-    """What the loop needs of a task: MaskedLanguageModelling, Classification.
-
-    A batch (MaskedBatch, Examples) has
-        tokens        how many tokens the model reads
-        len(batch)    the number of predictions; the loss is their mean
-        split(parts)  smaller batches, at most so many, none of them empty
-        to(device)    (inputs, labels); `model(*inputs)` gives one row of logits for each label
-    """
-
-    unit: str  # what `tokens` counts: "tokens", or "texts" for features
-    baseline: str  # losses to compare with, as text
-    # The weights with the highest score of {"loss", "accuracy"} are kept; None: the last are kept.
-    # A task with a score must read all validation rows each time.
-    score: Callable[[dict], Any] | None
-
-    def batches(self, first_step: int) -> Iterator[Any]:
-        """The batch of each step, from `first_step` on, without end."""
-
-    def loss(self, model: nn.Module, inputs: tuple, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """(loss to minimise, loss to report), both summed over the predictions."""
-
-    def evaluation_due(self, step: int, steps: int) -> bool:
-        """Whether to evaluate after this step, of so many."""
-
-    def validation_batches(self, quick: bool) -> list[Any]:
-        """All validation rows; for a `quick` evaluation perhaps a part of them."""
-
-
 # The attributes of Trainer that a checkpoint holds as numbers.
 NUMBERS = ("step", "steps", "tokens", "seconds", "earlier_seconds")
 NUMBERS += ("validation_every", "best_step", "best_loss", "best_accuracy")
@@ -68,7 +54,7 @@ class Trainer:
         self,
         model: nn.Module,
         optimizer: Optimizer,
-        task: Task,
+        task: Any,
         run: Run,
         runtime: Runtime,
         *,
