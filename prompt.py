@@ -61,14 +61,14 @@ def parser() -> cli.Parser:
     add("--words", words, nargs="+", metavar="LABEL=WORD,WORD")
     add("--calibrate", "without labels; default: the best on validation rows", CALIBRATIONS, BEST)
     add("--data", "its train rows are for --calibrate prior and --shots", default="imdb")
-    add("--unlabelled", "how many reviews for --calibrate prior", int_range(1, 10**6), 256)
-    shots = "few-shot: put so many train rows with their labels in front of the text"
-    add("--shots", shots, int_range(1, 64), 0)
+    add("--unlabelled", "reviews for --calibrate prior", int_range(1, 10**6), 256, metavar="N")
+    shots = "few-shot: train rows, with their labels, in front of the text"
+    add("--shots", shots, int_range(1, 64), 0, metavar="N")
     max_len = "tokens of a query; of a longer text the end is read"
     add("--max-len", max_len, int_range(8, 10**6), 128)
     add("--batch-tokens", "tokens in a batch", int_range(8, 10**7))
     add = options.group("what comes out")
-    add("--top", "how many of the most probable words", int_range(1, 1000), 5)
+    add("--top", "print the N most probable words", int_range(1, 1000), 5, metavar="N")
     temperature = "of --generate; 0: always the most probable token"
     add("--temperature", temperature, float_range(0, 100, above=False), 0.7)
     add("--json", "print one JSON object a line", bool)

@@ -52,6 +52,7 @@ def plot_pretraining(
     points = [(e["seconds"] / 60, e["validation"]["loss"]) for e in log if "validation" in e]
     points.append((minutes[-1], final["loss"]))
     figure, axes = plt.subplots(figsize=(8, 4.5))
+    axes.margins(y=0.1)  # room for the last loss below its point
     axes.plot(minutes, losses, color=LIGHT_BLUE, linewidth=0.8, label="training, one batch")
     axes.plot(*zip(*points, strict=True), "o-", color=BLUE, markersize=4, label="validation")
     offset = {"xytext": (-2, -14), "textcoords": "offset points", "ha": "right"}
