@@ -21,9 +21,9 @@ from minitune.checkpoint import load_tokenizer, read_config, weights_hash
 from minitune.classification import Examples, TokenizedTexts
 from minitune.data import SPLITS, Dataset, Reviews
 from minitune.finetuning import METHODS, Experiment, Setup, check_options, fine_tune
+from minitune.labelling import evaluate_explanations, label_new_reviews
 from minitune.lora import TARGETS
 from minitune.merging import merge_runs
-from minitune.prediction import evaluate_explanations, label_new_reviews
 from minitune.support.baselines import evaluate_baselines
 from minitune.support.cli import (
     Parser,

@@ -27,7 +27,7 @@ from minitune import checkpoint
 from minitune.attention import BACKENDS, resolve_backend
 from minitune.calibration import CALIBRATIONS, Ensemble, compare_prompts
 from minitune.data import Dataset, Reviews, label_index
-from minitune.prediction import rows_to_label
+from minitune.labelling import rows_to_label
 from minitune.prompting import TEMPLATES, WORDS, FillMask, Prompt, fill_blanks, generate, in_words
 from minitune.support import cli
 from minitune.support.answers import print_answers, say

@@ -25,6 +25,7 @@
     calibration     why a prompt's answers lean to one side, and how to correct that
     explain         why this label: what each word adds, and how to test that
     prediction      new texts in, labels out
+    labelling       the same from the command line
     doctor          whether a machine, a run or a data file is in order
 
 `fast` makes things fast and computes nothing new; `support` is what every such program needs.

@@ -20,8 +20,9 @@ from minitune.checkpoint import save_model, weights_hash
 from minitune.classification import TokenizedTexts
 from minitune.features import FeatureClassifier
 from minitune.finetuning import build
+from minitune.labelling import rows_to_label
 from minitune.model import BertConfig, BertForSequenceClassification
-from minitune.prediction import Classifier, rows_to_label
+from minitune.prediction import Classifier
 from minitune.support import answers
 from minitune.support.answers import Prediction, print_answers
 from minitune.support.errors import UserError
