@@ -89,8 +89,8 @@ def rows_to_label(arguments: list[str], option: str, names: dict[int, str]) -> I
     """The texts that a command line gives, for print_answers; None: answer those before it now.
 
     Each argument of `option` is the name of a file, - for the lines of standard input, or else a
-    text. The label of a row in a file becomes the model's name of it, of `names`. Raises UserError
-    where there is no such file, or no such label.
+    text. Where a row has a label, by name or by number, it gets the model's name for it, one of
+    `names`. Raises UserError where there is no such file, or no such label.
     """
     number = 0
     for argument in arguments:

@@ -1,10 +1,10 @@
-"""Fine-tuned models on disk, and new reviews labelled with them.
+"""A fine-tuned model, loaded from disk, answers for new texts.
 
     for answer in Classifier.load("runs/finetune/adapter").predict(["good fun"]):
         print(answer.label, answer.probabilities)
 
-Full fine-tuning leaves a whole model; the other methods leave what they trained, which goes with a
-pretrained base model (checkpoint.py has both layouts). A Classifier is loaded from either.
+Full fine-tuning saves a whole model (checkpoint.py). Other methods save what they trained, and name
+the pretrained base model that it belongs to (trained.py). A Classifier is loaded from either.
 """
 
 import sys
