@@ -155,9 +155,7 @@ def load_masked_lm(directory: Path, attention: str = "sdpa") -> tuple[BertForMas
     model = BertForMaskedLM(read_config(directory), attention)
     missing = load_bert(model, directory, optional=("head.",))
     if 0 < len(missing) < len(model.head.state_dict()):
-        raise UserError(
-            f"{directory}: {bert_names(missing[0])[0]} is missing, though there is a head"
-        )
+        raise UserError(f"{directory}: {bert_names(missing[0])[0]} of the head is missing")
     return model.eval(), not missing
 
 
@@ -191,9 +189,7 @@ def load_classifier(directory: Path, attention: str = "sdpa") -> BertForSequence
     if not config.id2label:  # transformers leaves names out where they are LABEL_0, LABEL_1
         weights = open_weights(directory)
         if "classifier.bias" not in weights.names:
-            raise UserError(
-                f"{directory} is no classifier: fine-tune it first (python finetune.py)"
-            )
+            raise UserError(f"{directory} is no classifier: fine-tune it first (finetune.py)")
         count = math.prod(weights.shape("classifier.bias"))
         config.id2label = {i: f"LABEL_{i}" for i in range(count)}
     labels, raw = config.id2label, read_json(path)
