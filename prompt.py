@@ -5,6 +5,7 @@
     python prompt.py --evaluate imdb                       every template, with every calibration
     python prompt.py --fill "The plot was [MASK] and the acting [MASK]."
     python prompt.py --generate 12 "The film was"
+    python prompt.py --look "The acting was [MASK]."       a picture of every head's attention
 
 The model fills the blank of a cloze, "An unforgettable film. It was [MASK].", and the probabilities
 of a few words there, once they are calibrated, are its answer: minitune/prompting.py,
@@ -27,14 +28,25 @@ from minitune import checkpoint
 from minitune.attention import BACKENDS, resolve_backend
 from minitune.calibration import CALIBRATIONS, Ensemble, compare_prompts
 from minitune.data import Dataset, Reviews, label_index
+from minitune.explain import attention_maps
+from minitune.initialization import NEIGHBOUR_LAYERS, from_scratch, neighbour_offset
 from minitune.labelling import rows_to_label
-from minitune.prompting import TEMPLATES, WORDS, FillMask, Prompt, fill_blanks, generate, in_words
+from minitune.prompting import (
+    TEMPLATES,
+    WORDS,
+    FillMask,
+    Prompt,
+    fill_blanks,
+    generate,
+    in_words,
+    with_blanks,
+)
 from minitune.support import cli
 from minitune.support.answers import print_answers, say
 from minitune.support.baselines import evaluate_baselines
 from minitune.support.cli import float_range, int_range
 from minitune.support.errors import UserError, plural
-from minitune.support.model_names import default_model, find_model
+from minitune.support.model_names import began_at_random, default_model, find_model
 from minitune.support.results import interval, prompt_summary, prompt_table
 from minitune.support.runs import read_json, refuse_foreign_files, write_json
 from minitune.support.runtime import Runtime
@@ -51,6 +63,7 @@ def parser() -> cli.Parser:
     add = options.group("what else it can do")
     add("--evaluate", "score every template on the test rows of this dataset", metavar="DATA")
     add("--fill", "the most probable words for each [MASK] in it", metavar="SENTENCE")
+    add("--look", "draw the attention weights of every layer and head", metavar="SENTENCE")
     add("--generate", "write N tokens after each TEXT", int_range(1, 10**6), metavar="N")
     add = options.group("how a text becomes a query")
     add("--model", "minilm, a BERT directory, a hub id; default: the last run of train.py")
@@ -74,7 +87,8 @@ def parser() -> cli.Parser:
     add("--json", "print one JSON object a line", bool)
     curves = "with --evaluate: draw it beside this compare.json of finetune.py --train-examples"
     add("--curves", curves, cli.path)
-    add("--out", "--evaluate writes its results here", cli.path, Path("runs/prompt"))
+    out = "where --evaluate writes (default: runs/prompt), or --look (default: runs/attention.png)"
+    add("--out", out, cli.path)
     cli.add_machine_options(options, BACKENDS)
     return options
 
@@ -82,13 +96,16 @@ def parser() -> cli.Parser:
 def read_arguments() -> argparse.Namespace:
     """The options, checked: exactly one job is given."""
     args = parser().parse_args()
-    if sum(map(bool, (args.texts or args.generate, args.evaluate, args.fill))) != 1:
-        jobs = "texts (also with --generate N), --evaluate DATA, --fill SENTENCE"
+    if sum(map(bool, (args.texts or args.generate, args.evaluate, args.fill, args.look))) != 1:
+        jobs = "texts (also with --generate N), --evaluate DATA, --fill SENTENCE, --look SENTENCE"
         raise UserError(f"give one of: {jobs}")
     if args.generate and not args.texts:
         raise UserError("--generate needs a text to continue")
-    if args.shots and (args.fill or args.generate):
+    if args.shots and (args.fill or args.generate or args.look):
         raise UserError("--shots is for reviews")
+    args.out = args.out or Path("runs/attention.png" if args.look else "runs/prompt")
+    if args.look and (args.out.suffix != ".png" or args.out.is_dir()):
+        raise UserError(f"--out {args.out}: --look writes a picture, NAME.png")
     args.words = read_words(args.words) if args.words else WORDS
     return args
 
@@ -106,7 +123,7 @@ def read_words(arguments: list[str]) -> dict[str, list[str]]:
 
 
 def main() -> None:
-    """A pretrained model, as it is, and one of four jobs for it."""
+    """A pretrained model, as it is, and one of five jobs for it."""
     args = read_arguments()
     runtime = Runtime.start(args.device, args.precision, args.threads)
     name, why = (args.model, "as given") if args.model else default_model()
@@ -114,7 +131,7 @@ def main() -> None:
     head_size = checkpoint.read_config(source).head_size
     attention = resolve_backend(args.attention, runtime.device, runtime.dtype, head_size)
     model, has_head = checkpoint.load_masked_lm(source, attention)
-    if not has_head:
+    if not has_head and not args.look:
         way_out = f"python train.py --init {name} gives it one"
         raise UserError(f"{name} has no masked-LM head to fill blanks with; {way_out}")
     tokenizer = checkpoint.load_tokenizer(source, model.config)
@@ -124,6 +141,8 @@ def main() -> None:
 
     if args.fill:
         fill(args, fill_mask)
+    elif args.look:
+        look(args, fill_mask, name, source)
     elif args.generate:
         write_on(args, fill_mask)
     else:
@@ -143,6 +162,27 @@ def fill(args: argparse.Namespace, fill_mask: FillMask) -> None:
         listed = [{"word": word, "probability": probability} for word, probability in words]
         line = json.dumps({"blank": number, "words": listed}, ensure_ascii=False)
         print(line if args.json else f"blank {number}: {in_words(words)}")
+
+
+def look(args: argparse.Namespace, fill_mask: FillMask, name: str, source: Path) -> None:
+    """--look: a picture of all attention weights; of a run of train.py its first weights, too."""
+    bert, tokenizer = fill_mask.model.bert, fill_mask.tokenizer
+    ids = torch.tensor(with_blanks(args.look, tokenizer), device=fill_mask.runtime.device)
+    if len(ids) > bert.config.max_position_embeddings:
+        raise UserError(f"--look: {len(ids)} tokens are more than the model has positions")
+    maps, offsets = {"": attention_maps(bert, ids).cpu().numpy()}, []
+    settings = read_json(source / "settings.json") if began_at_random(source) else {}
+    if isinstance(seed := settings.get("seed"), int):  # its first weights follow from it
+        start = from_scratch(bert.config, seed).bert
+        maps = {"before training": attention_maps(start, ids.cpu()).numpy(), "after": maps[""]}
+        offsets = [[neighbour_offset(head) for head in range(bert.config.num_attention_heads)]]
+        offsets *= NEIGHBOUR_LAYERS
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    from minitune.support import plots  # matplotlib takes a second to import
+
+    tokens = [tokenizer.token(i) for i in ids.tolist()]
+    plots.plot_attention(maps, tokens, offsets, f"{name}: {args.look}", args.out)
+    say(f"wrote {args.out}: how much each token (row) takes of each token (column)")
 
 
 def write_on(args: argparse.Namespace, fill_mask: FillMask) -> None:

@@ -9,7 +9,22 @@ import math
 import torch
 from torch import Tensor, nn
 
-from minitune.model import Bert, MaskedLMHead
+from minitune.model import Bert, BertConfig, BertForMaskedLM, MaskedLMHead
+
+NEIGHBOUR_LAYERS = 2  # so many of the first layers start with heads that attend to neighbours
+
+
+def neighbour_offset(head: int) -> int:
+    """Where the neighbour stands that this head starts with: -1, +1, -2, +2, … of each token."""
+    return (head // 2 + 1) * (1 if head % 2 else -1)
+
+
+def from_scratch(config: BertConfig, seed: int) -> BertForMaskedLM:
+    """The model that `train.py --seed` begins with, but for the decoder's bias."""
+    torch.manual_seed(seed)
+    model = BertForMaskedLM(config)
+    start_with_neighbours(model.bert)
+    return model.eval()
 
 
 def sinusoid_angles(positions: Tensor, size: int) -> Tensor:
@@ -27,7 +42,7 @@ def start_with_sinusoids(positions: nn.Embedding, scale: float) -> None:
 
 @torch.no_grad()
 def start_with_neighbours(
-    bert: Bert, scale: float = 0.1, sharpness: float = 1.5, layers: int = 2
+    bert: Bert, scale: float = 0.1, sharpness: float = 1.5, layers: int = NEIGHBOUR_LAYERS
 ) -> None:
     """Initialise the first layers so that their heads attend to the words next to each word.
 
@@ -48,8 +63,7 @@ def start_with_neighbours(
     for layer in bert.layers[:layers]:
         query, key, _ = layer.attention.qkv.weight.view(3, -1, D, C)  # views, each (H, D, C)
         for head in range(len(query)):
-            offset = (head // 2 + 1) * (1 if head % 2 else -1)
-            turn = sinusoid_angles(torch.tensor([offset]), C)[0, : D // 2]
+            turn = sinusoid_angles(torch.tensor([neighbour_offset(head)]), C)[0, : D // 2]
             query[head], key[head] = 0.0, 0.0
             query[head, :, :D] = sharpness * torch.eye(D)
             # The sine and cosine of (j - o) w, from those of j w.

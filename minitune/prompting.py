@@ -225,6 +225,14 @@ class Prompt:
         return [words for [words] in self.fill_mask.words(queries, count)]
 
 
+def with_blanks(sentence: str, tokenizer: Tokenizer) -> list[int]:
+    """The ids of a sentence from [CLS] to [SEP], in which [MASK] is a mask and no text."""
+    ids = []
+    for part in tokenizer.encode(sentence.split(MASK)):
+        ids += [*part, tokenizer.mask_id]
+    return tokenizer.frame(ids[:-1])
+
+
 def fill_blanks(fill_mask: FillMask, sentence: str, count: int) -> list[Words]:
     """The `count` most probable words for each [MASK]; UserError where there is no [MASK].
 
@@ -233,10 +241,7 @@ def fill_blanks(fill_mask: FillMask, sentence: str, count: int) -> list[Words]:
     tokenizer = fill_mask.tokenizer
     if MASK not in sentence:
         raise UserError(f"--fill: the sentence has no {MASK}")
-    ids = []
-    for part in tokenizer.encode(sentence.split(MASK)):
-        ids += [*part, tokenizer.mask_id]
-    ids = tokenizer.frame(ids[:-1])
+    ids = with_blanks(sentence, tokenizer)
     positions = [i for i, token in enumerate(ids) if token == tokenizer.mask_id]
     return fill_mask.words([ClozeQuery(ids, positions)], count)[0]
 

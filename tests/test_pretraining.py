@@ -18,7 +18,7 @@ from minitune.batching import PackedBatch
 from minitune.checkpoint import load_masked_lm
 from minitune.corpus import Corpus
 from minitune.data import Dataset
-from minitune.initialization import start_with_frequencies, start_with_neighbours
+from minitune.initialization import from_scratch, start_with_frequencies
 from minitune.model import BertConfig, BertForMaskedLM
 from minitune.optimizer import Optimizer
 from minitune.pretraining import MaskedBatch, MaskedLanguageModelling
@@ -250,9 +250,7 @@ def pretrain(task, tmp_path, monkeypatch):
 
 def random_start(corpus, seed):
     """The model that train.py starts from, as its docstrings say."""
-    torch.manual_seed(seed)
-    model = BertForMaskedLM(replace(CONFIG, vocab_size=corpus.tokenizer.vocab_size))
-    start_with_neighbours(model.bert)
+    model = from_scratch(replace(CONFIG, vocab_size=corpus.tokenizer.vocab_size), seed)
     start_with_frequencies(model.head, torch.from_numpy(corpus.unigrams))
     return model
 

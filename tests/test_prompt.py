@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -21,8 +22,11 @@ import minitune.support.plots
 import prompt
 from minitune.batching import PackedBatch
 from minitune.calibration import CALIBRATIONS, TOGETHER
-from minitune.checkpoint import save_model, weights_hash
+from minitune.checkpoint import load_masked_lm, read_config, save_model, weights_hash
+from minitune.explain import attention_maps
+from minitune.initialization import from_scratch, neighbour_offset
 from minitune.model import BertConfig, BertForMaskedLM, BertForSequenceClassification
+from minitune.prompting import with_blanks
 from minitune.support.cli import run_script
 from minitune.tokenizer import Tokenizer
 
@@ -120,6 +124,88 @@ def succeed(ask):
         return done
 
     return run
+
+
+# --look
+
+SENTENCE = "the film was [MASK] ."
+
+
+@pytest.fixture
+def drawn(succeed):
+    """What --look draws: the arguments of plot_attention."""
+
+    def run(*words, **options):
+        calls = []
+        plot = minitune.support.plots.plot_attention
+        with pytest.MonkeyPatch.context() as patch:
+            name = "minitune.support.plots.plot_attention"
+            patch.setattr(name, lambda *args: calls.append(args) or plot(*args))
+            succeed("--look", *words, **options)
+        (arguments,) = calls
+        return arguments
+
+    return run
+
+
+def test_look_draws_the_weights_of_every_head(drawn, folder):
+    maps, tokens, offsets, title, path = drawn(SENTENCE)
+    assert tokens == ["[CLS]", "the", "film", "was", "[MASK]", ".", "[SEP]"] and not offsets
+    model, _ = load_masked_lm(folder / "learned")
+    tokenizer = Tokenizer.load(folder / "learned")
+    ids = tokenizer.encode(["the film was", "."])
+    ids = tokenizer.frame([*ids[0], tokenizer.mask_id, *ids[1]])
+    expected = attention_maps(model.bert, torch.tensor(ids))
+    assert torch.equal(torch.from_numpy(maps[""]), expected) and expected.shape == (1, 2, 7, 7)
+    assert str(path) == "runs/attention.png" and SENTENCE in title
+    assert matplotlib.image.imread(path).std() > 0.01
+
+
+def test_look_draws_a_run_of_train_py_before_and_after(drawn, folder, tmp_path):
+    shutil.copytree(folder / "learned", "run")
+    Path("run/metrics.json").write_text('{"method": "pretrain"}')
+    Path("run/settings.json").write_text('{"seed": 7, "init": null}')
+    maps, _, offsets, _, path = drawn(SENTENCE, "--out", "new/look.png", model=tmp_path / "run")
+    assert list(maps) == ["before training", "after"] and str(path) == "new/look.png"
+    start, tokenizer = from_scratch(read_config(folder / "learned"), 7), Tokenizer.load(Path("run"))
+    ids = torch.tensor(with_blanks(SENTENCE, tokenizer))
+    assert torch.equal(torch.from_numpy(maps["before training"]), attention_maps(start.bert, ids))
+    assert offsets == [[-1, 1]] * 2
+    alone, *_ = drawn(SENTENCE)
+    assert (maps["after"] == alone[""]).all()
+    Path("run/settings.json").write_text('{"seed": 7, "init": "minilm"}')
+    assert list(drawn(SENTENCE, model=tmp_path / "run")[0]) == [""]  # its start is not random
+
+
+def test_look_needs_no_masked_lm_head(drawn):
+    maps, *_ = drawn(SENTENCE, model="classifier")
+    assert maps[""].shape == (1, 2, 7, 7)
+
+
+def test_a_head_that_starts_with_neighbours_takes_most_from_there():
+    config = BertConfig(vocab_size=200, num_hidden_layers=2)
+    ids = torch.randint(5, 200, (40,), generator=torch.Generator().manual_seed(0))
+    for layer in attention_maps(from_scratch(config, 0).bert, ids):
+        for head, weights in enumerate(layer):
+            means = {o: weights.diagonal(o).mean().item() for o in range(-5, 6)}
+            assert max(means, key=means.get) == neighbour_offset(head)
+    assert [neighbour_offset(head) for head in range(6)] == [-1, 1, -2, 2, -3, 3]
+
+
+@pytest.mark.parametrize(
+    ("words", "naming"),
+    [
+        (["--look", SENTENCE, "--out", "look.jpg"], ["--out look.jpg", ".png"]),
+        (["--look", SENTENCE, "--out", "folder.png"], ["--out folder.png"]),
+        (["--look", "so " * 90], ["--look: 182 tokens"]),
+        (["--look", SENTENCE, "--fill", SENTENCE], ["give one of", "--look"]),
+        (["--look", SENTENCE, "a text"], ["give one of"]),
+        (["--look", SENTENCE, "--shots", "2"], ["--shots"]),
+    ],
+)
+def test_what_look_cannot_do_is_refused(refused, tmp_path, words, naming):
+    (tmp_path / "folder.png").mkdir()
+    refused(*words, naming=naming)
 
 
 # Answers

@@ -14,6 +14,7 @@ from minitune.support.runs import write_atomically
 
 matplotlib.use("Agg")  # a file, no window
 import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.colors import PowerNorm  # noqa: E402
 
 plt.rcParams.update({"axes.titlelocation": "left", "figure.constrained_layout.use": True})
 plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
@@ -135,6 +136,46 @@ def plot_prompts(rows: list[dict], baselines: list[dict], title: str, path: Path
     axes.set(ylim=(len(templates) - 0.4, -1), xlabel=ACCURACY)
     axes.set_title(in_short(title, 60) + (f", {shots} shots" if shots else ""), pad=14)
     axes.legend(title="calibration", frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    save(figure, path)
+
+
+def plot_attention(
+    maps: dict[str, np.ndarray], tokens: list[str], offsets: list[list[int]], title: str, path: Path
+) -> None:
+    """Attention weights, a square for each layer (row) and head; darker is more.
+
+    `maps` are (layers, heads, n, n) by name, drawn side by side: in a square each of the n tokens
+    has a row, which says how much it takes of each token. `offsets` has a list for each of the
+    first layers: where the neighbour stands that a head starts with. Those heads are marked, with
+    the mean weight of that neighbour.
+    """
+    layers, heads = next(iter(maps.values())).shape[:2]
+    side = max(0.75, min(1.3, 16 / (heads * len(maps))))  # inches
+    figure = plt.figure(figsize=(side * heads * len(maps) + 2.5, side * layers + 2))
+    marked = "\norange: a head that starts with the neighbour at this offset, and the weight of it"
+    figure.suptitle(in_short(title, 90) + marked * bool(offsets), x=0.01, ha="left")
+    shown = [in_short(token, 12) for token in tokens] if len(tokens) <= 40 else []
+    small = {"fontsize": 7, "pad": 2}
+    parts = figure.subfigures(1, len(maps), squeeze=False)[0]
+    for part, (name, weights) in zip(parts, maps.items(), strict=True):
+        part.suptitle(name, fontsize=10)
+        grid = part.subplots(layers, heads, sharex=True, sharey=True, squeeze=False)
+        for layer, head in np.ndindex(layers, heads):
+            axes, square = grid[layer, head], weights[layer, head]
+            axes.imshow(square, cmap="Blues", norm=PowerNorm(0.5, 0, 1), aspect="auto")
+            axes.spines[:].set_visible(True)
+            axes.tick_params(length=0, labelsize=min(7, 60 * side / len(tokens)))
+            axes.tick_params("x", rotation=90)
+            if layer == 0:
+                axes.set_title(f"head {head + 1}", loc="center", color=GREY, **small)
+            if head == 0:
+                axes.set_ylabel(f"layer {layer + 1}", **SMALL)
+            if layer < len(offsets) and abs(offset := offsets[layer][head]) < len(tokens):
+                share = square.diagonal(offset).mean()
+                axes.set_title(f"{offset:+d}: {share:.0%}", color=ORANGE, **small)
+                axes.spines[:].set(color=ORANGE, linewidth=1.5)
+        grid[0, 0].set(xticks=range(len(shown)), xticklabels=shown)
+        grid[0, 0].set(yticks=range(len(shown)), yticklabels=shown)
     save(figure, path)
 
 
