@@ -26,6 +26,7 @@
     explain         why this label: what each word adds, and how to test that
     prediction      new texts in, labels out
     labelling       the same from the command line
+    pages           a model in one HTML file, for any browser
     doctor          whether a machine, a run or a data file is in order
 
 `fast` makes things fast and computes nothing new; `support` is what every such program needs.

@@ -10,7 +10,7 @@ PACKAGE = ROOT / "minitune"
 # A floor may import from floors below it; within a floor imports make no circle.
 FLOORS = [
     {"train", "finetune", "prompt", "doctor"},
-    {"finetuning", "prediction", "labelling", "merging"},
+    {"finetuning", "prediction", "labelling", "merging", "pages"},
     {"checkpoint", "trained", "peft_files"},
     {"pretraining", "classification", "features", "adapters", "lora", "ia3"}
     | {"prompting", "calibration", "explain"},

@@ -1,0 +1,47 @@
+"""Pages: a model in one HTML file that answers in any browser, without a server and without Python.
+
+    python finetune.py --model runs/finetune/adapter --page demo.html
+    python prompt.py --page demo.html
+
+BERT is arithmetic: support/page/bert.js computes in 300 lines of JavaScript what model.py computes
+here, with weights of 8 bits. This file says what such a page has to know besides the weights.
+"""
+
+from minitune.calibration import Ensemble
+from minitune.classification import BEGINNING_SHARE
+from minitune.merging import merge
+from minitune.prediction import Classifier
+from minitune.prompting import MASK, TEXT, Prompt
+from minitune.support.page import make_page
+
+
+def page_of_classifier(classifier: Classifier, name: str) -> str:
+    """The page of a fine-tuned model. LoRA and (IA)³ are merged into the classifier's weights."""
+    merge(classifier.model)
+    room = classifier.max_len - 2  # beside [CLS] and [SEP]
+    reading = {"room": room, "beginning": round(BEGINNING_SHARE * room)}
+    facts = {"labels": list(classifier.labels.values()), "prompts": []}
+    facts["classifier"] = {"pooling": classifier.model.pooling} | reading
+    return make_page(name, classifier.model, classifier.tokenizer.backend, facts)
+
+
+def page_of_prompts(ensemble: Ensemble, name: str) -> str:
+    """The page of a masked language model, which answers by these prompts."""
+    pairs = zip(ensemble.prompts, ensemble.biases, strict=True)
+    prompts = [describe_prompt(prompt) | {"bias": bias.tolist()} for prompt, bias in pairs]
+    facts = {"labels": list(ensemble.names.values()), "prompts": prompts, "classifier": None}
+    fill_mask = ensemble.prompts[0].fill_mask
+    return make_page(name, fill_mask.model, fill_mask.tokenizer.backend, facts)
+
+
+def describe_prompt(prompt: Prompt) -> dict:
+    """A prompt as support/page/__init__.py wants it: everything in token ids."""
+    template, verbalizer = prompt.template, prompt.verbalizer
+    first, second = (TEXT, MASK) if template.text_first else (MASK, TEXT)
+    before = prompt.demonstrations + template.before
+    parts = [before, first, template.between, second, template.after]
+    # The blank of one [MASK] comes first: its words are shown.
+    blanks = {(prompt.fill_mask.tokenizer.mask_id,): []} | verbalizer.blanks
+    blanks = [{"ids": ids, "guesses": guesses} for ids, guesses in blanks.items()]
+    description = {"sentence": prompt.sentence, "parts": parts, "room": prompt.room}
+    return description | {"words": verbalizer.labels, "blanks": blanks}

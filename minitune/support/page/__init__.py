@@ -1,0 +1,148 @@
+"""A page: one HTML file that holds a model and computes its answers in any browser, offline.
+
+    page.html    the document, with the places of the parts below
+    page.css     how it looks
+    bert.js      BERT in plain JavaScript, to be read
+    answers.js   from a text to labels, blanks, attention, and the words that move an answer
+    page.js      what is typed and shown
+
+The weights are int8: each row of a matrix is whole numbers from -127 to 127 times one float32. They
+stand in the file as base64. Small matrices and all vectors are float32.
+"""
+
+import base64
+import dataclasses
+import html
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from minitune.support.errors import UserError
+from minitune.support.results import in_bytes
+from minitune.support.runs import write_atomically
+
+FOLDER = Path(__file__).parent
+FIRST_LINE = "<!doctype html><!-- a page of minitune -->"
+LARGE = 50_000_000  # bytes: a page that is larger needs --yes
+SMALL = 4096  # numbers: a matrix of fewer is float32
+# The tensors that bert.js computes with.
+KNOWN = re.compile(
+    r"(bert\.embeddings\.\w+|pooler\.dense|(head\.)?classifier|head\.(dense|norm))\.(weight|bias)|"
+    r"head\.(bias|mean|std)|"
+    r"bert\.layers\.\d+\.(attention\.(qkv|out)|feed_forward\.(up|down)|"
+    r"(attention|feed_forward)_(norm|adapter\.(up|down)))\.(weight|bias)"
+)
+
+
+def quantise(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Int8 (R, C) and float32 scales (R,): a row of the matrix is nearly its scale times int8s."""
+    scales = np.abs(matrix).max(1).clip(min=1e-30) / 127
+    return np.rint(matrix / scales[:, None]).astype(np.int8), scales.astype(np.float32)
+
+
+def pack(tensors: dict[str, Tensor]) -> tuple[list[dict], bytes]:
+    """Where each tensor lies, for bert.js, and all of them in one block of bytes.
+
+    A tensor of one dimension is a matrix of one row. float32 comes first, so that it is aligned.
+    """
+    table, floats, integers = [], bytearray(), bytearray()
+    for name, tensor in tensors.items():
+        array = np.atleast_2d(tensor.detach().float().cpu().numpy())
+        rows, columns = array.shape
+        place = {"name": name, "rows": rows, "columns": columns, "scales": None}
+        if rows > 1 and array.size >= SMALL:
+            array, scales = quantise(array)
+            place |= {"scales": len(floats), "start": len(integers)}
+            floats += scales.astype("<f4").tobytes()
+            integers += array.tobytes()
+        else:
+            place["start"] = len(floats)
+            floats += array.astype("<f4").tobytes()
+        table.append(place)
+    for place in table:
+        place["start"] += len(floats) * (place["scales"] is not None)
+    return table, bytes(floats + integers)
+
+
+def describe_tokenizer(tokenizer: Tokenizer) -> dict:
+    """What bert.js needs of a BERT tokenizer; UserError for what it does not know."""
+    document = json.loads(tokenizer.to_str())
+    model, added = document["model"], document["added_tokens"]
+    *markup, options = document["normalizer"].get("normalizers", [document["normalizer"]])
+    for token in added:
+        if token["single_word"] or token["lstrip"] or token["rstrip"]:
+            raise UserError(f"a page cannot look for the added token {token['content']!r}")
+    ids = model["vocab"] | {token["content"]: token["id"] for token in added}
+    vocab: list[str | None] = [None] * (max(ids.values()) + 1)
+    for token, index in ids.items():
+        vocab[index] = token
+    for token in added:
+        if token["normalized"]:  # it is looked for in the normalized text
+            token["content"] = tokenizer.normalizer.normalize_str(token["content"])
+    accents = options["strip_accents"]
+    return {
+        "vocab": vocab,
+        "added": [{key: token[key] for key in ("content", "id", "normalized")} for token in added],
+        "apart": [ids[content] for content in ids if content not in model["vocab"]],
+        "longest": model["max_input_chars_per_word"],
+        "markup": bool(markup),
+        "clean": options["clean_text"],
+        "chinese": options["handle_chinese_chars"],
+        "accents": options["lowercase"] if accents is None else accents,
+        "lowercase": options["lowercase"],
+    } | {name: ids[f"[{name.upper()}]"] for name in ("unk", "cls", "sep", "mask")}
+
+
+def make_page(name: str, model: nn.Module, tokenizer: Tokenizer, facts: dict[str, Any]) -> str:
+    """The document. `model` has the parts of minitune/model.py; `facts` say how it answers.
+
+    They are "labels" (a list of names), and "classifier" or "prompts", the other one being empty:
+
+        classifier   {"pooling", "room": tokens of a text, "beginning": those of a long one that
+                     are of its beginning}
+        prompts      [{"sentence", "parts": of the template, "room": tokens of a text, "words": the
+                     label of each word, "bias": of each label, "blanks": [{"ids", "guesses"}]}]
+
+    Raises UserError where the model has a tensor that bert.js does not know.
+    """
+    tensors = model.state_dict()
+    for tensor in tensors:
+        if not KNOWN.fullmatch(tensor):
+            raise UserError(f"{name}: a page cannot compute with {tensor}")
+    table, weights = pack(tensors)
+    config = dataclasses.asdict(model.bert.config) | {"id2label": None}
+    facts = {"name": name, "config": config, "tensors": table} | facts
+    facts["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+    facts["tokenizer"] = describe_tokenizer(tokenizer)
+    parts = {"name": html.escape(name), "weights": base64.b64encode(weights).decode()}
+    # Inside a script element "<" is all that could be taken for HTML.
+    parts["facts"] = json.dumps(facts).replace("<", "\\u003c")
+    for file in ("page.css", "bert.js", "answers.js", "page.js"):
+        parts[file] = (FOLDER / file).read_text(encoding="utf-8")
+    document = (FOLDER / "page.html").read_text(encoding="utf-8")
+    return re.sub(r"\{\{(\S+)\}\}", lambda place: parts[place[1]], document)
+
+
+def check_path(path: Path) -> None:
+    """Raise UserError where a page should not be written: over a file that is none, for example."""
+    if path.suffix != ".html":
+        raise UserError(f"--page {path}: should end with .html")
+    if path.exists():
+        with open(path, "rb") as file:  # an OSError for a directory
+            if file.read(len(FIRST_LINE)) != FIRST_LINE.encode():
+                raise UserError(
+                    f"--page {path}: there is such a file, which is no page of minitune"
+                )
+
+
+def write_page(path: Path, page: str, yes: bool) -> None:
+    """Write the document; UserError where it is large and nobody said yes."""
+    content = page.encode()
+    if len(content) > LARGE and not yes:
+        raise UserError(f"--page {path} would have {in_bytes(len(content))}; add --yes to write it")
+    write_atomically(path, content)
