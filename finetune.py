@@ -85,6 +85,8 @@ def parser() -> Parser:
     )
     add("--lr", "peak learning rate; some parts get a multiple of it", float_range(0, 1e38))
     add("--weight-decay", "of matrices", float_range(0, 100, above=False), 0.01)
+    weights = "balanced: rare labels count more in the loss, so that all count alike"
+    add("--class-weights", weights, ["none", "balanced"], "none")
     add = options.group("new reviews")
     predict = "label these texts, or a .txt .csv .tsv .jsonl file, or - for the lines of stdin"
     add("--predict", predict, nargs="+", metavar="TEXT")

@@ -9,6 +9,7 @@ shapes are compared with the header of the weights before memory is taken for a 
 
 import hashlib
 import math
+import reprlib
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from minitune.support.config_file import FIXED, read_config_file
 from minitune.support.errors import UserError
 from minitune.support.runs import read_json, write_atomically, write_json, write_tensors
 from minitune.support.tensor_file import TensorFile
+from minitune.temperature import is_temperature
 from minitune.tokenizer import Tokenizer
 
 # What parts of our names are called in BERT checkpoints.
@@ -86,6 +88,8 @@ def save_model(
     config = config_json(model.config, type(model).__name__)
     if getattr(model, "pooling", "cls") != "cls":  # another one is unknown to `transformers`
         config["pooling"] = model.pooling
+    if getattr(model, "temperature", 1.0) != 1.0:  # there "temperature" belongs to generation
+        config["softmax_temperature"] = model.temperature
     write_json(directory / "config.json", config)
     write_tensors(directory / "model.safetensors", to_bert(model.state_dict()), {"format": "pt"})
 
@@ -202,8 +206,12 @@ def load_classifier(directory: Path, attention: str = "sdpa") -> BertForSequence
         raise UserError(f"{path}: problem_type is {kind}; here one label is right")
     if pooling not in list(POOLERS):
         raise UserError(f"{path}: there is no pooling {pooling}")
+    temperature = raw.get("softmax_temperature", 1.0)
+    if not is_temperature(temperature):
+        raise UserError(f"{path}: softmax_temperature cannot be {reprlib.repr(temperature)}")
     model = BertForSequenceClassification(config, attention, pooling)
     load_bert(model, directory)
+    model.temperature = temperature
     return model.eval()
 
 

@@ -93,10 +93,22 @@ class Classification:
     """Tell the label of a text. Trained for whole epochs; the best one by validation is kept."""
 
     def __init__(
-        self, train: Examples, validation: Examples, *, batch_tokens: int, epochs: int, seed: int
+        self,
+        train: Examples,
+        validation: Examples,
+        *,
+        batch_tokens: int,
+        epochs: int,
+        seed: int,
+        class_weights: str = "none",
     ):
+        """`class_weights`: "balanced" lets all labels count alike in the loss, rare ones too."""
         self.train, self.validation = train, validation
         self.batch_tokens, self.seed, self.unit = batch_tokens, seed, train.inputs.unit
+        counts = torch.bincount(train.labels)  # (L,)
+        # Their mean over the rows is 1, so that the learning rate keeps its meaning.
+        balanced = len(train) / (counts.count_nonzero() * counts.clamp_min(1))
+        self.weights = balanced if class_weights == "balanced" else None
         shares = torch.bincount(validation.labels) / len(validation)
         entropy = -(shares[shares > 0] * shares[shares > 0].log()).sum()
         self.baseline = f"always the same answer: accuracy {shares.max():.3f}, loss {entropy:.3f}"
@@ -121,9 +133,12 @@ class Classification:
         return map(self.train.select, self._shuffled(skip=first_step))
 
     def loss(self, model: nn.Module, inputs: tuple, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """(what is minimised, what is reported): both the sum of -log p(label), in nats."""
-        loss = F.cross_entropy(model(*inputs).float(), labels, reduction="sum")
-        return loss, loss
+        """(what is minimised, what is reported): sums of -log p(label), in nats. Only the first
+        has class weights."""
+        losses = F.cross_entropy(model(*inputs).float(), labels, reduction="none")
+        if self.weights is None:
+            return losses.sum(), losses.sum()
+        return (self.weights.to(labels.device)[labels] * losses).sum(), losses.sum()
 
     def evaluation_due(self, step: int, steps: int) -> bool:
         """At the end of each epoch."""

@@ -66,7 +66,7 @@ class FeatureHead(nn.Module):
 class FeatureClassifier(nn.Module):
     """Frozen encoder and trained head as one model: a packed batch in, logits (B, labels) out."""
 
-    pooling = "layers"
+    pooling, temperature = "layers", 1.0
 
     def __init__(self, bert: Bert, labels: int):
         super().__init__()

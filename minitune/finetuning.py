@@ -30,9 +30,10 @@ from minitune.support.errors import UserError
 from minitune.support.model_names import began_at_random
 from minitune.support.runs import Run, write_atomically
 from minitune.support.runtime import Runtime
+from minitune.temperature import fit_temperature, logits_of, save_answers, score
 from minitune.tokenizer import Tokenizer
 from minitune.trained import Trained
-from minitune.training import Trainer, evaluate
+from minitune.training import Trainer
 
 MOST_TOKENS = 4096  # in a batch
 LEAST_BATCHES = 8  # in an epoch
@@ -177,6 +178,7 @@ def load_trained(
     except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{directory}/{trained.file} is damaged: {error!r}") from error
     trained.fill(model, directory)
+    model.temperature = trained.temperature
     return model
 
 
@@ -254,8 +256,13 @@ def fine_tune(experiment: Experiment, setup: Setup) -> dict:
         origin = "the average of {average_of} trainings"
     runtime.log(f"best: {origin}, validation accuracy {{accuracy:.2%}}".format(**best))
 
-    batches = examples["test"].batches(recipe["batch_tokens"])
-    metrics = {"method": experiment.method} | evaluate(learner, batches, runtime)  # only this once
+    answers = {}  # the test rows are read here, and only this once
+    for split in ("validation", "test"):
+        rows, shape = examples[split], (len(labels), recipe["batch_tokens"])
+        answers[split] = logits_of(learner, rows, *shape, runtime), rows.labels
+    model.temperature = fit_temperature(*answers["validation"])
+    metrics = {"method": experiment.method} | score(*answers["test"])
+    metrics["temperature"] = model.temperature
     runtime.log(f"test accuracy {metrics['accuracy']:.2%}")
     seconds = cost["seconds"] + reading.get("seconds", 0.0)
     total_seconds = cost["earlier_seconds"] + time.monotonic() - started
@@ -271,6 +278,7 @@ def fine_tune(experiment: Experiment, setup: Setup) -> dict:
     metrics["threads"] = torch.get_num_threads()
     if runtime.is_main:
         metrics["saved_bytes"] = save(model, experiment, setup).stat().st_size
+        save_answers(run.directory / "answers.json", answers, labels, model.temperature)
         run.finish(metrics)
     return metrics
 
@@ -319,6 +327,7 @@ def train(
     rates += [args.weight_decay, LRMultipliers(**recipe["lr_multipliers"])]
     options = {"accumulate": args.accumulate, "save_minutes": args.save_minutes, "warmup": 0.1}
     plan = {key: recipe[key] for key in ("batch_tokens", "epochs")}
+    plan["class_weights"] = args.class_weights
     start, log, found = copy.deepcopy(learner.state_dict()), [], []  # (figures, weights)
     cost = {"steps": 0, "tokens": 0, "seconds": 0.0, "earlier_seconds": 0.0}
     for k in range(args.soup):
@@ -378,6 +387,7 @@ def save(model: nn.Module, experiment: Experiment, setup: Setup) -> Path:
     labels, base = setup.reviews.names, setup.settings["base_hash"]
     kind = PeftDirectory if name in METHODS_OF_PEFT.values() else Trained
     trained = kind(name, model.pooling, options, labels, args.max_len, args.model, base)
+    trained.temperature = model.temperature
     return trained.save(model, directory)
 
 

@@ -225,6 +225,8 @@ class BertForMaskedLM(nn.Module):
 class BertForSequenceClassification(nn.Module):
     """BERT with the head for fine-tuning: one score for each label of a sequence."""
 
+    temperature = 1.0  # of its probabilities, softmax(logits / temperature); see temperature.py
+
     def __init__(self, config: BertConfig, attention_backend: str = "sdpa", pooling: str = "cls"):
         """`pooling` is a key of POOLERS."""
         super().__init__()

@@ -109,21 +109,23 @@ class Classifier:
     def predict(self, texts: list[str], batch_tokens: int | None = None) -> list[Prediction]:
         """One prediction a text, in the order of the texts, `batch_tokens` read at a time."""
         sequences = TokenizedTexts(texts, self.tokenizer, self.max_len)
-        probabilities = torch.empty(len(texts), len(self.labels))
+        logits = torch.empty(len(texts), len(self.labels))
         budget = batch_tokens or reading_tokens(self.runtime.device)
         # One context for all batches: autocast converts the weights once and keeps them until it
         # ends. (It keeps none under inference_mode.)
         with torch.no_grad(), self.runtime.autocast():
             for indices in sorted_batches(sequences.lengths, budget):
-                logits = self.model(sequences.select(indices).pack().to(self.runtime.device))
-                probabilities[torch.from_numpy(indices)] = logits.float().softmax(-1).cpu()
+                batch = sequences.select(indices).pack().to(self.runtime.device)
+                logits[torch.from_numpy(indices)] = self.model(batch).float().cpu()
+        probabilities = (logits / self.model.temperature).softmax(-1)
         if not probabilities.isfinite().all():
             raise UserError("the model's answers are no numbers: its weights must be damaged")
         answers = []
-        rows = zip(texts, probabilities.tolist(), sequences.truncated, strict=True)
-        for text, row, truncated in rows:
+        best = logits.argmax(-1).tolist()  # two probabilities may be rounded to the same number
+        rows = zip(texts, best, probabilities.tolist(), sequences.truncated, strict=True)
+        for text, label, row, truncated in rows:
             by_name = {self.labels[i]: p for i, p in enumerate(row)}
-            answers.append(Prediction(text, max(by_name, key=by_name.get), by_name, truncated))
+            answers.append(Prediction(text, self.labels[label], by_name, truncated))
         return answers
 
     def question(self, ids: np.ndarray, batch_tokens: int | None = None) -> Question:

@@ -18,6 +18,7 @@ from minitune.support.errors import UserError
 from minitune.support.model_names import find_model
 from minitune.support.runs import read_json, write_json, write_tensors
 from minitune.support.tensor_file import TensorFile
+from minitune.temperature import is_temperature
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -38,6 +39,7 @@ class Trained:
     base: str  # the pretrained model as it was named
     base_hash: str  # weights_hash of it; empty if unknown
     relative_base: str | None = None  # its path seen from the run, for when both were moved
+    temperature: float = 1.0  # of its probabilities
     file = "trained.json"
     foreign = False  # written by another program, whose tokenizer may keep markup
 
@@ -50,13 +52,14 @@ class Trained:
         return weights
 
     def context(self, directory: Path) -> dict:
-        """Labels, longest text and base model, as they are saved."""
+        """Labels, longest text, base model and temperature, as they are saved."""
         path, relative = self.base, None
         if Path(path).is_dir():  # found again from any directory
             path = str(Path(path).resolve())
             relative = os.path.relpath(path, directory.resolve())
         base = {"path": path, "relative": relative, "sha256": self.base_hash}
-        return {"labels": list(self.labels.values()), "max_len": self.max_len, "base": base}
+        context = {"labels": list(self.labels.values()), "max_len": self.max_len, "base": base}
+        return context | {"temperature": self.temperature}
 
     @classmethod
     def read(cls, directory: Path) -> "Trained":
@@ -64,6 +67,7 @@ class Trained:
         raw = read_json(directory / "trained.json")
         try:
             context = {key: raw.pop(key) for key in ("labels", "max_len", "base")}
+            context["temperature"] = raw.pop("temperature", 1.0)
             method, pooling, options = raw.pop("method"), raw.pop("pooling"), raw
             if not method or not pooling or "\0" in method + pooling:
                 raise ValueError("a name is empty")
@@ -86,8 +90,12 @@ class Trained:
             raise ValueError("a name is empty")
         if not (type(names) is list and 2 <= len(set(names)) == len(names) <= MOST_LABELS):
             raise ValueError("labels")
+        temperature = raw.get("temperature", 1.0)
+        if not is_temperature(temperature):
+            raise ValueError(f"temperature {temperature!r}")
         fields = {"labels": dict(enumerate(names)), "max_len": max_len, "base": path}
-        return fields | {"base_hash": base_hash, "relative_base": relative}
+        fields |= {"base_hash": base_hash, "relative_base": relative}
+        return fields | {"temperature": temperature}
 
     def find_base(self, directory: Path, named: str | None = None) -> Path:
         """The directory of the base model, if its weights still are the same.

@@ -206,6 +206,44 @@ def test_accuracy_and_loss_are_those_of_a_loop_over_the_rows(batch_tokens):
     assert metrics == {"accuracy": right / 11, "loss": pytest.approx(loss / 11, rel=1e-6)}
 
 
+# Uneven labels
+
+
+@pytest.mark.parametrize("class_weights, share", [("none", 0.1), ("balanced", 0.5)])
+def test_balanced_weights_let_a_rare_label_count_as_much_as_a_frequent_one(
+    tmp_path, class_weights, share
+):
+    # All rows have the same text, so that all it can learn is how frequent label 1 is.
+    train = Examples(Features(torch.ones(40, 1)), torch.tensor(4 * [*9 * [0], 1]))
+    shape = {"batch_tokens": 40, "epochs": 300, "seed": 0}
+    task = Classification(train, train, class_weights=class_weights, **shape)
+    model, run = nn.Linear(1, 2), Run(tmp_path)
+    run.start({})
+    trainer = Trainer(model, Optimizer(model, "adamw", 0.1, 0.1, 0.0), task, run, CPU, seed=0)
+    trainer.steps = task.steps
+    trainer.train()
+    # What is reported has no weights, so that runs can be compared.
+    loss = -0.1 * math.log(share) - 0.9 * math.log(1 - share)
+    assert run.read_log()[-1]["loss"] == pytest.approx(loss, abs=1e-3)
+
+
+def test_balanced_weights_are_those_of_the_training_rows(examples):
+    model = classifier()
+    few = examples.select(np.array([0, 1, 2]))  # of 40 rows 14 have label 1; here it is one of 3
+    task = Classification(
+        examples, few, batch_tokens=60, epochs=1, seed=0, class_weights="balanced"
+    )
+    inputs, labels = few.to(CPU.device)
+    with torch.no_grad():
+        logs = model(*inputs).double().log_softmax(-1)
+        minimised, reported = task.loss(model, inputs, labels)
+    by_hand = [-logs[i, y].item() for i, y in enumerate(labels.tolist())]
+    weights = [40 / (2 * (14 if y else 26)) for y in labels.tolist()]
+    assert reported.item() == pytest.approx(sum(by_hand), rel=1e-6)
+    weighted = sum(w * x for w, x in zip(weights, by_hand, strict=True))
+    assert minimised.item() == pytest.approx(weighted, rel=1e-6)
+
+
 def classifier(**options):
     torch.manual_seed(0)
     sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24} | options

@@ -331,7 +331,7 @@ def test_full_leaves_a_bert_with_its_labels(compared, folder):
     assert config["label2id"] == {name: i for i, name in enumerate(LABELS)}
     assert load_classifier(out / "full").config.id2label == dict(enumerate(LABELS))
     assert contents(out / "full").keys() - contents(folder / "base").keys() == {
-        "log.jsonl", "metrics.json", "settings.json"
+        "log.jsonl", "metrics.json", "settings.json", "answers.json"
     }  # fmt: skip
 
 
@@ -339,6 +339,7 @@ def test_full_leaves_a_bert_with_its_labels(compared, folder):
 def test_the_others_leave_only_what_they_trained(compared, folder, method):
     directory = compared[0] / method
     files = {"trained.safetensors", "trained.json", "settings.json", "metrics.json", "log.jsonl"}
+    files |= {"answers.json"}
     assert contents(directory).keys() == files
     tensors, figures = weights(directory), metrics(directory)
     statistics = (
@@ -370,6 +371,28 @@ def test_lora_and_ia3_leave_a_directory_of_peft(compared, folder, method):
 # What the figures claim, computed again from what was saved
 
 
+@pytest.mark.parametrize("method", TRAINED)
+def test_probabilities_are_those_of_the_answers_at_the_saved_temperature(compared, folder, method):
+    directory, rows = compared[0] / method, rows_of(folder)
+    saved, figures = json.loads((directory / "answers.json").read_text()), metrics(directory)
+    assert saved["names"] == LABELS and saved["temperature"] == figures["temperature"] != 1
+    classifier = Classifier.load(str(directory), CPU)
+    for split in ("validation", "test"):
+        logits = torch.tensor(saved[split]["logits"], dtype=torch.float64)
+        expected = (logits / figures["temperature"]).softmax(-1)
+        answers = classifier.predict([row["text"] for row in rows[split]])
+        found = [[answer.probabilities[name] for name in LABELS] for answer in answers]
+        torch.testing.assert_close(torch.tensor(found).double(), expected, rtol=0, atol=1e-5)
+        assert [LABELS[i] for i in logits.argmax(-1)] == [answer.label for answer in answers]
+        assert [LABELS[i] for i in saved[split]["labels"]] == [row["label"] for row in rows[split]]
+    found = [LABELS.index(answer.label) for answer in answers]
+    f1 = []
+    for k in range(2):
+        right = sum(a == b == k for a, b in zip(found, saved["test"]["labels"], strict=True))
+        f1.append(2 * right / (found.count(k) + saved["test"]["labels"].count(k)))
+    assert figures["macro_f1"] == pytest.approx(sum(f1) / 2)
+
+
 def rows_of(folder: Path) -> dict[str, list[dict[str, str]]]:
     """The rows of each split: all of test.csv, and of data.csv the last 5% of each label apart."""
     rows, test = (
@@ -398,6 +421,8 @@ def few(rows: list[dict], count: int, seed: int) -> list[dict]:
 def score(directory: Path, rows: list[dict]) -> tuple[float, float]:
     """(accuracy, loss) on these rows of what a run saved, one text after another."""
     classifier, right, loss = Classifier.load(str(directory), CPU), 0, 0.0
+    assert classifier.model.temperature == metrics(directory)["temperature"]
+    classifier.model.temperature = 1.0
     for row in rows:
         [answer] = classifier.predict([row["text"]])
         right += answer.label == row["label"]

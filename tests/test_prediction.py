@@ -401,6 +401,35 @@ def test_a_classifier_without_label_names_has_those_of_transformers(base, tmp_pa
     assert_alike(predict(loaded, TEXTS), expected)
 
 
+@pytest.mark.parametrize("method", ["full", "adapter", "feature"])
+def test_the_saved_temperature_makes_answers_less_sure_and_changes_no_label(
+    base, tmp_path, tokenizer, method
+):
+    save_run(method, base, tmp_path / "run", tokenizer)
+    name = "config.json" if method == "full" else "trained.json"
+    key = "softmax_temperature" if method == "full" else "temperature"
+    plain = predict(Classifier.load(str(tmp_path / "run"), FP32), TEXTS)
+    change_json(tmp_path / "run" / name, without(key))  # as runs had it before there was one
+    assert_alike(predict(Classifier.load(str(tmp_path / "run"), FP32), TEXTS), plain)
+    change_json(tmp_path / "run" / name, lambda raw: raw | {key: 2.5})
+    scaled = predict(Classifier.load(str(tmp_path / "run"), FP32), TEXTS)
+    for before, after in zip(plain, scaled, strict=True):
+        powers = {name: p ** (1 / 2.5) for name, p in before.probabilities.items()}
+        for name, p in after.probabilities.items():
+            assert p == pytest.approx(powers[name] / sum(powers.values()), abs=1e-5)
+        assert after.label == before.label
+        assert after.probabilities[after.label] < before.probabilities[before.label]
+
+
+def test_two_probabilities_that_are_rounded_to_one_number_change_no_label(classifier):
+    logits = torch.tensor([1.0, 1.0000001, -5.0])
+    classifier.model = lambda batch: logits.expand(len(batch.cu_seqlens) - 1, 3)
+    classifier.model.temperature = 20.0
+    [answer] = predict(classifier, ["good"])
+    assert len(set(answer.probabilities.values())) == 2
+    assert answer.label == list(answer.probabilities)[1]
+
+
 def test_a_model_that_was_only_pretrained_is_refused(base):
     with pytest.raises(UserError, match="is no classifier: fine-tune it first") as error:
         Classifier.load(str(base), FP32)
@@ -452,6 +481,11 @@ DAMAGES = {
     "no pooling": (of_json(without("pooling")), r"trained\.json is damaged.*pooling"),
     "a pooling of no name": (of_json(lambda raw: raw | {"pooling": "magic"}), "damaged.*magic"),
     "labels in a word": (of_json(lambda raw: raw | {"labels": "ab"}), "damaged"),
+    "a temperature of zero": (of_json(lambda raw: raw | {"temperature": 0}), "temperature 0"),
+    "a temperature that is a word": (
+        of_json(lambda raw: raw | {"temperature": "hot"}),
+        "temperature 'hot'",
+    ),
     "one label": (of_json(lambda raw: raw | {"labels": ["a"]}), "damaged"),
     "no labels at all": (of_json(lambda raw: raw | {"labels": []}), "damaged"),
     "the same label twice": (of_json(lambda raw: raw | {"labels": ["a", "b", "a"]}), "damaged"),

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from minitune.support.results import macro_f1
 from minitune.support.tokenizer_files import MARKUP
 
 WORD = re.compile(r"[\w']+|[^\w\s']+")  # punctuation counts as a word: "!!!" tells something
@@ -155,7 +156,14 @@ def train_svm(
 def evaluate_baselines(
     texts: dict[str, list[str]], labels: dict, num_labels: int, chosen: np.ndarray | None = None
 ) -> list[dict]:
-    """A row for each baseline, with its test accuracy.
+    """The rows of `answer_test_rows`, without the answers."""
+    return [row for row, _ in answer_test_rows(texts, labels, num_labels, chosen)]
+
+
+def answer_test_rows(
+    texts: dict[str, list[str]], labels: dict, num_labels: int, chosen: np.ndarray | None = None
+) -> list[tuple[dict, np.ndarray]]:
+    """A row for each baseline, with its test accuracy and macro F1, and its label of each test row.
 
     `texts` and `labels` (0..num_labels-1) are those of "train" and "test", `chosen` the indices of
     the train rows to use, None for all.
@@ -165,7 +173,11 @@ def evaluate_baselines(
     started, known = time.monotonic(), train[chosen]
     model = NBSVM().fit([texts["train"][i] for i in chosen], known, num_labels)
     seconds = round(time.monotonic() - started, 2)
-    answers = {"majority": majority(known, num_labels), "nb-svm": model.predict(texts["test"])}
-    rows = [{"method": m, "accuracy": float((a == test).mean())} for m, a in answers.items()]
-    rows[1]["train_seconds"] = seconds
-    return [row | {"train_examples": len(chosen)} for row in rows]
+    always = np.full_like(test, majority(known, num_labels))
+    found = []
+    for method, answers in (("majority", always), ("nb-svm", model.predict(texts["test"]))):
+        row = {"method": method, "accuracy": float((answers == test).mean())}
+        row |= {"macro_f1": macro_f1(test.tolist(), answers.tolist())}
+        row |= {"train_seconds": seconds} if method == "nb-svm" else {}
+        found.append((row | {"train_examples": len(chosen)}, answers))
+    return found

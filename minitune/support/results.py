@@ -4,7 +4,7 @@ A row is a dictionary of figures; a table is a list of rows, or the text made of
 """
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from statistics import mean, pstdev, stdev
 
@@ -35,6 +35,16 @@ def expected_calibration_error(
     confidence, right = probabilities.max(1), probabilities.argmax(1) == np.asarray(labels)
     bin_of = np.minimum((confidence * bins).astype(int), bins - 1)
     return float(np.abs(np.bincount(bin_of, weights=right - confidence)).sum() / len(confidence))
+
+
+def macro_f1(labels: Sequence[int], answers: Sequence[int]) -> float:
+    """The mean over labels of F1 = 2 right / (times given + times due): rare labels count fully.
+
+    Over the labels that occur, in either; always answering the most frequent label scores badly.
+    """
+    right = Counter(a for a, b in zip(labels, answers, strict=True) if a == b)
+    either = Counter(labels) + Counter(answers)
+    return mean(2 * right[label] / count for label, count in either.items())
 
 
 def summarise(runs: list[dict], test_rows: int, order: Sequence[str] = ()) -> list[dict]:
