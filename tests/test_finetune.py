@@ -359,7 +359,7 @@ def test_the_others_leave_only_what_they_trained(compared, folder, method):
 @pytest.mark.parametrize("method", ["lora", "ia3"])
 def test_lora_and_ia3_leave_a_directory_of_peft(compared, folder, method):
     directory = compared[0] / method
-    files = {"adapter_model.safetensors", "adapter_config.json"}
+    files = {"adapter_model.safetensors", "adapter_config.json", "answers.json"}
     assert contents(directory).keys() == files | {"settings.json", "metrics.json", "log.jsonl"}
     count = sum(tensor.numel() for tensor in weights(directory).values())
     assert count == metrics(directory)["trainable_params"]
