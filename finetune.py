@@ -254,7 +254,7 @@ def fine_tune_all(args: argparse.Namespace, experiments: list[Experiment]) -> No
         chosen = reviews.balanced_subset("train", size, seed) if size else None
         baselines = evaluate_baselines(reviews.texts, reviews.labels, len(reviews.names), chosen)
         results += [row | {"seed": seed} for row in baselines]
-    order = ["majority", "nb-svm", "scratch", *METHODS]
+    order = list(dict.fromkeys(["majority", "nb-svm", "scratch", *METHODS]))
     test_rows = len(reviews.texts["test"])
     rows = summarise(results, test_rows, order)
     runtime.log(f"\n{test_rows:,} test rows of {args.data}:\n{table(rows)}")
