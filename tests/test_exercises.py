@@ -200,7 +200,7 @@ def test_the_list_does_not_import_torch():
 
 
 @pytest.fixture
-def small_trials(tmp_path, monkeypatch):
+def small_trials(tmp_path, monkeypatch, fixed_seed):
     """Trials on the sample reviews, with a model of a few numbers."""
     monkeypatch.setattr(trials, "DATA", str(SAMPLES / "reviews.csv"))
     monkeypatch.setattr(trials, "PRETRAINING_STEPS", 2)
@@ -233,7 +233,8 @@ COARSE = {
     "layer": "The residual sums are missing",
     "masked_loss": "The loss is that of all tokens",
     "adapter": "The skip connection is missing",
-    "prompt": "Probabilities are added",
+    "prompt": "The bias has the wrong sign",
+    "gradients": "The sum over the steps",
 }
 
 
@@ -243,7 +244,8 @@ def test_a_trial_shows_what_a_mistake_changes(exercise, small_trials):
         e for words, e in exercise.mistakes.items() if words.startswith(COARSE[exercise.name])
     )
     functions = checks.lessons_own(exercise, edits)
-    assert list(trials.lines(exercise, functions))[-1] == "the figures differ"
+    *rows, verdict = trials.lines(exercise, functions)
+    assert verdict == "the figures differ", rows
 
 
 def test_a_loop_without_an_end_is_stopped(monkeypatch, capsys):

@@ -428,4 +428,47 @@ scores + bias over the texts, as a logarithm; take from the bias how far each la
             ),
         },
     ),
+    Exercise(
+        "gradients",
+        "integrated gradients that add up",
+        "minitune/explain.py, its first lines and `Question`; Sundararajan et al. 2017, section 3",
+        (Lesson("minitune.explain:integrated_gradients"),),
+        """\
+Cut the way into `steps` equal parts; their middles are a = (k + 0.5) / steps. At each, f is to be computed
+with word embeddings that lie between those of question.without_words (a = 0) and those of question.ids
+(a = 1): torch.lerp. A forward hook on question.model.bert.embeddings.word may return other vectors than
+the module gave; its first rows are the tokens, the rest is padding and stays. Give every token an `a` of
+its own that requires a gradient: torch.autograd.grad(question.f(batch).sum(), shares) is then
+gradient · (e - e0) of each token. Return the mean over the steps.""",
+        {
+            "The way begins at vectors of zeros: it begins at the text without words.": (
+                ("F.embedding(starts, word.weight)", "torch.zeros_like(embedded[: len(starts)])"),
+            ),
+            "There is no way: the gradient is that at the text alone.": (
+                ("(torch.arange(steps, device=total.device) + 0.5) / steps", "torch.ones(steps)"),
+            ),
+            "The gradient is not multiplied by e - e0.": (
+                ("    for a in middles", "    seen = []\n    for a in middles"),
+                (
+                    "return torch.cat([points",
+                    "seen.append(points)\n            return torch.cat([points",
+                ),
+                ("grad(f.sum(), shares)", "grad(f.sum(), seen[-1])"),
+                ("derivative.view(-1, n)", "derivative.sum(-1).view(-1, n)"),
+            ),
+            "The sum over the steps is not divided by their number.": (("total / steps", "total"),),
+            "The parts are taken at their beginnings: their middles need far fewer steps.": (
+                (" + 0.5)", ")"),
+            ),
+            "The signs are lost: what speaks against the answer is negative.": (
+                ("derivative.view(-1, n)", "derivative.abs().view(-1, n)"),
+            ),
+            "The way runs backwards, from the text to the text without words: all signs are wrong.": (
+                (
+                    "F.embedding(starts, word.weight), embedded[: len(starts)]",
+                    "embedded[: len(starts)], F.embedding(starts, word.weight)",
+                ),
+            ),
+        },
+    ),
 )

@@ -18,9 +18,10 @@ from minitune.checkpoint import load_masked_lm, load_tokenizer, read_config
 from minitune.classification import Classification, Examples, TokenizedTexts
 from minitune.corpus import Corpus
 from minitune.data import Dataset, Reviews
-from minitune.finetuning import METHODS, build
+from minitune.explain import Question, explain
+from minitune.finetuning import METHODS, all_parameters, build
 from minitune.initialization import start_with_frequencies, start_with_neighbours
-from minitune.model import BertConfig, BertForMaskedLM
+from minitune.model import BertConfig, BertForMaskedLM, BertForSequenceClassification
 from minitune.optimizer import Optimizer, one_cycle
 from minitune.pretraining import MaskedLanguageModelling
 from minitune.prompting import TEMPLATES, WORDS, FillMask, Prompt
@@ -35,7 +36,8 @@ DATA = "rotten_tomatoes"
 RUNTIME = Runtime(torch.device("cpu"), "fp32")
 PRETRAINING_STEPS = 150
 ROWS, EPOCHS = 512, 2  # of fine-tuning
-UNLABELLED = 256
+UNLABELLED = 256  # rows, of which the prior is matched
+EXPLAINED = ["An unforgettable film, and great fun.", "It is long, loud and utterly dull."]
 SMALL = BertConfig(
     vocab_size=4096,
     hidden_size=128,
@@ -115,18 +117,20 @@ class FineTuning:
         name, why = default_model()
         self.source, reviews = find_model(name), Reviews.load(Dataset(DATA))
         tokenizer = load_tokenizer(self.source, read_config(self.source))
-        self.names, self.examples = reviews.names, {}
+        self.names, examples = reviews.names, {}
         for split, count in (("train", ROWS), ("validation", len(reviews.labels["validation"]))):
             rows = reviews.balanced_subset(split, count, seed=0)
             texts = TokenizedTexts([reviews.texts[split][i] for i in rows], tokenizer, 64)
-            self.examples[split] = Examples(texts, reviews.labels[split][torch.from_numpy(rows)])
+            examples[split] = Examples(texts, reviews.labels[split][torch.from_numpy(rows)])
+        options = {"batch_tokens": 1024, "epochs": EPOCHS, "seed": 0}
+        self.task, self.tokenizer = Classification(*examples.values(), **options), tokenizer
         self.about = (
             f"finetune.py --method {method} on {ROWS} rows of {DATA}, {EPOCHS} epochs, from {name} "
             f"({why}).\nThe accuracy is that on {len(texts.ids)} validation rows"
         )
 
-    def run(self) -> dict[str, str]:
-        """Train, and evaluate."""
+    def train(self) -> BertForSequenceClassification:
+        """The model, trained."""
         method = METHODS[self.method]
         model = build(self.method, self.source, self.names, **self.options)
         trained = set(self.trained(model))
@@ -134,15 +138,17 @@ class FineTuning:
             parameter.requires_grad_(name in trained)
         lr = method.lr(model.config.hidden_size)
         optimizer = Optimizer(model, method.optimizer, lr, method.adamw * lr, 0.01)
-        task = Classification(*self.examples.values(), batch_tokens=1024, epochs=EPOCHS, seed=0)
-        train(model, task, optimizer, task.steps)
-        found = evaluate(model, task.validation_batches(quick=False), RUNTIME)
-        parts = {p.requires_grad: 0 for p in model.parameters()}
-        for p in model.parameters():
-            parts[p.requires_grad] += p.numel()
-        share = f"{parts.get(True, 0) / sum(parts.values()):.1%}"
-        accuracy = {"accuracy": f"{found['accuracy']:.1%}", "loss": f"{found['loss']:.3f}"}
-        return accuracy | {"trained parameters": share}
+        train(model, self.task, optimizer, self.task.steps)
+        return model
+
+    def run(self) -> dict[str, str]:
+        """Train, and evaluate."""
+        model = self.train()
+        found = evaluate(model, self.task.validation_batches(quick=False), RUNTIME)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        share = trained / sum(p.numel() for p in model.parameters())
+        row = {"accuracy": f"{found['accuracy']:.1%}", "loss": f"{found['loss']:.3f}"}
+        return row | {"trained": f"{trained:,} ({share:.1%})"}
 
 
 class Asking:
@@ -170,15 +176,48 @@ class Asking:
         """Ask, and ask with the prior matched."""
         prompt = Prompt(TEMPLATES[0], WORDS, self.fill_mask, 64)
         scores = prompt.scores(self.texts)
-        bias = match_prior(prompt.scores(self.unlabelled))
-        before, after = (
-            figures(each, self.labels, prompt.verbalizer.names) for each in (scores, scores + bias)
-        )
+        matched = scores + match_prior(prompt.scores(self.unlabelled))
+        names = prompt.verbalizer.names
+        before, after = (figures(each, self.labels, names) for each in (scores, matched))
         return {
             "accuracy": f"{before['accuracy']:.1%}",
-            "one answer": f"{before['majority_share']:.0%} {before['majority_answer']}",
+            "most answers": f"{before['majority_share']:.0%} {before['majority_answer']}",
             "prior matched": f"{after['accuracy']:.1%}",
+            f"mean p({names[1]})": f"{matched.softmax(-1).mean(0)[1]:.3f}",
         }
+
+
+class Explaining:
+    """Why a fine-tuned model gives its answers; it is trained once, by the lesson's own code."""
+
+    def __init__(self):
+        tuned = FineTuning("full", all_parameters)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = tuned.train().eval()
+        self.questions = [
+            Question(model, tuned.tokenizer, tuned.tokenizer.frame(ids), tuned.names)
+            for ids in tuned.tokenizer.encode(EXPLAINED)
+        ]
+        listed = "\n".join(
+            f"  {q.label_names[0]}: {text}"
+            for q, text in zip(self.questions, EXPLAINED, strict=True)
+        )
+        self.about = (
+            f"{tuned.about}\nof --method full. Why are these texts what it says they are?\n{listed}"
+        )
+
+    def run(self) -> dict[str, str]:
+        """The word that adds most, and by how much the sum is off."""
+        row = {}
+        for number, question in enumerate(self.questions, start=1):
+            found = explain(question)
+            most, word = max(zip(found.attributions, found.words, strict=True))
+            row |= {
+                f"most in {number}": f"{word} {most:+.2f}",
+                f"sum {number} is off": f"{found.error:.1%}",
+            }
+        return row
 
 
 TRIALS: dict[str, Callable] = {
@@ -192,4 +231,5 @@ TRIALS: dict[str, Callable] = {
         "adapter", lambda model: adapter_parameters(model), adapter_size=32
     ),
     "prompt": Asking,
+    "gradients": Explaining,
 }
