@@ -233,6 +233,7 @@ COARSE = {
     "layer": "The residual sums are missing",
     "masked_loss": "The loss is that of all tokens",
     "adapter": "The skip connection is missing",
+    "lora": "The frozen map's own result",
     "prompt": "The bias has the wrong sign",
     "gradients": "The sum over the steps",
 }

@@ -19,6 +19,7 @@ from minitune.corpus import Corpus
 from minitune.data import Dataset
 from minitune.explain import Question, integrated_gradients
 from minitune.fast.layers import pad_rows
+from minitune.lora import LoRA
 from minitune.masking import mask_tokens
 from minitune.model import BertConfig, BertForMaskedLM, BertForSequenceClassification, Layer
 from minitune.pretraining import MaskedLanguageModelling
@@ -174,6 +175,22 @@ def adapter() -> Observed:
     model = BertForSequenceClassification(SMALL)
     insert_adapters(model.bert, 4)
     yield "the names of what is trained", sorted(adapter_parameters(model))
+
+
+def lora() -> Observed:
+    x = torch.randn(5, 16)
+    single = large_weights(LoRA(nn.Linear(16, 16), 1, [0], rank=2, scale=0.5))
+    several = large_weights(LoRA(nn.Linear(16, 48), 3, [0, 2], rank=2, scale=0.5))
+    yield "the output for one map", single(x)
+    yield "the output for maps 0 and 2 of three", several(x)
+    several.dropout = Times(0.3)
+    yield "the output with dropout", several(x)
+    yield "the merged weight of one map", single.adapted()
+    yield "the merged weights of maps 0 and 2 of three", several.adapted()
+    yield (
+        "the merged map computes the same",
+        torch.allclose(single.merged()(x), single(x), atol=1e-5),
+    )
 
 
 def prompt() -> Observed:

@@ -83,9 +83,10 @@ class Lesson:
         code = self.code
         for old, new in edits:
             code = code.replace(old, new)
+        code = "class Outer:\n" + textwrap.indent(code, "    ")  # where super() is understood
         names = dict(vars(importlib.import_module(self.module)))
         exec(compile(code, f"<{self.name}>", "exec"), names)
-        return names[self.nodes[-1].name]
+        return vars(names["Outer"])[self.nodes[-1].name]
 
 
 def find(tree: ast.Module, name: str) -> list[Definition]:
@@ -151,10 +152,11 @@ def without_bodies(holes: list[Lesson]) -> tuple[list[ast.AST], list[str]]:
         for number in range(start, function.end_lineno + 1):
             del lines[number]
         lines[start] = indent + TO_DO
+    kept_names = {"__init__", *(function.name for function in functions)}
     others = [
         node
         for node in (top.body if isinstance(top, ast.ClassDef) else [])
-        if isinstance(node, ast.FunctionDef) and node not in functions and node.name != "__init__"
+        if isinstance(node, ast.FunctionDef) and node.name not in kept_names
     ]
     for node in others:
         size = len(holes[0].text(node))

@@ -74,30 +74,30 @@ below 0.8 [MASK], from 0.8 to 0.9 a random word, else nothing. Write into a clon
             ),
             "The labels are read after the masking: they are the ids that stood there before.": (
                 (
-                    "return corrupted, positions, labels",
-                    "return corrupted, positions, corrupted[positions]",
+                    "return masked, positions, labels",
+                    "return masked, positions, masked[positions]",
                 ),
             ),
             "The labels are those of all tokens: one for each chosen position is enough.": (
-                ("return corrupted, positions, labels", "return corrupted, positions, tokens"),
+                ("return masked, positions, labels", "return masked, positions, tokens"),
             ),
             "The positions do not ascend.": ((".sort().values", ""),),
             "Every chosen token becomes [MASK]: 10% become a random word and 10% stay as they are.": (
                 (
-                    "corrupted[positions[swapped]] = random[swapped]",
-                    "corrupted[positions] = tokenizer.mask_id",
+                    "masked[positions[is_random]] = random[is_random]",
+                    "masked[positions] = tokenizer.mask_id",
                 ),
             ),
             "No token stays as it is: 80% become [MASK], and 20% instead of 10% a random word.": (
-                ("(fate >= 0.8) & (fate < 0.9)", "fate >= 0.8"),
+                ("(u >= 0.8) & (u < 0.9)", "u >= 0.8"),
             ),
             "The random words are 10% of what is left after [MASK]: they are 10% of all that are chosen.": (
-                ("(fate < 0.9)", "(torch.rand(fate.shape, generator=generator) < 0.1)"),
+                ("(u < 0.9)", "(torch.rand(u.shape, generator=generator) < 0.1)"),
             ),
             "A second draw decides on the random words, and some replace a [MASK]: that gives 72/10/18.": (
                 (
-                    "(fate >= 0.8) & (fate < 0.9)",
-                    "torch.rand(fate.shape, generator=generator) < 0.1",
+                    "(u >= 0.8) & (u < 0.9)",
+                    "torch.rand(u.shape, generator=generator) < 0.1",
                 ),
             ),
             "The random words may be special tokens, [PAD] or [MASK] for example.": (
@@ -381,6 +381,41 @@ of modules; the paths are "classifier", and in each layer both adapters and both
                 ('"feed_forward_adapter", ', ""),
             ),
         },
+    ),
+    Exercise(
+        "lora",
+        "LoRA and its merge",
+        "minitune/lora.py, its first lines; Hu et al. 2022, section 4.1",
+        (Lesson("minitune.lora:LoRA.forward"), Lesson("minitune.lora:LoRA.adapted")),
+        """\
+What the frozen map gives is super().forward(x). A is (K, rank, C) and B (K, D, rank), for K of the M maps
+that stand side by side in the weight, (M · D, C): self.chosen numbers them. So chunk the result in
+self.maps parts, and to part self.chosen[i] add scale · B[i] (A[i] dropout(x)), each by F.linear.
+The merge: self.rows() is W of the chosen maps, (K, D, C), and B @ A has that shape.""",
+        {
+            "The update lacks the scale alpha / r.": (("self.scale * F.linear", "F.linear"),),
+            "The frozen map's own result, W x + b, is missing.": (
+                ("super().forward(x)", "(0 * super().forward(x))"),
+            ),
+            "The frozen map's bias is missing.": (
+                ("super().forward(x)", "F.linear(x, self.weight)"),
+            ),
+            "The update goes to the first maps: it goes to those in `chosen`.": (
+                ("k = self.chosen[i]", "k = i"),
+            ),
+            "Dropout is left out: it stands before A.": (("self.dropout(x)", "x"),),
+            "Dropout stands before the frozen map too: only A reads its result.": (
+                ("super().forward(x)", "super().forward(self.dropout(x))"),
+            ),
+            "The merge lacks the scale alpha / r.": (
+                ("self.scale * (self.B @ self.A)", "self.B @ self.A"),
+            ),
+            "The merge transposes the product: it is B A.": (
+                ("(self.B @ self.A)", "(self.B @ self.A).mT"),
+            ),
+            "The merge lacks W.": (("self.rows() + ", ""),),
+        },
+        note="DoRA may be left out: self.magnitude is None here. Only the missing bodies are used.",
     ),
     Exercise(
         "prompt",

@@ -21,6 +21,8 @@ from minitune.data import Dataset, Reviews
 from minitune.explain import Question, explain
 from minitune.finetuning import METHODS, all_parameters, build
 from minitune.initialization import start_with_frequencies, start_with_neighbours
+from minitune.lora import TARGETS, lora_parameters
+from minitune.merging import merge
 from minitune.model import BertConfig, BertForMaskedLM, BertForSequenceClassification
 from minitune.optimizer import Optimizer, one_cycle
 from minitune.pretraining import MaskedLanguageModelling
@@ -148,7 +150,12 @@ class FineTuning:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         share = trained / sum(p.numel() for p in model.parameters())
         row = {"accuracy": f"{found['accuracy']:.1%}", "loss": f"{found['loss']:.3f}"}
-        return row | {"trained": f"{trained:,} ({share:.1%})"}
+        row["trained"] = f"{trained:,} ({share:.1%})"
+        if self.method == "lora":
+            merge(model)
+            found = evaluate(model, self.task.validation_batches(quick=False), RUNTIME)
+            row["merged"] = f"{found['accuracy']:.1%}"
+        return row
 
 
 class Asking:
@@ -229,6 +236,9 @@ TRIALS: dict[str, Callable] = {
     "masked_loss": Pretraining,
     "adapter": lambda: FineTuning(
         "adapter", lambda model: adapter_parameters(model), adapter_size=32
+    ),
+    "lora": lambda: FineTuning(
+        "lora", lora_parameters, lora_targets=",".join(TARGETS), lora_rank=8, lora_alpha=16.0
     ),
     "prompt": Asking,
     "gradients": Explaining,
