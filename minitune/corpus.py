@@ -102,7 +102,7 @@ class Chunks:
             for i in range(0, len(ends), TEXTS_AT_ONCE)
         ]
         self.starts = np.concatenate([starts for starts, _ in parts])  # (N,) int64
-        self.lengths = np.concatenate([lengths for _, lengths in parts])  # (N,) int32, with the two
+        self.lengths = np.concatenate([lengths for _, lengths in parts])  # (N,) int32, framed
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -111,9 +111,9 @@ class Chunks:
         """The token ids of these chunks, each (n,) int64."""
         # Mapped each time, since the pages of an open map count as memory of this process.
         tokens = np.memmap(self.path, dtype=self.dtype, mode="r")
-        cls, sep = np.split(np.array(self.tokenizer.frame([])), 2)
+        cls, sep = self.tokenizer.frame([])
         bodies = (tokens[self.starts[i] :][: self.lengths[i] - 2] for i in indices)
-        return [torch.from_numpy(np.concatenate([cls, body, sep])) for body in bodies]
+        return [torch.from_numpy(np.concatenate([[cls], body, [sep]])) for body in bodies]
 
 
 def _cut(ends: np.ndarray, start: int, body: int, overlap: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -40,8 +40,6 @@ from minitune.support.runtime import Runtime, catch_signals
 MAX_GRADIENT_NORM = 1.0
 LOG_EVERY = 10  # steps
 REPORT_EVERY = 10  # seconds; small tasks are evaluated more often than anyone reads
-
-
 # The attributes of Trainer that a checkpoint holds as numbers.
 NUMBERS = ("step", "steps", "tokens", "seconds", "earlier_seconds")
 NUMBERS += ("validation_every", "best_step", "best_loss", "best_accuracy")

@@ -99,7 +99,7 @@ class Parser(argparse.ArgumentParser):
                 continue
             if value is True:
                 words.append(flag)
-            elif isinstance(value, list):  # in which nothing may look like an option
+            elif isinstance(value, list):  # an item that begins with - would be an option
                 words += [flag, *(str(item).replace("-", "~") for item in value)]
             else:
                 words.append(f"{flag}={value}")
