@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minitune.support.errors import UserError
+from minitune.support.errors import UserError, plural
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -112,7 +112,7 @@ class Runtime:
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
         name = torch.cpu.get_capabilities().get("cpu_name", "CPU")
-        return f"{name}, {torch.get_num_threads()} threads"
+        return f"{name}, {plural(torch.get_num_threads(), 'thread')}"
 
     def describe_precision(self) -> str:
         """The precision, and why."""
