@@ -11,9 +11,11 @@ from itertools import islice
 from statistics import median
 from typing import Any
 
-PROBE_STEPS, PROBE_SHARE = 100, 0.05  # the speed is measured for so many steps, or of the time
-EVALUATION_SHARE = 0.2  # of the time, at most
-CHECKS, TOLERANCE = 20, 0.05  # how often the plan is checked, and by what share it may be wrong
+PROBE_STEPS = 100  # the speed is measured over so many steps at most,
+PROBE_SHARE = 0.05  # and in this share of the time at most
+EVALUATION_SHARE = 0.2  # of the time, for all evaluations, at most
+CHECKS = 20  # how often the plan is compared with the speed
+TOLERANCE = 0.05  # the plan is changed if it is wrong by more than this share
 
 
 def plan_steps(trainer: Any, deadline: float) -> None:
@@ -21,7 +23,8 @@ def plan_steps(trainer: Any, deadline: float) -> None:
 
     Where evaluations would take too much of the time, they read an evenly spread part of the rows.
     """
-    trainer.deadline, trainer.steps, started = deadline, 10**9, time.monotonic()
+    trainer.deadline, started = deadline, time.monotonic()
+    trainer.steps = 10**9  # not known yet
     # Measured on a copy, so that a run of N steps is the same however N was chosen.
     probe, times, tokens = copy.copy(trainer), [], 0
     parts = trainer.model.train(), trainer.trained, trainer.optimizer, trainer.scaler
@@ -37,8 +40,8 @@ def plan_steps(trainer: Any, deadline: float) -> None:
             break
     batch_tokens = tokens / len(times)
     speed = batch_tokens / median(times[len(times) // 2 :])  # the first steps compile kernels
-    room = EVALUATION_SHARE * speed * max(deadline - time.monotonic(), 1e-6)
-    every = max(1, math.ceil(evaluation_tokens(trainer) / room))
+    allowed = EVALUATION_SHARE * speed * max(deadline - time.monotonic(), 1e-6)
+    every = max(1, math.ceil(evaluation_tokens(trainer) / allowed))
     trainer.validation_every = trainer.runtime.broadcast(every)
     if trainer.validation_every > 1:
         part = f"1 of {trainer.validation_every:,} validation batches"
