@@ -162,10 +162,10 @@ def pretrain(args: argparse.Namespace, run: Run) -> None:
     save_model(model, corpus.tokenizer, args.out)
     seconds, total = trainer.seconds, trainer.earlier_seconds + time.monotonic() - STARTED
     metrics = {"method": "pretrain", "loss": final["loss"], "masked_accuracy": final["accuracy"]}
-    metrics |= {"uniform_loss": task.uniform, "unigram_loss": task.unigram}
+    metrics |= {"uniform_loss": task.uniform, "unigram_loss": task.unigram, "seed": args.seed}
     metrics |= {"validation_every": trainer.validation_every, "train_examples": len(task.train)}
     metrics |= {"trainable_params": parameters, "total_params": parameters}
-    metrics |= {"steps": trainer.steps, "tokens": trainer.tokens, "seed": args.seed}
+    metrics |= {"steps": trainer.steps, "tokens": trainer.tokens}
     metrics |= {"train_seconds": round(seconds, 1), "total_seconds": round(total, 1)}
     metrics |= {"tokens_per_second": round(trainer.tokens / seconds)}
     metrics |= {"saved_bytes": (args.out / "model.safetensors").stat().st_size}

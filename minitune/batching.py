@@ -4,6 +4,7 @@ A batch is filled up to a number of tokens, so that all steps cost about the sam
 sequences of similar length, so that attention can compute those of equal length together.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -67,8 +68,7 @@ def shuffled_batches(
     batch by itself. The order depends only on `seed`. A resumed run skips the batches it has had.
     """
     window = max(1, WINDOW * batch_tokens // int(lengths.max()))
-    epoch = 0
-    while True:
+    for epoch in itertools.count():
         rng = np.random.default_rng([seed, epoch])
         order = rng.permutation(np.arange(len(lengths), dtype=np.int32))
         for start in range(0, len(order), window):
@@ -80,7 +80,6 @@ def shuffled_batches(
                     skip -= 1
                 else:
                     yield batches[i]
-        epoch += 1
 
 
 def sorted_batches(lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]:

@@ -47,18 +47,16 @@ class MaskedBatch:
 
     def split(self, parts: int) -> list["MaskedBatch"]:
         """At most so many batches of whole sequences, about equal in tokens; none is empty."""
-        cu, shares = self.batch.cu_seqlens, []
+        cu, batches = self.batch.cu_seqlens, []
+        sequences = self.batch.tokens.split(cu.diff().tolist())
         targets = torch.arange(1, parts) * self.tokens // parts
         cuts = torch.searchsorted(cu, targets.to(cu.dtype)).tolist()
-        for first, last in pairwise(sorted({0, *cuts, cu.numel() - 1})):
-            start, stop = cu[first].item(), cu[last].item()
-            lengths = cu[first : last + 1].diff()
-            batch = PackedBatch.from_sequences(
-                self.batch.tokens[start:stop].split(lengths.tolist())
-            )
-            inside = (self.positions >= start) & (self.positions < stop)
-            shares.append(MaskedBatch(batch, self.positions[inside] - start, self.labels[inside]))
-        return shares
+        for first, last in pairwise(sorted({0, *cuts, len(sequences)})):
+            batch = PackedBatch.from_sequences(sequences[first:last])
+            inside = (self.positions >= cu[first]) & (self.positions < cu[last])
+            positions = self.positions[inside] - cu[first]
+            batches.append(MaskedBatch(batch, positions, self.labels[inside]))
+        return batches
 
     def to(self, device: torch.device) -> tuple[tuple[PackedBatch, Tensor], Tensor]:
         """((batch, positions), labels) on a device: the arguments of the model, and the labels."""
@@ -68,7 +66,7 @@ class MaskedBatch:
 class MaskedLanguageModelling:
     """Guess the masked tokens of a corpus. As a task it has what training.py lists."""
 
-    unit, evaluations = "tokens", EVALUATIONS
+    unit, evaluations = "tokens", EVALUATIONS  # the latter for support/plan.py
     score = None  # no evaluation chooses weights: the last are kept, trained at the lowest rate
 
     def __init__(
