@@ -121,9 +121,7 @@ def test_a_result_that_the_project_cannot_use_is_said_without_a_traceback(capsys
     write(named("masking"), {"mask_tokens": "return tokens"})
     assert grade.check(named("masking")) == 1
     line = capsys.readouterr().out.splitlines()[1]
-    assert (
-        line == "what it returns cannot be used: ValueError: too many values to unpack (expected 3)"
-    )
+    assert line == "the project cannot use it: ValueError: too many values to unpack (expected 3)"
 
 
 def test_what_the_code_raises_is_shown_with_its_own_lines_alone(capsys):

@@ -1,4 +1,4 @@
-"""Exercises that check themselves: write a lesson's lines yourself.
+"""Ten exercises: read for five minutes, close the file, write its lines yourself, have them checked.
 
 python -m tests.exercises             the list, and a file to fill in for each
 python -m tests.exercises check 2     is it right? and if not, what is wrong
@@ -46,6 +46,7 @@ def chosen(words: list[str]) -> Exercise:
 
 def show_list() -> None:
     """The exercises, in reading order; makes the files that are not there."""
+    print(__doc__.splitlines()[0])
     for exercise in EXERCISES:
         if not exercise.file.exists():
             FOLDER.mkdir(parents=True, exist_ok=True)
@@ -54,7 +55,7 @@ def show_list() -> None:
         print(f"{exercise.number:>2}  {exercise.title}")
         print(f"      read   {exercise.read}")
         print(f"      write  {bodies} in {exercise.file}")
-    print(*__doc__.splitlines()[3:], sep="\n")
+    print("", *__doc__.splitlines()[2:], sep="\n")
 
 
 def run(command: str, exercise: Exercise) -> int:
@@ -73,7 +74,7 @@ def run(command: str, exercise: Exercise) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
-    except UserError as error:
+    except (UserError, OSError) as error:  # an OSError: a folder that cannot be written
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -69,7 +69,7 @@ def in_words(error: BaseException, exercise: Exercise) -> list[str]:
         return ["the code ends the program"]
     if own or isinstance(error, SyntaxError):
         return ["the code raised:", *"".join(traceback.format_list(own)).splitlines(), what]
-    return [f"what it returns cannot be used: {what.splitlines()[-1]}"]
+    return [f"the project cannot use it: {what.splitlines()[-1]}"]
 
 
 if __name__ == "__main__":
@@ -80,3 +80,5 @@ if __name__ == "__main__":
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -78,7 +78,7 @@ below 0.8 [MASK], from 0.8 to 0.9 a random word, else nothing. Write into a clon
                     "return masked, positions, masked[positions]",
                 ),
             ),
-            "The labels are those of all tokens: one for each chosen position is enough.": (
+            "There is a label for every token: there is one for each chosen position.": (
                 ("return masked, positions, labels", "return masked, positions, tokens"),
             ),
             "The positions do not ascend.": ((".sort().values", ""),),
@@ -118,13 +118,13 @@ below 0.8 [MASK], from 0.8 to 0.9 a random word, else nothing. Write into a clon
         "minitune/attention.py, its first lines; Vaswani et al. 2017, section 3.2.1",
         (Lesson("minitune.attention:attention_weights"), Lesson("minitune.attention:one_sequence")),
         """\
-Scores first: for every head h, query m and key n the sum of q · k over the D dimensions, so (H, m, n):
-torch.einsum writes that in one line. Divide by √D. The softmax runs over the keys, since the weights
-of one query sum to 1. A second einsum sums the values by these weights, back to (m, H, D).""",
+Scores first: for every head h, query m and key n the sum of q · k over the D dimensions, so (H, m,
+n): torch.einsum writes that in one line. Divide by √D. The softmax runs over the keys, since the
+weights of one query sum to 1. A second einsum sums the values by these weights, back to (m, H, D).""",
         {
             "The scores are not divided by √D.": ((" / q.size(-1) ** 0.5", ""),),
             "The scores are divided by D: it is √D.": ((" ** 0.5", ""),),
-            "The scores are divided by the root of the number of heads: it is √D, of a head's size.": (
+            "The scores are divided by √H, of the number of heads: it is √D, of their size.": (
                 ("q.size(-1)", "q.size(1)"),
             ),
             "The softmax runs over the queries: the weights of one query over all keys sum to 1.": (
@@ -140,7 +140,7 @@ of one query sum to 1. A second einsum sums the values by these weights, back to
                     ".masked_fill(torch.ones_like(scores).triu(1).bool(), -1e9).softmax(-1)",
                 ),
             ),
-            "The keys are summed: it is the values that the weights are for.": (
+            "The weights are applied to the keys: they are for the values.": (
                 ("attention_weights(q, k), v)", "attention_weights(q, k), k)"),
             ),
             "exp() of a large score overflows: subtract the largest of the row first, or use softmax().": (
@@ -154,9 +154,9 @@ of one query sum to 1. A second einsum sums the values by these weights, back to
         "minitune/attention.py, its first lines; minitune/batching.py, PackedBatch",
         (Lesson("minitune.attention:reference"),),
         """\
-cu_seqlens.diff() are the lengths of the sequences, and cu_seqlens_q.diff() the numbers of queries in
-them. tensor.split(list of lengths) cuts a tensor at all boundaries at once. Call `one_sequence` for
-each, and put the results end to end.""",
+cu_seqlens.diff() are the lengths of the sequences, and cu_seqlens_q.diff() the numbers of queries
+in them. tensor.split(list of lengths) cuts a tensor at all boundaries at once. Call `one_sequence`
+for each, and put the results end to end.""",
         {
             "Sequences see their neighbours: each must attend to its own keys only.": (
                 ("in sequences]", "in [(q, k, v)]]"),
@@ -194,11 +194,11 @@ each, and put the results end to end.""",
         "minitune/attention.py, the docstring of `Tiled`; Milakov & Gimelshein 2018",
         (Lesson("minitune.attention:_tiled_forward"),),
         """\
-Divide q by √D once. Start with top = -inf, total = 0 and out = 0. For each block of Tiled.KEY_BLOCK keys
-and values (split along dimension -2): its scores q @ k1.mT; the new top, the maximum of the old one
-and of the block; the weights exp(scores - top); the correction exp(old top - new top), by which
-`total` and `out` are multiplied before the block's share is added. At the end out / total, and
-top + log(total).""",
+Divide q by √D once. Start with top = -inf, total = 0 and out = 0. For each block of Tiled.KEY_BLOCK
+keys and values (split along dimension -2): its scores q @ k1.mT; the new top, the maximum of the
+old one and of the block; the weights exp(scores - top); the correction exp(old top - new top), by
+which `total` and `out` are multiplied before the block's share is added. At the end out / total,
+and top + log(total).""",
         {
             "The scores are not divided by √D.": ((" * q.size(-1) ** -0.5", ""),),
             "All scores are held at once: take Tiled.KEY_BLOCK keys at a time.": (
@@ -229,9 +229,9 @@ top + log(total).""",
         "minitune/model.py, the first lines, and `SelfAttention` and `FeedForward`",
         (Lesson("minitune.model:Layer.forward"),),
         """\
-Twice the same: a sublayer, dropout, the adapter, then the residual sum with what went into the sublayer,
-then LayerNorm. With `positions` the attention gives fewer rows than x has, so that x must be
-reduced to the same rows before the sum: x.index_select(0, pad_rows(positions)).""",
+Twice the same: a sublayer, dropout, the adapter, then the residual sum with what went into the
+sublayer, then LayerNorm. With `positions` the attention gives fewer rows than x has, so that x must
+be reduced to the same rows before the sum: x.index_select(0, pad_rows(positions)).""",
         {
             "Each LayerNorm stands before its sublayer (pre-LayerNorm): in BERT it follows the sum.": (
                 ("self.attention(x,", "self.attention(self.attention_norm(x),"),
@@ -293,11 +293,12 @@ reduced to the same rows before the sum: x.index_select(0, pad_rows(positions)).
             Lesson("minitune.pretraining:MaskedLanguageModelling.loss"),
         ),
         """\
-The head: dense, GELU, LayerNorm, and last a linear map whose matrix is the word embeddings (F.linear takes
-it as it is, (V, C)) and whose bias is the head's own. The loss: one call of the model for the blanks
-and the [CLS] of each sequence together (torch.cat of positions and batch.cls_positions), split again;
-cross-entropy at the blanks, as a sum. For `bag_of_words_loss` the tokens are those before masking:
-scatter the labels back. The result is masked + rate · summary_weight · bag, and masked alone.""",
+The head: dense, GELU, LayerNorm, and last a linear map whose matrix is the word embeddings
+(F.linear takes it as it is, (V, C)) and whose bias is the head's own. The loss: one call of the
+model for the blanks and the [CLS] of each sequence together (torch.cat of positions and
+batch.cls_positions), split again; cross-entropy at the blanks, as a sum. For `bag_of_words_loss`
+the tokens are those before masking: scatter the labels back. The result is masked + rate ·
+summary_weight · bag, and masked alone.""",
         {
             "The decoder's bias is missing.": ((", self.bias)", ")"),),
             "The GELU is missing.": (("F.gelu(self.dense(hidden))", "self.dense(hidden)"),),
@@ -348,8 +349,9 @@ scatter the labels back. The result is masked + rate · summary_weight · bag, a
         ),
         """\
 The adapter is one line: down, GELU, up, and x added. The trained set is a list of names, such as
-"bert.layers.0.attention_norm.weight". `parameters_of(model, paths)` gives the names of all parameters
-of modules; the paths are "classifier", and in each layer both adapters and both LayerNorms.""",
+"bert.layers.0.attention_norm.weight". `parameters_of(model, paths)` gives the names of all
+parameters of modules; the paths are "classifier", and in each layer both adapters and both
+LayerNorms.""",
         {
             "The skip connection is missing: x + up(gelu(down(x))).": (("x + self.up", "self.up"),),
             "There is no nonlinearity between down and up.": (
@@ -388,10 +390,10 @@ of modules; the paths are "classifier", and in each layer both adapters and both
         "minitune/lora.py, its first lines; Hu et al. 2022, section 4.1",
         (Lesson("minitune.lora:LoRA.forward"), Lesson("minitune.lora:LoRA.adapted")),
         """\
-What the frozen map gives is super().forward(x). A is (K, rank, C) and B (K, D, rank), for K of the M maps
-that stand side by side in the weight, (M · D, C): self.chosen numbers them. So chunk the result in
-self.maps parts, and to part self.chosen[i] add scale · B[i] (A[i] dropout(x)), each by F.linear.
-The merge: self.rows() is W of the chosen maps, (K, D, C), and B @ A has that shape.""",
+What the frozen map gives is super().forward(x). A is (K, rank, C) and B (K, D, rank), for K of the
+M maps that stand side by side in the weight, (M · D, C): self.chosen numbers them. So chunk the
+result in self.maps parts, and to part self.chosen[i] add scale · B[i] (A[i] dropout(x)), each by
+F.linear. The merge: self.rows() is W of the chosen maps, (K, D, C), and B @ A has that shape.""",
         {
             "The update lacks the scale alpha / r.": (("self.scale * F.linear", "F.linear"),),
             "The frozen map's own result, W x + b, is missing.": (
@@ -426,11 +428,12 @@ The merge: self.rows() is W of the chosen maps, (K, D, C), and B @ A has that sh
             Lesson("minitune.calibration:match_prior"),
         ),
         """\
-Scores: zeros (N, W) for the words first. For each blank of self.verbalizer.blanks build the query of every
-text; self.fill_mask.log_probabilities gives (index of the text, logs (1, V)), in an order of its own;
-add logs[0, token] / length for each (word, token, length) that this blank guesses. From words to
-labels: @ self.verbalizer.mean. The prior: begin with a bias of 0; repeat: the mean of the softmax of
-scores + bias over the texts, as a logarithm; take from the bias how far each label is above the mean.""",
+Scores: zeros (N, W) for the words first. For each blank of self.verbalizer.blanks build the query
+of every text; self.fill_mask.log_probabilities gives (index of the text, logs (1, V)), in an order
+of its own; add logs[0, token] / length for each (word, token, length) that this blank guesses. From
+words to labels: @ self.verbalizer.mean. The prior: begin with a bias of 0; repeat: the mean of the
+softmax of scores + bias over the texts, as a logarithm; take from the bias how far each label is
+above the mean.""",
         {
             "The answers come shortest query first: put each where its index says.": (
                 ("for i, logs in self.fill_mask", "for i, (_, logs) in enumerate(self.fill_mask"),
@@ -469,12 +472,13 @@ scores + bias over the texts, as a logarithm; take from the bias how far each la
         "minitune/explain.py, its first lines and `Question`; Sundararajan et al. 2017, section 3",
         (Lesson("minitune.explain:integrated_gradients"),),
         """\
-Cut the way into `steps` equal parts; their middles are a = (k + 0.5) / steps. At each, f is to be computed
-with word embeddings that lie between those of question.without_words (a = 0) and those of question.ids
-(a = 1): torch.lerp. A forward hook on question.model.bert.embeddings.word may return other vectors than
-the module gave; its first rows are the tokens, the rest is padding and stays. Give every token an `a` of
-its own that requires a gradient: torch.autograd.grad(question.f(batch).sum(), shares) is then
-gradient · (e - e0) of each token. Return the mean over the steps.""",
+Cut the way into `steps` equal parts; their middles are a = (k + 0.5) / steps. At each, f is to be
+computed with word embeddings that lie between those of question.without_words (a = 0) and those of
+question.ids (a = 1): torch.lerp. A forward hook on question.model.bert.embeddings.word may return
+other vectors than the module gave; its first rows are the tokens, the rest is padding and stays.
+Give every token an `a` of its own that requires a gradient:
+torch.autograd.grad(question.f(batch).sum(), shares) is then gradient · (e - e0) of each token.
+Return the mean over the steps.""",
         {
             "The way begins at vectors of zeros: it begins at the text without words.": (
                 ("F.embedding(starts, word.weight)", "torch.zeros_like(embedded[: len(starts)])"),
