@@ -206,3 +206,9 @@ def attention(
 
         return Fused.apply(q, k, v, cu_seqlens_q, cu_seqlens, max_seqlen)
     return ON_ANY_DEVICE[backend](q, k, v, cu_seqlens_q, cu_seqlens)
+
+
+if __name__ == "__main__":
+    from minitune import demos
+
+    demos.run(demos.show_attention)

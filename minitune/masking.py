@@ -48,3 +48,9 @@ def mask_tokens(
     is_random = (u >= 0.8) & (u < 0.9)
     masked[positions[is_random]] = random[is_random]
     return masked, positions, labels
+
+
+if __name__ == "__main__":
+    from minitune import demos
+
+    demos.run(demos.show_masking)

@@ -138,3 +138,9 @@ def _alphabet(backend: tokenizers.Tokenizer, texts: list[str]) -> set[str]:
         if len(words) == 1:  # not split off, as punctuation is
             letters.update("##" + letter for letter in words[0][0][1:])
     return letters
+
+
+if __name__ == "__main__":
+    from minitune import demos
+
+    demos.run(demos.show_tokenizer)

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "minitune"
 # A floor may import from floors below it; within a floor imports make no circle.
 FLOORS = [
-    {"train", "finetune", "prompt", "doctor"},
+    {"train", "finetune", "prompt", "doctor", "demos"},
     {"finetuning", "prediction", "labelling", "merging", "pages"},
     {"checkpoint", "trained", "peft_files"},
     {"pretraining", "classification", "features", "adapters", "lora", "ia3"}
@@ -28,10 +28,16 @@ def room(path: Path) -> str:
     return inside.parts[0].removesuffix(".py")
 
 
+def runs_as_a_program(node: ast.AST) -> bool:
+    """Whether this is `if __name__ == "__main__":`, where a lesson calls its demonstration."""
+    return isinstance(node, ast.If) and "__name__" in ast.unparse(node.test)
+
+
 def imported(path: Path) -> set[str]:
-    """The rooms that a file imports from, anywhere in it."""
-    rooms = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    """The rooms that a file imports from, anywhere in it but for what runs as a program."""
+    module, rooms = ast.parse(path.read_text()), set()
+    module.body = [node for node in module.body if not runs_as_a_program(node)]
+    for node in ast.walk(module):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom):
             names = [f"{node.module}.{alias.name}" for alias in node.names]
