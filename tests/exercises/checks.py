@@ -143,9 +143,9 @@ def verdict(exercise: Exercise, seen: Seen) -> list[str]:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Equal, numbers to the rounding of float32."""
+    """Equal; numbers to three digits, since float32 rounds and sums have several orders."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        rounding = {"rtol": 1e-4, "atol": 1e-5, "equal_nan": True}
+        rounding = {"rtol": 1e-3, "atol": 1e-4, "equal_nan": True}
         return a.shape == b.shape and torch.allclose(a.double(), b.double(), **rounding)
     return type(a) is type(b) and a == b
 
