@@ -20,10 +20,12 @@ from minitune.attention import BACKENDS, resolve_backend
 from minitune.checkpoint import load_tokenizer, read_config, weights_hash
 from minitune.classification import Examples, TokenizedTexts
 from minitune.data import SPLITS, Dataset, Reviews
-from minitune.finetuning import METHODS, Experiment, Setup, check_options, fine_tune
+from minitune.finetuning import Experiment, Setup, fine_tune
 from minitune.labelling import evaluate_explanations, label_new_reviews
 from minitune.lora import TARGETS
 from minitune.merging import merge_runs
+from minitune.methods import METHODS, check_options
+from minitune.peft_files import read_trained
 from minitune.support.baselines import evaluate_baselines
 from minitune.support.cli import (
     Parser,
@@ -118,12 +120,14 @@ MAY_CHANGE = {"method", "seed", "seeds", "train_examples", "lr",
               "device", "threads", "precision", "attention", "save_minutes"}  # fmt: skip
 
 
+# What a run was computed from, beside its options, by the key of its hash in settings.json.
+SOURCES = {"base_hash": "base model", "start_hash": "run to train on", "dataset": "data"}
+
+
 def read_arguments() -> argparse.Namespace:
     """The options; with --resume, those that are not given are the last run's."""
     options = parser()
     args = options.parse_args()
-    if args.base and not (args.predict or args.evaluate or args.merge):
-        raise UserError("--base goes with --predict or --merge; what training starts from, --model")
     jobs = bool(args.predict) + bool(args.evaluate)
     if args.explain and jobs != 1 or args.evaluate and not args.explain:
         raise UserError("--explain goes with --predict TEXT, or with --evaluate N")
@@ -145,7 +149,7 @@ def open_runs(args: argparse.Namespace, stack: contextlib.ExitStack) -> list[Exp
     """The runs that the options describe, each locked until the stack is closed."""
     methods = [name for name in METHODS if name in args.method]
     if len(methods) > 1 and "scratch" not in methods:
-        methods.append("scratch")  # methods are compared with what they start from, nothing
+        methods.append("scratch")  # so that the table shows what pretraining is worth
     names = {*METHODS, "compare.json", "compare.png"}
     names |= {f"{name}.partial" for name in names}  # a kill may leave it
     refuse_foreign_files(args.out, names, "run of finetune.py")
@@ -177,7 +181,7 @@ def finished_runs(out: Path, settings: dict) -> list[tuple[dict, dict]]:
         kinds = [type(metrics.get(key)) for key in ("accuracy", "train_examples")]
         if kinds != [float, int] or metrics.get("method") not in list(METHODS):
             raise UserError(f"{file} is damaged: it has no accuracy of a method")
-        if all(saved.get(key) == settings[key] for key in ("base_hash", "dataset")):
+        if all(saved.get(key) == settings[key] for key in SOURCES):
             runs[json.dumps(saved["experiment"])] = saved["experiment"], metrics
     return sorted(runs.values(), key=lambda run: list(METHODS).index(run[1]["method"]))
 
@@ -206,12 +210,18 @@ def fine_tune_all(args: argparse.Namespace, experiments: list[Experiment]) -> No
     why = "as asked"
     if args.model is None:
         args.model, why = default_model()
-    source = find_model(args.model)
+    directory = source = find_model(args.model)
+    if start := read_trained(directory):
+        source = start.find_base(directory, args.base)
+    elif args.base:
+        raise UserError(f"--base: {directory} holds a whole model and needs no other")
     config = read_config(source)
     why += f"), {config.num_hidden_layers} layers of {config.hidden_size}"
     runtime.log(f"model: {args.model} ({why}")
-    for method in {experiment.method for experiment in experiments}:
-        check_options(method, config, args)
+    for experiment in experiments:
+        check_options(experiment.method, config, args)
+        if start and experiment.method != start.method:
+            raise UserError(f"{directory} is a run of {start.method}: --method {start.method}")
     tokenizer = load_tokenizer(source, config)
     attention = resolve_backend(args.attention, runtime.device, runtime.dtype, config.head_size)
     args.max_len = choose_max_len(args.max_len, config.max_position_embeddings, args.batch_tokens)
@@ -220,6 +230,8 @@ def fine_tune_all(args: argparse.Namespace, experiments: list[Experiment]) -> No
     dataset = Dataset(args.data, args.test)
     reviews = Reviews.load(dataset)
     runtime.log(f"data: {args.data}: {reviews.describe()}")
+    if start and start.labels != reviews.names:
+        raise UserError(f"{directory} has the labels {', '.join(start.labels.values())}")
     for experiment in experiments:  # too many rows are an error now, not after the first run
         reviews.balanced_subset("train", experiment.train_examples or 0, experiment.seed)
     examples = {}
@@ -236,7 +248,12 @@ def fine_tune_all(args: argparse.Namespace, experiments: list[Experiment]) -> No
     # 3. Train each method from the same weights, on the same rows.
     settings = options_to_save(args)
     settings |= {"base_hash": weights_hash(source), "dataset": dataset.fingerprint()}
-    setup = Setup(args, settings, source, tokenizer, reviews, examples, runtime, attention)
+    settings["start_hash"] = weights_hash(directory, start.weights) if start else None
+    for run in (experiment.run for experiment in experiments if experiment.run.settings):
+        for key, what in SOURCES.items():
+            if run.settings.get(key) != settings[key]:
+                raise UserError(f"the {what} of the run in {run.directory} has changed since then")
+    setup = Setup(args, settings, source, start, tokenizer, reviews, examples, runtime, attention)
     finished_runs(args.out, settings)  # what is damaged is an error now
     for experiment in experiments:
         return_freed_memory()  # each one's peak memory is its own

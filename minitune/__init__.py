@@ -17,7 +17,8 @@
     lora            low-rank changes beside frozen matrices
     ia3             trained vectors that multiply inside a frozen network
     temperature     probabilities that can be taken at their word
-    finetuning      every method as a row of one table, from weights to test accuracy
+    methods         every method as a row of one table
+    finetuning      one method, from pretrained weights to test accuracy
     checkpoint      a model on disk, as a Hugging Face BERT
     trained         what a method trained of a frozen model, on disk
     peft_files      LoRA and (IA)³ on disk, as the library peft has them

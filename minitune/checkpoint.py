@@ -127,9 +127,9 @@ def weights_file(directory: Path) -> Path:
     return path
 
 
-def weights_hash(directory: Path) -> str:
-    """SHA-256 of the weights file, which tells one base model from another."""
-    with open(weights_file(directory), "rb") as file:
+def weights_hash(directory: Path, name: str = "") -> str:
+    """SHA-256 of the weights file, which tells one model from another; or of the file `name`."""
+    with open(directory / name if name else weights_file(directory), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

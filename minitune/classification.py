@@ -3,7 +3,7 @@
 Where the classification head is trained: `Classification.loss` compares its logits with the labels,
 and training.Trainer follows the gradient of that loss. The head is the `classifier` of
 model.BertForSequenceClassification, or features.FeatureHead. Every fine-tuning method has this
-task; the methods differ in which other parameters learn (finetuning.METHODS).
+task; the methods differ in which other parameters learn (methods.METHODS).
 """
 
 import copy

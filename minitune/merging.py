@@ -80,6 +80,8 @@ def merge_runs(args: argparse.Namespace) -> None:
             merge(classifier.model)
         states = [classifier.model.state_dict() for classifier in classifiers]
         plain.load_state_dict(add_task_vectors(base, states, weights))
+        # The temperature of a sum could only be fitted on validation rows.
+        plain.temperature = first.model.temperature if len(states) == 1 else 1.0
         max_len = max(classifier.max_len for classifier in classifiers)
         description = {"merged": args.merge, "weights": weights, "max_len": max_len}
         run.start(description)

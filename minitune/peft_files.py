@@ -82,7 +82,7 @@ class PeftDirectory(Trained):
     """A `Trained` in peft's layout. Of one that peft wrote, labels and hash come from the base."""
 
     foreign: bool = False  # peft wrote it
-    file = CONFIG
+    file, weights = CONFIG, WEIGHTS
 
     def save(self, model: nn.Module, directory: Path) -> Path:
         """Write both files; returns the path of the weights."""

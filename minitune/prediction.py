@@ -19,7 +19,7 @@ from minitune.batching import reading_tokens, sorted_batches
 from minitune.checkpoint import check_max_len, load_classifier, load_tokenizer, read_config
 from minitune.classification import TokenizedTexts
 from minitune.explain import Explanation, Question, explain
-from minitune.finetuning import load_trained
+from minitune.methods import load_trained
 from minitune.peft_files import read_trained
 from minitune.support import explanations
 from minitune.support.answers import Prediction

@@ -40,16 +40,15 @@ class Trained:
     base_hash: str  # weights_hash of it; empty if unknown
     relative_base: str | None = None  # its path seen from the run, for when both were moved
     temperature: float = 1.0  # of its probabilities
-    file = "trained.json"
+    file, weights = "trained.json", "trained.safetensors"
     foreign = False  # written by another program, whose tokenizer may keep markup
 
     def save(self, model: nn.Module, directory: Path) -> Path:
         """Write both files; returns the path of the weights."""
-        weights = directory / "trained.safetensors"
-        write_tensors(weights, trained_tensors(model), {"format": "pt"})
+        write_tensors(directory / self.weights, trained_tensors(model), {"format": "pt"})
         description = {"method": self.method, "pooling": self.pooling, **self.options}
-        write_json(directory / "trained.json", description | self.context(directory))
-        return weights
+        write_json(directory / self.file, description | self.context(directory))
+        return directory / self.weights
 
     def context(self, directory: Path) -> dict:
         """Labels, longest text, base model and temperature, as they are saved."""
@@ -117,7 +116,7 @@ class Trained:
 
     def fill(self, model: nn.Module, directory: Path) -> None:
         """Put what was trained into a model on the same base, built by the same method."""
-        weights = TensorFile(directory / "trained.safetensors", "trained.json")
+        weights = TensorFile(directory / self.weights, self.file)
         expected = trained_tensors(model)
         if weights.names.keys() != expected.keys():
             raise UserError(f"{weights.path} does not fit its description in trained.json")

@@ -16,8 +16,9 @@ from minitune.checkpoint import load_for_classification, save_model, weights_has
 from minitune.classification import Classification, Examples, TokenizedTexts
 from minitune.fast.layers import ByteDropout, pad_rows
 from minitune.features import Features, feature_size
-from minitune.finetuning import METHODS, build, in_short
+from minitune.finetuning import in_short
 from minitune.lora import TARGETS
+from minitune.methods import METHODS, build
 from minitune.model import PRESETS, BertConfig, BertForMaskedLM, BertForSequenceClassification
 from minitune.optimizer import Optimizer
 from minitune.prediction import Classifier, load_together

@@ -18,7 +18,7 @@ import minitune.corpus
 import prompt
 import train
 from minitune.checkpoint import read_config, save_model, weights_hash
-from minitune.finetuning import build
+from minitune.methods import build
 from minitune.model import BertConfig, BertForMaskedLM, BertForSequenceClassification
 from minitune.support.cli import choose_max_len, run_script
 from minitune.support.errors import UserError

@@ -25,7 +25,7 @@ from minitune.explain import (
     spearman,
     words_of,
 )
-from minitune.finetuning import METHODS, build
+from minitune.methods import METHODS, build
 from minitune.model import BertConfig, BertForSequenceClassification
 from minitune.prediction import Classifier
 from minitune.support.errors import UserError

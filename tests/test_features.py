@@ -10,7 +10,7 @@ from minitune.batching import PackedBatch
 from minitune.checkpoint import load_for_classification, weights_hash
 from minitune.classification import Classification, Examples, TokenizedTexts
 from minitune.features import FeatureHead, Features, extract, feature_size, pooled_layers
-from minitune.finetuning import build
+from minitune.methods import build
 from minitune.model import Bert, BertConfig
 from minitune.optimizer import Optimizer
 from minitune.prediction import Classifier

@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import finetune
-from minitune import finetuning
+from minitune import finetuning, methods
 from minitune.checkpoint import load_classifier, save_model
 from minitune.classification import Examples, TokenizedTexts
 from minitune.data import Reviews, label_index
@@ -747,21 +747,21 @@ def test_the_recipe_suits_the_number_of_rows(method, rows, length, epochs, batch
     lengths = np.full(rows, length)
     train = Examples(SimpleNamespace(lengths=lengths, unit="tokens"), torch.zeros(rows).long())
     args = SimpleNamespace(epochs=None, batch_tokens=None, lr=None)
-    recipe = finetuning.METHODS[method].recipe(args, train, 768, Path("no run"))
+    recipe = methods.METHODS[method].recipe(args, train, 768, Path("no run"))
     assert (recipe["epochs"], recipe["batch_tokens"]) == (epochs, batch_tokens)
     args = SimpleNamespace(epochs=3, batch_tokens=6000, lr=0.5)
-    given = finetuning.METHODS[method].recipe(args, train, 768, Path("no run"))
+    given = methods.METHODS[method].recipe(args, train, 768, Path("no run"))
     assert [given[key] for key in ("epochs", "batch_tokens", "lr")] == [3, 6000, 0.5]
 
 
 def test_the_learning_rates_of_the_methods():
-    lr = {name: method.lr(768) for name, method in finetuning.METHODS.items()}
+    lr = {name: method.lr(768) for name, method in methods.METHODS.items()}
     of_all = {"full": 20 / 768**2, "scratch": 20 / 768**2}
     frozen = {"feature": 3e-4, "bitfit": 3e-3, "ia3": 1e-2, "lora": 200 / 768**2, "adapter": 1e-2}
     assert lr == frozen | of_all
     train = Examples(Features(torch.zeros(9, 1)), torch.zeros(9).long())
     args = SimpleNamespace(epochs=None, batch_tokens=None, lr=None)
-    recipe = finetuning.METHODS["adapter"].recipe(args, train, 768, Path("no run"))
+    recipe = methods.METHODS["adapter"].recipe(args, train, 768, Path("no run"))
     assert (recipe["optimizer"], recipe["adamw_lr"]) == ("muon", pytest.approx(2e-3))
 
 

@@ -11,7 +11,7 @@ PACKAGE = ROOT / "minitune"
 FLOORS = [
     {"train", "finetune", "prompt", "doctor", "demos"},
     {"finetuning", "prediction", "labelling", "merging", "pages"},
-    {"checkpoint", "trained", "peft_files"},
+    {"checkpoint", "trained", "peft_files", "methods"},
     {"pretraining", "classification", "features", "adapters", "lora", "ia3"}
     | {"prompting", "calibration", "explain", "temperature"},
     {"model", "attention", "initialization", "optimizer", "training"},

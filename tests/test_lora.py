@@ -13,10 +13,10 @@ from torch import nn
 
 from minitune.batching import PackedBatch
 from minitune.checkpoint import load_for_classification, weights_hash
-from minitune.finetuning import build
 from minitune.ia3 import ScaledKeysAndValues, ScaledUnits
 from minitune.lora import LINEAR_MAPS, TARGETS, LoRA, insert_lora
 from minitune.merging import add_task_vectors, merge, merge_runs
+from minitune.methods import build
 from minitune.model import BertForSequenceClassification
 from minitune.peft_files import PeftDirectory, peft_tensors
 from minitune.prediction import Classifier, load_together

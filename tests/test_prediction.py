@@ -19,8 +19,8 @@ from torch import nn
 from minitune.checkpoint import save_model, weights_hash
 from minitune.classification import TokenizedTexts
 from minitune.features import FeatureClassifier
-from minitune.finetuning import build
 from minitune.labelling import rows_to_label
+from minitune.methods import build
 from minitune.model import BertConfig, BertForSequenceClassification
 from minitune.prediction import Classifier
 from minitune.support import answers

@@ -19,7 +19,7 @@ import torch
 import transformers
 
 from minitune.batching import PackedBatch
-from minitune.finetuning import build
+from minitune.methods import build
 from minitune.peft_files import PeftDirectory
 from minitune.prediction import Classifier
 from minitune.support.runtime import Runtime

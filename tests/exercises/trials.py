@@ -19,10 +19,10 @@ from minitune.classification import Classification, Examples, TokenizedTexts
 from minitune.corpus import Corpus
 from minitune.data import Dataset, Reviews
 from minitune.explain import Question, explain
-from minitune.finetuning import METHODS, all_parameters, build
 from minitune.initialization import start_with_frequencies, start_with_neighbours
 from minitune.lora import TARGETS, lora_parameters
 from minitune.merging import merge
+from minitune.methods import METHODS, all_parameters, build
 from minitune.model import BertConfig, BertForMaskedLM, BertForSequenceClassification
 from minitune.optimizer import Optimizer, one_cycle
 from minitune.pretraining import MaskedLanguageModelling

@@ -23,7 +23,7 @@ from minitune.checkpoint import (
 )
 from minitune.classification import Classification, Examples, TokenizedTexts
 from minitune.features import FeatureClassifier, extract
-from minitune.finetuning import METHODS
+from minitune.methods import METHODS
 from minitune.model import MeanPooler
 from minitune.optimizer import Optimizer
 from minitune.prediction import Classifier

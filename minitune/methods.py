@@ -1,0 +1,183 @@
+"""The methods of fine-tuning: what each trains, at which rate, and how its model is built.
+
+A method is a row of METHODS and a function that names its trained parameters. All else follows
+from the row: training (finetuning.py), saving what was trained and loading it again, the table and
+the picture. Where each stands in a layer, from the input up:
+
+    query, key, value    a bias each (bitfit); low-rank updates (lora); keys and values scaled (ia3)
+    attention's output   a bias; a low-rank update; a bottleneck behind it (adapter)
+    feed-forward, up     a bias; a low-rank update; its units scaled (ia3)
+    feed-forward, down   a bias; a low-rank update; a bottleneck behind it (adapter)
+    both LayerNorms      their biases (bitfit), or their gains too (adapter)
+"""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from minitune.adapters import adapter_parameters, insert_adapters, parameters_of
+from minitune.checkpoint import load_for_classification
+from minitune.classification import Examples
+from minitune.features import FeatureClassifier
+from minitune.ia3 import ia3_parameters, insert_ia3
+from minitune.lora import insert_lora, lora_parameters
+from minitune.model import Bert, BertConfig, BertForSequenceClassification
+from minitune.support.errors import UserError
+from minitune.support.model_names import began_at_random
+from minitune.trained import Trained
+
+MOST_TOKENS = 4096  # in a batch
+LEAST_BATCHES = 8  # in an epoch
+LEAST_STEPS, MOST_EPOCHS = 400, 20  # in a training
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a method trains and how. The numbers are from validation rows (benchmarks/LOG.md)."""
+
+    summary: str
+    trained: Callable[[nn.Module], list[str]]  # the names of the parameters that train
+    lr: Callable[[int], float]  # peak learning rate, for a hidden size
+    epochs: int = 1  # where training rows are many
+    batch_rows: int = 32  # texts in a batch on average, where training rows are many
+    optimizer: str = "adamw"  # "muon": for the matrices of the layers, and AdamW for the rest
+    adamw: float = 1.0  # the peak rate of AdamW beside Muon, in multiples of lr
+    lowest_layer: float = 1.0  # the rate of the lowest layer, in multiples of the highest's
+    pooling: str = "cls"  # hidden states to one vector: a key of model.POOLERS, or "layers"
+    insert: Callable[..., None] = lambda bert: None  # puts new modules into the encoder
+    options: tuple[str, ...] = ()  # of the command line, that `insert` takes
+    pretrained: bool = True  # False: all weights start at random
+
+    def recipe(self, args: argparse.Namespace, train: Examples, size: int, source: Path) -> dict:
+        """The numbers of a training: those in `args`, else what suits these training rows.
+
+        `size` is the model's hidden size, `source` the directory of its pretrained weights.
+        """
+        rows = max(1, min(self.batch_rows, len(train) // LEAST_BATCHES))
+        longest, mean = int(train.inputs.lengths.max()), train.tokens / len(train)
+        batch_tokens = max(min(round(rows * mean), MOST_TOKENS), longest)
+        if args.batch_tokens and train.inputs.unit == "tokens":  # features are counted by the text
+            batch_tokens = args.batch_tokens
+        steps = -(-train.tokens // batch_tokens)  # in an epoch
+        epochs = args.epochs or max(self.epochs, min(-(-LEAST_STEPS // steps), MOST_EPOCHS))
+        lr = args.lr or self.lr(size)
+        # A word's vector moves only at steps that read the word. After a random start and a short
+        # pretraining it is far from its place, and gets a larger rate.
+        all_of_ours = self.trained is all_parameters and began_at_random(source)
+        embeddings = 5.0 if all_of_ours or not self.pretrained else 1.0
+        rates = {"embeddings": embeddings, "lowest_layer": self.lowest_layer}
+        recipe = {"optimizer": self.optimizer, "epochs": epochs, "batch_tokens": batch_tokens}
+        return recipe | {"lr": lr, "adamw_lr": self.adamw * lr, "lr_multipliers": rates}
+
+
+def all_parameters(model: nn.Module) -> list[str]:
+    """The names of all parameters."""
+    return [name for name, _ in model.named_parameters()]
+
+
+def biases_and_classifier(model: BertForSequenceClassification) -> list[str]:
+    """The names of all biases, and of the classifier's weight (Ben Zaken et al. 2022, "BitFit")."""
+    biases = [name for name in all_parameters(model) if name.endswith(".bias")]
+    return ["classifier.weight", *biases]
+
+
+def for_all_parameters(hidden_size: int) -> float:
+    """A peak learning rate: 3e-4 for a hidden size of 256, 1.4e-4 for 384, and 3.4e-5 for 768.
+
+    The last is among those recommended for BERT-base (Devlin et al. 2019, appendix A.3).
+    """
+    return 20 / hidden_size**2
+
+
+METHODS = {
+    "feature": Method(
+        "the encoder is frozen and reads each text once; a linear classifier learns from features",
+        trained=lambda model: parameters_of(model, ["head"]), pooling="layers",
+        lr=lambda _: 3e-4, epochs=20, batch_rows=256,
+    ),
+    "bitfit": Method(
+        "the biases of the frozen encoder, those of its LayerNorms too, and the classifier",
+        trained=biases_and_classifier, pooling="mean",
+        lr=lambda _: 3e-3,
+    ),
+    "ia3": Method(
+        "vectors that multiply keys, values and units of the frozen encoder, pooler and classifier",
+        trained=ia3_parameters, insert=insert_ia3,
+        lr=lambda _: 1e-2,
+    ),
+    "lora": Method(
+        "low-rank matrices beside those of the frozen encoder, the pooler and the classifier",
+        trained=lora_parameters, insert=insert_lora,
+        options=("lora_targets", "lora_rank", "lora_alpha", "lora_dropout", "rslora", "dora"),
+        lr=lambda size: 10 * for_all_parameters(size),
+    ),
+    "adapter": Method(
+        "bottlenecks inside the frozen encoder, the LayerNorms of its layers, and the classifier",
+        # In a frozen network [CLS] gathers little, since masked-language modelling does not need
+        # it; and BERT's pooler would be a fifth of all that a small model trains.
+        trained=adapter_parameters, pooling="mean",
+        insert=insert_adapters, options=("adapter_size",),
+        lr=lambda _: 1e-2, optimizer="muon", adamw=0.2,
+    ),
+    "full": Method(
+        "all parameters",
+        trained=all_parameters,
+        # That is 0.7 from layer to layer in a network of four, 0.8 in one of six.
+        lr=for_all_parameters, lowest_layer=1 / 3,
+    ),
+    "scratch": Method(
+        "all parameters, from random weights: what pretraining was worth",
+        trained=all_parameters, pretrained=False,
+        lr=for_all_parameters,
+    ),
+}  # fmt: skip
+
+
+def build(
+    method: str, source: Path, labels: dict[int, str], attention="sdpa", pooling="", **options
+) -> BertForSequenceClassification | FeatureClassifier:
+    """The model of a method on the pretrained weights in `source`; what does not train is frozen.
+
+    `options` are those of the method. For a saved model `pooling` is the one saved, and what is new
+    takes no memory ("meta") until it is filled; else it is empty, and the method's is used.
+    """
+    row = METHODS[method]
+    reads_layers = (pooling or row.pooling) == FeatureClassifier.pooling
+    pooler = "cls" if reads_layers else pooling or row.pooling
+    model, new = load_for_classification(source, labels, attention, pooler, row.pretrained)
+    pretrained = set(all_parameters(model)) - set(new)
+    with torch.device("meta" if pooling else "cpu"):
+        if reads_layers:
+            model = FeatureClassifier(model.bert, len(labels))
+        row.insert(model.bert, **options)
+    trained = set(row.trained(model))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
+        if name not in trained | pretrained:
+            raise ValueError(f"{method}: {name} is neither pretrained nor trained")
+    return model
+
+
+def load_trained(
+    saved: Trained, directory: Path, source: Path, attention: str
+) -> BertForSequenceClassification | FeatureClassifier:
+    """The model of a run that saved what it trained, on the pretrained weights in `source`."""
+    shape = saved.labels, attention, saved.pooling
+    try:
+        model = build(saved.method, source, *shape, **saved.options)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{directory}/{saved.file} is damaged: {error!r}") from error
+    saved.fill(model, directory)
+    model.temperature = saved.temperature
+    return model
+
+
+def check_options(method: str, config: BertConfig, args: argparse.Namespace) -> None:
+    """Raise UserError where the options of a method do not suit the sizes of a model."""
+    options = {name: getattr(args, name) for name in METHODS[method].options}
+    with torch.device("meta"):  # without memory
+        METHODS[method].insert(Bert(config), **options)
