@@ -162,3 +162,20 @@ def load_together(
                 frozen = shared.setdefault(path, parameter)
                 setattr(classifier.model.get_submodule(module), leaf, frozen)
     return classifiers
+
+
+def predict_together(
+    classifiers: dict[str, Classifier], texts: list[str], names: list[str]
+) -> list[Prediction]:
+    """One prediction a text, by the classifier that `names` has for it, in the order of the texts.
+
+    The texts of one classifier are read together. UserError for a name that none has.
+    """
+    answers = dict.fromkeys(range(len(texts)))
+    for name in dict.fromkeys(names):
+        if name not in classifiers:
+            raise UserError(f"no classifier is named {name}: there are {', '.join(classifiers)}")
+        chosen = [i for i, own in zip(answers, names, strict=True) if own == name]
+        predicted = classifiers[name].predict([texts[i] for i in chosen])
+        answers |= zip(chosen, predicted, strict=True)
+    return list(answers.values())

@@ -368,6 +368,77 @@ def test_lora_and_ia3_leave_a_directory_of_peft(compared, folder, method):
     assert config["auto_mapping"]["minitune"]["labels"] == LABELS
 
 
+@pytest.mark.parametrize("method", ["lora", "ia3", "adapter", "bitfit", "feature"])
+def test_a_run_can_be_trained_on(compared, folder, tmp_path, method):
+    start, out = compared[0] / method, tmp_path / "out"
+    words = ["--model", start, "--method", method, "--epochs", "1", "--lr", "1e-12"]
+    succeed(*options(folder, out, *words, "--lora-rank", "3", "--adapter-size", "3"))
+    assert metrics(out / method)["validation_accuracy"] == metrics(start)["validation_accuracy"]
+    before, after = weights(start), weights(out / method)
+    assert before.keys() == after.keys()
+    for name in before:
+        torch.testing.assert_close(after[name], before[name], rtol=1e-5, atol=1e-6)
+    one, other = (
+        answers("--model", run, "--predict", "A superb film") for run in (start, out / method)
+    )
+    assert one[0]["probabilities"] == pytest.approx(other[0]["probabilities"], abs=1e-5)
+
+
+def test_a_run_is_not_trained_on_by_another_method_or_for_other_labels(compared, folder, tmp_path):
+    out, start = tmp_path / "out", compared[0] / "lora"
+    words = options(folder, out, "--model", start, "--method", "ia3")
+    assert_refused(*words, naming="is a run of lora")
+    other = (folder / "data.csv").read_text(encoding="utf-8").replace(",works", ",shines")
+    (tmp_path / "other.csv").write_text(other, encoding="utf-8")
+    words = options(folder, out, "--model", start, "--method", "lora")
+    words[words.index("--test") : words.index("--test") + 2] = []
+    assert_refused(*words, "--data", tmp_path / "other.csv", naming="labels")
+    assert_refused(*options(folder, out, "--base", folder / "base"), naming="--base")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("method", ["lora", "ia3"])
+def test_a_merged_run_gives_the_answers_of_the_run(compared, folder, tmp_path, method):
+    out = tmp_path / "merged"
+    done = succeed("--merge", compared[0] / method, "--out", out)
+    assert "falls flat, alas, works" in done.out
+    texts = texts_of(folder)[:5]
+    before = answers("--model", compared[0] / method, "--predict", *texts)
+    after = answers("--model", out, "--predict", *texts)
+    for one, other in zip(before, after, strict=True):
+        assert one.pop("probabilities") == pytest.approx(other.pop("probabilities"), abs=1e-5)
+        assert one == other
+    config = json.loads((out / "config.json").read_text())
+    assert config["architectures"] == ["BertForSequenceClassification"]
+    assert_refused("--merge", out, "--out", tmp_path / "again", naming="holds no LoRA")
+    assert_refused("--merge", compared[0] / method, "--out", out, naming="--overwrite")
+    assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize(
+    "words, naming",
+    [
+        (["--lora-rank", "0"], "--lora-rank"),
+        (["--lora-rank", "33"], "rank 33"),
+        (["--lora-targets", "query,dense"], "no target dense"),
+        (["--lora-targets", "query value"], "no target"),
+        (["--lora-dropout", "1"], "--lora-dropout"),
+        (["--merge", "absent"], "--out"),
+        (["--merge", "absent", "--predict", "A film."], "--merge"),
+        (["--weights", "1"], "--weights goes with --merge"),
+    ],
+)
+def test_bad_options_of_lora_are_one_line_before_anything_is_trained(
+    folder, tmp_path, words, naming
+):
+    out = tmp_path / "out"
+    if "--merge" in words:
+        assert_refused(*words, naming=naming)
+    else:
+        assert_refused(*options(folder, out, "--method", "full", "lora", *words), naming=naming)
+    assert not out.exists()
+
+
 # What the figures claim, computed again from what was saved
 
 

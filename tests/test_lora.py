@@ -19,7 +19,7 @@ from minitune.merging import add_task_vectors, merge, merge_runs
 from minitune.methods import build
 from minitune.model import BertForSequenceClassification
 from minitune.peft_files import PeftDirectory, peft_tensors
-from minitune.prediction import Classifier, load_together
+from minitune.prediction import Classifier, load_together, predict_together
 from minitune.support.errors import UserError
 from minitune.support.runtime import Runtime
 from tests.peft_cases import (
@@ -404,7 +404,7 @@ def test_task_vectors_are_added_with_their_weights(base, tmp_path):
         saved(tmp_path / name, case, base)
         merge_runs(options(tmp_path / name, out=tmp_path / f"{name}, merged"))
     merge_runs(
-        options(tmp_path / "one", tmp_path / "two", out=tmp_path / "sum", weights=[0.7, -0.2])
+        options(tmp_path / "one", tmp_path / "two", out=tmp_path / "sum", weights=[0.7, 0.1])
     )
     start, one, two, total = (
         load_file(tmp_path / name / "model.safetensors")
@@ -414,7 +414,7 @@ def test_task_vectors_are_added_with_their_weights(base, tmp_path):
         a, b, zero = one[name].double(), two[name].double(), start[name].double()
         if name.startswith("classifier."):
             zero = torch.zeros_like(zero)
-        close(tensor.double(), zero + 0.7 * (a - zero) - 0.2 * (b - zero), tolerance=1e-6)
+        close(tensor.double(), zero + 0.7 * (a - zero) + 0.1 * (b - zero), tolerance=1e-6)
     merge_runs(options(tmp_path / "one", tmp_path / "two", out=tmp_path / "mean"))
     mean = load_file(tmp_path / "mean" / "model.safetensors")
     for name, tensor in mean.items():
@@ -480,3 +480,20 @@ def test_runs_that_share_a_base_give_what_each_gives_alone(base, tmp_path):
         if not p.requires_grad:
             places = {model.get_parameter(name).data_ptr() for model in models}
             assert len(places) == 1, f"{name} is in memory {len(places)} times"
+
+
+def test_in_one_batch_each_text_may_name_its_own_run(base, tmp_path):
+    texts, names = [*TEXTS, *TEXTS, "Fine."], ["lora", "ia3", "lora", "dora", "dora", "ia3", "lora"]
+    cases = {"lora": "lora", "ia3": "ia3", "dora": "lora with dora"}
+    for name, case in cases.items():
+        saved(tmp_path / name, case, base)
+    classifiers = load_together({name: str(tmp_path / name) for name in cases}, FP32)
+    answers = predict_together(classifiers, texts, names)
+    for text, name, answer in zip(texts, names, answers, strict=True):
+        [alone] = Classifier.load(str(tmp_path / name), FP32).predict([text])
+        assert answer.text == text and answer.label == alone.label
+        assert answer.probabilities == pytest.approx(alone.probabilities, abs=1e-6)
+    assert len({tuple(answer.probabilities.values()) for answer in answers}) == len(texts)
+    assert predict_together(classifiers, [], []) == []
+    with pytest.raises(UserError, match="no classifier is named other"):
+        predict_together(classifiers, ["Fine."], ["other"])
