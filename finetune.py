@@ -214,7 +214,7 @@ def fine_tune_all(args: argparse.Namespace, experiments: list[Experiment]) -> No
     if start := read_trained(directory):
         source = start.find_base(directory, args.base)
     elif args.base:
-        raise UserError(f"--base: {directory} holds a whole model and needs no other")
+        raise UserError(f"--base goes with --predict or --merge: {directory} is a whole model")
     config = read_config(source)
     why += f"), {config.num_hidden_layers} layers of {config.hidden_size}"
     runtime.log(f"model: {args.model} ({why}")

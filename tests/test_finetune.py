@@ -378,9 +378,7 @@ def test_a_run_can_be_trained_on(compared, folder, tmp_path, method):
     assert before.keys() == after.keys()
     for name in before:
         torch.testing.assert_close(after[name], before[name], rtol=1e-5, atol=1e-6)
-    one, other = (
-        answers("--model", run, "--predict", "A superb film") for run in (start, out / method)
-    )
+    one, other = (answers("A superb film", "--model", run) for run in (start, out / method))
     assert one[0]["probabilities"] == pytest.approx(other[0]["probabilities"], abs=1e-5)
 
 
@@ -403,8 +401,8 @@ def test_a_merged_run_gives_the_answers_of_the_run(compared, folder, tmp_path, m
     done = succeed("--merge", compared[0] / method, "--out", out)
     assert "falls flat, alas, works" in done.out
     texts = texts_of(folder)[:5]
-    before = answers("--model", compared[0] / method, "--predict", *texts)
-    after = answers("--model", out, "--predict", *texts)
+    before = answers(*texts, "--model", compared[0] / method)
+    after = answers(*texts, "--model", out)
     for one, other in zip(before, after, strict=True):
         assert one.pop("probabilities") == pytest.approx(other.pop("probabilities"), abs=1e-5)
         assert one == other

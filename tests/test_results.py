@@ -237,6 +237,23 @@ def test_bars_begin_at_zero_and_end_at_the_accuracy_within_the_interval(draw):
     assert words == ["50.0%", "75.0%", "90.0%   trains 0.047%   saves 86 kB   8.4 s", "95.0%"]
 
 
+def test_below_the_bars_accuracy_stands_against_the_trained_parameters(tmp_path, monkeypatch):
+    figures, methods = [], ("scratch", "feature", "lora", "full")
+    monkeypatch.setattr(plots, "save", lambda figure, path: figures.append(figure))
+    rows = compared((0.72, 0.8, 0.85, 0.86), methods=methods)
+    for row, count in zip(rows, (2e7, 1e4, 5e5, 2e7), strict=True):
+        row["trainable_params"] = count
+    plots.plot_comparison(rows, "", tmp_path / "picture.png")
+    _, below = figures[0].axes
+    assert below.get_xscale() == "log"
+    points = {(c.lines[0].get_xdata()[0], c.lines[0].get_ydata()[0]) for c in below.containers}
+    assert points == {(2e7, 72), (1e4, 80), (5e5, 85), (2e7, 86)}
+    expected = {row["method"]: 100 * np.array(row["interval"]) for row in rows}
+    for text in below.texts:  # each name stands at an end of its interval
+        assert min(abs(text.xy[1] - expected.pop(text.get_text()))) < 1e-9
+    assert not expected
+
+
 def test_curves_go_through_the_accuracies_with_their_intervals(draw):
     rows = compared((0.5, 0.7, 0.8), counts=(16, 64))
     for row in rows:

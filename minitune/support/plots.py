@@ -25,7 +25,8 @@ SMALL = {"fontsize": 9, "color": GREY}
 ACCURACY = "test accuracy (%), with its 95% interval"
 COLOURS = {
     "majority": "#bdbdbd", "nb-svm": "#969696", "scratch": "#fdae6b", "feature": "#9ecae1",
-    "adapter": "#3182bd", "full": "#08306b",
+    "bitfit": "#66c2a4", "ia3": "#238b45", "lora": "#807dba", "adapter": "#3182bd",
+    "full": "#08306b",
     "none": "#bdbdbd", "contextual": "#9ecae1", "pmi": "#fdae6b", "prior": "#08306b",
 }  # fmt: skip
 
@@ -98,10 +99,19 @@ def plateau(
 def plot_comparison(rows: list[dict], title: str, path: Path, prompt: dict | None = None) -> None:
     """Rows of results.summarise: bars for one number of training rows, curves for several.
 
+    Of three networks or more, the accuracy against the number of trained parameters stands below.
     `prompt` is a row of calibration.compare_prompts, drawn as a line: it has no number of labels.
     """
     several = len({row["train_examples"] for row in rows}) > 1
-    figure, axes = plt.subplots(figsize=(8, 4.5 if several else 1.5 + 0.5 * len(rows)))
+    trained = {row.get("trainable_params", 0) for row in rows} - {0}
+    panels = 2 if not several and len(trained) >= 3 else 1
+    height = 4.5 if several else 1.5 + 0.5 * len(rows)
+    figure, axes = plt.subplots(
+        panels, figsize=(8, height + 3.5 * (panels - 1)), height_ratios=[height, 3.5][:panels]
+    )
+    if panels == 2:
+        axes, below = axes
+        _against_parameters(below, rows)
     if prompt:
         low, high = prompt["interval"]
         axes.axhspan(100 * low, 100 * high, color=ORANGE, alpha=0.15, linewidth=0)
@@ -214,6 +224,25 @@ def _bars(axes: plt.Axes, rows: list[dict]) -> None:
         axes.text(102, y, "   ".join(words), va="center", fontsize=9)
     axes.set_yticks(range(len(rows)), [in_short(name, 30) for name in colours])
     axes.set(xlim=(0, 100), xlabel=ACCURACY)
+
+
+def _against_parameters(axes: plt.Axes, rows: list[dict]) -> None:
+    """Accuracy against the number of trained parameters, with its interval."""
+    colours = _colours(row["method"] for row in rows)
+    networks = [row for row in rows if row.get("trainable_params")]
+    for k, row in enumerate(sorted(networks, key=lambda row: row["trainable_params"])):
+        x, name = row["trainable_params"], in_short(row["method"], 30)
+        y, errors = _with_errors([row])
+        style = {"fmt": "o", "markersize": 6, "capsize": 2, "color": colours[row["method"]]}
+        axes.errorbar([x], y, yerr=errors, **style)
+        # Above and below in turn: the names of neighbours stay apart.
+        end, offset, side = (y + errors[1], 3, "bottom") if k % 2 else (y - errors[0], -3, "top")
+        place = {"xytext": (0, offset), "textcoords": "offset points", "ha": "center", "va": side}
+        axes.annotate(name, (x, end[0]), fontsize=9, **place)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+    axes.margins(0.15)
+    axes.set(xlabel="trained parameters", ylabel="test accuracy (%)")
 
 
 def _curves(axes: plt.Axes, rows: list[dict]) -> None:
