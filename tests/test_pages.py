@@ -15,7 +15,7 @@ from minitune.batching import PackedBatch
 from minitune.calibration import Ensemble
 from minitune.checkpoint import load_masked_lm
 from minitune.classification import TokenizedTexts
-from minitune.finetuning import build
+from minitune.methods import build
 from minitune.model import BertConfig
 from minitune.pages import page_of_classifier, page_of_prompts
 from minitune.prediction import Classifier
