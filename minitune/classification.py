@@ -18,9 +18,7 @@ from torch import Tensor, nn
 from minitune.batching import PackedBatch, shuffled_batches, sorted_batches
 from minitune.tokenizer import Tokenizer
 
-BEGINNING_SHARE = (
-    0.25  # of a text that is cut, this much from its beginning and the rest from its end
-)
+BEGINNING_SHARE = 0.25  # of what is kept of a long text; the rest is from its end
 
 
 class TokenizedTexts:
@@ -90,7 +88,7 @@ class Examples:
 
 
 class Classification:
-    """Tell the label of a text. Trained for whole epochs; the best one by validation is kept."""
+    """The task to tell the label of a text. It takes whole epochs, and the best of them is kept."""
 
     def __init__(
         self,
@@ -116,7 +114,7 @@ class Classification:
         self.steps = self.epoch_ends[-1]
 
     def _epoch_ends(self, epochs: int) -> list[int]:
-        """The last step of each epoch; how many batches the shuffled rows fill varies."""
+        """The last step of each epoch. Epochs differ in steps, as texts differ in length."""
         ends, rows = [], 0
         for step, indices in enumerate(self._shuffled(), start=1):
             rows += len(indices)
@@ -133,8 +131,10 @@ class Classification:
         return map(self.train.select, self._shuffled(skip=first_step))
 
     def loss(self, model: nn.Module, inputs: tuple, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """(what is minimised, what is reported): sums of -log p(label), in nats. Only the first
-        has class weights."""
+        """(what is minimised, what is reported): sums of -log p(label), in nats.
+
+        Only the first has class weights.
+        """
         losses = F.cross_entropy(model(*inputs).float(), labels, reduction="none")
         if self.weights is None:
             return losses.sum(), losses.sum()

