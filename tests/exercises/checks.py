@@ -62,35 +62,39 @@ def get(owner: Any, name: str) -> Any:
 
 @contextlib.contextmanager
 def in_place(functions: Functions) -> Iterator[None]:
-    """The project with these functions where the lessons' own stand, by whatever name they go there."""
-    before: list[tuple[Callable, Any, Any, Callable]] = []  # how each is put back
+    """The project with these functions where the lessons' own stand."""
+    before = []
     for path, function in functions.items():
         module, name = path.split(":")
-        module = importlib.import_module(module)
-        original = get(module, name)
-        if "." in name:
-            owner, _, name = name.rpartition(".")
-            owner = get(module, owner)
-            before.append((setattr, owner, name, original))
-            setattr(owner, name, function)
-            mind_super(function, owner)
-            continue
-        ours = [m for n, m in sys.modules.items() if n.startswith(("minitune", "tests.exercises"))]
-        for names in map(vars, ours):
-            tables = [value for value in names.values() if type(value) is dict]
-            for table in [names, *tables]:
-                for key in [key for key, value in table.items() if value is original]:
-                    before.append((dict.__setitem__, table, key, original))
-                    table[key] = function
+        original = get(importlib.import_module(module), name)
+        for put, owner, key in places(module, name, original):
+            before.append((put, owner, key, original))
+            put(owner, key, function)
     try:
         yield
     finally:
-        for put, owner, name, original in reversed(before):
-            put(owner, name, original)
+        for put, owner, key, original in reversed(before):
+            put(owner, key, original)
 
 
-def mind_super(function: Callable, owner: type) -> None:
-    """Let super() in this method, which was written in another class, be that of `owner`."""
+def places(module: str, name: str, original: Callable) -> list[tuple[Callable, Any, str]]:
+    """(how to put something there, owner, name) for each place where a lesson's function stands.
+
+    A method stands in its class; a function in its module, in those that import it, and in tables.
+    """
+    outer, _, last = name.rpartition(".")
+    if outer:
+        return [(put_method, get(sys.modules[module], outer), last)]
+    ours = [m for n, m in sys.modules.items() if n.startswith(("minitune", "tests.exercises"))]
+    tables = [vars(m) for m in ours]
+    tables += [value for names in tables for value in names.values() if type(value) is dict]
+    put = dict.__setitem__
+    return [(put, table, key) for table in tables for key in table if table[key] is original]
+
+
+def put_method(owner: type, name: str, function: Callable) -> None:
+    """Set it, and let super() in it, which was written in another class, be that of `owner`."""
+    setattr(owner, name, function)
     function = inspect.unwrap(function)
     if inspect.isfunction(function):
         closure = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
@@ -105,7 +109,8 @@ def observe(exercise: Exercise, functions: Functions) -> tuple[Seen, BaseExcepti
     with in_place(functions), torch.random.fork_rng():
         torch.manual_seed(0)
         try:
-            seen.extend(getattr(observations, exercise.name)())
+            for one in getattr(observations, exercise.name)():
+                seen.append(one)
         except (Exception, SystemExit) as error:
             return seen, error
     return seen, None

@@ -38,6 +38,7 @@ DATA = "rotten_tomatoes"
 RUNTIME = Runtime(torch.device("cpu"), "fp32")
 PRETRAINING_STEPS = 150
 ROWS, EPOCHS = 512, 2  # of fine-tuning
+A_LITTLE = "a little is rounding, or other random draws; more is the code"
 UNLABELLED = 256  # rows, of which the prior is matched
 EXPLAINED = ["An unforgettable film, and great fun.", "It is long, loud and utterly dull."]
 SMALL = BertConfig(
@@ -66,7 +67,7 @@ def lines(exercise: Exercise, functions: Functions) -> Iterator[str]:
         rows.append(row)
         yield f"{whose:14}" + "".join(f"{value:>20}" for value in row.values())
     same = all(value == rows[0][column] for column, value in rows[1].items() if column != "seconds")
-    yield "the same figures" if same else "the figures differ"
+    yield "the same figures" if same else f"the figures differ; {A_LITTLE}"
 
 
 class Pretraining:
