@@ -29,9 +29,11 @@ from minitune.peft_files import read_trained
 from minitune.support.baselines import evaluate_baselines
 from minitune.support.cli import (
     Parser,
+    add_columns,
     add_machine_options,
     check_same,
     choose_max_len,
+    columns,
     drawing,
     float_range,
     int_range,
@@ -60,6 +62,7 @@ def parser() -> Parser:
     add("--data", data, default="imdb")
     test = "labelled test rows; default: the last 10%% of each label in --data"
     add("--test", test, metavar="FILE")
+    add_columns(add)
     few = "train on N rows only; several N draw accuracy against the number of labels"
     add("--train-examples", few, int_range(2, 10**9), nargs="+", metavar="N")
     add("--seeds", "train with so many seeds, from --seed on", int_range(1, 100), 1, metavar="N")
@@ -227,7 +230,7 @@ def fine_tune_all(args: argparse.Namespace, experiments: list[Experiment]) -> No
     args.max_len = choose_max_len(args.max_len, config.max_position_embeddings, args.batch_tokens)
 
     # 2. Labelled reviews, as token ids.
-    dataset = Dataset(args.data, args.test)
+    dataset = Dataset(args.data, args.test, columns=columns(args))
     reviews = Reviews.load(dataset)
     runtime.log(f"data: {args.data}: {reviews.describe()}")
     if start and start.labels != reviews.names:

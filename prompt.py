@@ -74,6 +74,7 @@ def parser() -> cli.Parser:
     add("--words", words, nargs="+", metavar="LABEL=WORD,WORD")
     add("--calibrate", "without labels; default: the best on validation rows", CALIBRATIONS, BEST)
     add("--data", "its train rows are for --calibrate prior and --shots", default="imdb")
+    cli.add_columns(add)
     add("--unlabelled", "reviews for --calibrate prior", int_range(1, 10**6), 256, metavar="N")
     shots = "few-shot: train rows, with their labels, in front of the text"
     add("--shots", shots, int_range(1, 64), 0, metavar="N")
@@ -196,15 +197,15 @@ def write_on(args: argparse.Namespace, fill_mask: FillMask) -> None:
 def classify(args: argparse.Namespace, prompts: list[Prompt]) -> None:
     """The label of each text, by all templates together."""
     if args.shots:
-        demonstrate(args, prompts, Reviews.load(Dataset(args.data)))
+        demonstrate(args, prompts, Reviews.load(Dataset(args.data, columns=cli.columns(args))))
     unlabelled = []
     if args.calibrate == "prior":
-        texts = [row.text for row in Dataset(args.data).rows("train")]
+        texts = [row.text for row in Dataset(args.data, columns=cli.columns(args)).rows("train")]
         unlabelled = prompts[0].fill_mask.tokenizer.encode(choose_unlabelled(args, texts))
     ensemble = Ensemble(prompts, args.calibrate, unlabelled)
     best = " (the best on validation rows)" if args.calibrate == BEST else ""
     say(f"{plural(len(prompts), 'template')}; calibration: {args.calibrate}{best}")
-    rows = rows_to_label(args.texts, "TEXT", ensemble.names)
+    rows = rows_to_label(args.texts, "TEXT", ensemble.names, cli.columns(args))
     predict = functools.partial(ensemble.predict, count=args.top)
     cut = f"had no room in {args.max_len} tokens: their ends were read"
     print_answers(rows, predict, args.json, cut)
@@ -240,7 +241,7 @@ def evaluate(args: argparse.Namespace, prompts: list[Prompt], model: str) -> Non
     curves = read_curves(args.curves) if args.curves else []
     names = {*RESULTS, *(f"{name}.partial" for name in RESULTS)}
     refuse_foreign_files(args.out, names, "result of prompt.py")
-    reviews = Reviews.load(Dataset(args.evaluate, option="--evaluate"))
+    reviews = Reviews.load(Dataset(args.evaluate, option="--evaluate", columns=cli.columns(args)))
     encode = prompts[0].fill_mask.tokenizer.encode
     texts = encode(reviews.texts["test"])
     labels = matching_labels(prompts[0], reviews, args.evaluate)[reviews.labels["test"]]

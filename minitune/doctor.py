@@ -34,12 +34,14 @@ from minitune.checkpoint import load_tokenizer, read_config
 from minitune.data import PACKAGED, SPLITS, Dataset, Reviews, Row
 from minitune.model import PRESETS, BertForMaskedLM
 from minitune.optimizer import Optimizer
+from minitune.support import cli
 from minitune.support.baselines import evaluate_baselines
 from minitune.support.cli import Parser, run_script
 from minitune.support.errors import UserError, plural
 from minitune.support.model_names import default_model, find_model
 from minitune.support.runs import Run, read_json
 from minitune.support.runtime import Runtime
+from minitune.support.text_files import DEFAULT_COLUMNS, Columns
 
 REFERENCE = Path(__file__).parents[1] / "tests" / "benchmarks" / "runs" / "default"
 GOOD, NOTE, WRONG = "good", "note", "wrong"
@@ -211,7 +213,9 @@ def _examine_fine_tuning(
         return
     accuracy, found = metrics["accuracy"], f"{path}: test accuracy {metrics['accuracy']:.1%}"
     try:
-        reviews = Reviews.load(Dataset(metrics["data"], settings.get("test")))
+        columns = Columns(*(settings.get(f"{key}_column", key) for key in Columns._fields))
+        data = Dataset(metrics["data"], settings.get("test"), columns=columns)
+        reviews = Reviews.load(data)
     except UserError as error:
         yield Finding(str(path), NOTE, f"{found}; its data cannot be read: {error}")
         return
@@ -243,10 +247,10 @@ def _mean_loss(losses: list[dict]) -> float:
     return mean(entry["loss"] for entry in losses[-LOGGED:])
 
 
-def examine_data(name: str) -> Iterator[Finding]:
+def examine_data(name: str, columns: Columns = DEFAULT_COLUMNS) -> Iterator[Finding]:
     """Rows, labels, duplicates, lengths, unknown tokens; and the accuracy that is to be beaten."""
     try:
-        rows = list(Dataset(name).split_rows())
+        rows = list(Dataset(name, columns=columns).split_rows())
     except UserError as error:
         if name not in PACKAGED and not Path(name).exists():
             raise  # no such file is no finding
@@ -263,7 +267,7 @@ def examine_data(name: str) -> Iterator[Finding]:
         yield Finding(name, NOTE, found)
         return
     try:
-        reviews = Reviews.load(Dataset(name))
+        reviews = Reviews.load(Dataset(name, columns=columns))
     except UserError as error:
         advice = "finetune.py cannot use it; train.py can" if None in labels else "add rows"
         yield Finding(name, WRONG, str(error), advice)
@@ -332,9 +336,10 @@ def main() -> None:
     options = Parser("Say what this machine can do, whether a run is healthy, or data is fit.")
     help = "runs, data files, folders, imdb, rotten_tomatoes; none: this machine"
     options.add_argument("subjects", nargs="*", metavar="RUN_OR_DATA", help=help)
+    cli.add_columns(options.group("data"))
     options.add_argument("--json", action="store_true", help="one JSON object a finding")
     args: argparse.Namespace = options.parse_args()
-    findings = examine_machine(Runtime.start()) if not args.subjects else _examine(args.subjects)
+    findings = examine_machine(Runtime.start()) if not args.subjects else _examine(args)
     wrong = 0
     for finding in findings:
         print(json.dumps(asdict(finding)) if args.json else finding.line(), flush=True)
@@ -343,10 +348,10 @@ def main() -> None:
         sys.exit(1)
 
 
-def _examine(subjects: list[str]) -> Iterator[Finding]:
-    for name in subjects:
+def _examine(args: argparse.Namespace) -> Iterator[Finding]:
+    for name in args.subjects:
         is_run = Path(name).is_dir() and any(Path(name).rglob("settings.json"))
-        yield from examine_run(Path(name)) if is_run else examine_data(name)
+        yield from examine_run(Path(name)) if is_run else examine_data(name, cli.columns(args))
 
 
 if __name__ == "__main__":

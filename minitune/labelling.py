@@ -19,16 +19,17 @@ from minitune.explain import HIDDEN_WORDS, deletion_test, explain, words_of
 from minitune.prediction import Classifier
 from minitune.support import explanations
 from minitune.support.answers import lines_of_standard_input, print_answers, say
+from minitune.support.cli import columns
 from minitune.support.errors import UserError, plural
 from minitune.support.results import table
 from minitune.support.runtime import Runtime
-from minitune.support.text_files import SUFFIXES, Row, make_row
+from minitune.support.text_files import DEFAULT_COLUMNS, SUFFIXES, Columns, Row, make_row
 
 
 def label_new_reviews(args: argparse.Namespace) -> None:
     """`finetune.py --predict`, from its options to the last answer."""
     classifier = _load(args)
-    rows = rows_to_label(args.predict, "--predict", classifier.labels)
+    rows = rows_to_label(args.predict, "--predict", classifier.labels, columns(args))
     cut = f"had more than {classifier.max_len} tokens: their two ends were read"
     predict = functools.partial(classifier.predict, batch_tokens=args.batch_tokens)
     if args.explain:  # one after the other
@@ -40,7 +41,8 @@ def label_new_reviews(args: argparse.Namespace) -> None:
 def evaluate_explanations(args: argparse.Namespace) -> None:
     """`finetune.py --explain --evaluate N`: the deletion test on N test rows, in a table."""
     classifier, generator = _load(args), torch.Generator().manual_seed(args.seed)
-    texts = [row.text for row in Dataset(args.data, args.test).rows("test")]
+    dataset = Dataset(args.data, args.test, columns=columns(args))
+    texts = [row.text for row in dataset.rows("test")]
     inputs = TokenizedTexts(texts, classifier.tokenizer, classifier.max_len)
     chosen, found, tests = [], [], []
     for i in torch.randperm(len(texts), generator=generator).tolist():
@@ -85,7 +87,9 @@ def _latest_run(out: Path) -> str:
     return str(max(finished, key=lambda path: path.stat().st_mtime).parent)
 
 
-def rows_to_label(arguments: list[str], option: str, names: dict[int, str]) -> Iterator[Row | None]:
+def rows_to_label(
+    arguments: list[str], option: str, names: dict[int, str], columns: Columns = DEFAULT_COLUMNS
+) -> Iterator[Row | None]:
     """The texts that a command line gives, for print_answers; None: answer those before it now.
 
     Each argument of `option` is the name of a file, - for the lines of standard input, or else a
@@ -94,7 +98,7 @@ def rows_to_label(arguments: list[str], option: str, names: dict[int, str]) -> I
     """
     number = 0
     for argument in arguments:
-        for row in _rows(argument, option):
+        for row in _rows(argument, option, columns):
             if row:
                 number += 1
                 index = label_index(row.label, names, numbers_too=True)
@@ -105,13 +109,13 @@ def rows_to_label(arguments: list[str], option: str, names: dict[int, str]) -> I
             yield row
 
 
-def _rows(argument: str, option: str) -> Iterator[Row | None]:
+def _rows(argument: str, option: str, columns: Columns) -> Iterator[Row | None]:
     """The rows of one argument of the command line."""
     if argument == "-":
         for line in lines_of_standard_input():
             yield make_row("standard input", [("text", line)]) if line else None
     elif os.path.exists(argument):
-        yield from Dataset(argument, option=option).read()
+        yield from Dataset(argument, option=option, columns=columns).read()
     elif argument.lower().endswith(SUFFIXES):
         hint = "a text like that goes through standard input, -"
         raise UserError(f"{option} {argument}: no such file ({hint})")

