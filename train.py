@@ -11,10 +11,12 @@ vocabulary, mask words, train, look at the result. The directory --out can be lo
 """
 
 import argparse
+import math
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from minitune.attention import BACKENDS, resolve_backend
@@ -37,6 +39,11 @@ from minitune.training import Trainer
 
 STARTED = time.monotonic()
 PEAK_LR = {"muon": 0.01, "adamw": 0.001}
+# Options that the loss depends on, and the loss that was measured with their defaults after so many
+# steps (tests/benchmarks/LOG.md).
+RECIPE = ("data", "preset", "init", "vocab_size", "mask_rate", "whole_word", "summary_weight",
+          "batch_tokens", "optimizer", "lr", "adamw_lr", "weight_decay")  # fmt: skip
+MEASURED = {851: 4.67, 1578: 4.20, 3350: 3.87, 4148: 3.75, 9046: 3.36}
 FEW_STEPS = 200  # where a run is planned by time
 TOO_FEW = "warning: so few steps teach next to nothing; take more --minutes or a smaller --preset"
 # Options that may differ when a run is resumed.
@@ -149,7 +156,8 @@ def pretrain(args: argparse.Namespace, run: Run) -> None:
         runtime.log(f"resumed at step {trainer.step:,} of {trainer.steps:,}")
     elif not args.steps:
         plan_steps(trainer, STARTED + 60 * args.minutes)
-        runtime.log(f"plan: {plural(trainer.steps, 'step')} in {args.minutes:g} minutes")
+        plan = f"plan: {plural(trainer.steps, 'step')} in {args.minutes:g} minutes"
+        runtime.log(plan + expectation(args, trainer.steps))
         if trainer.steps < FEW_STEPS:
             runtime.log(TOO_FEW)
     final = trainer.train()
@@ -182,6 +190,15 @@ def pretrain(args: argparse.Namespace, run: Run) -> None:
     runtime.log(f"wrote {args.out}: the model, loss.png, metrics.json, log.jsonl")
     if trainer.steps < FEW_STEPS and not args.steps:
         runtime.log(TOO_FEW)
+
+
+def expectation(args: argparse.Namespace, steps: int) -> str:
+    """Words on the loss to expect after so many steps; none if the recipe is not the default's."""
+    default = parser().get_default
+    if steps < min(MEASURED) or any(getattr(args, key) != default(key) for key in RECIPE):
+        return ""
+    loss = np.interp(math.log(steps), [math.log(n) for n in MEASURED], list(MEASURED.values()))
+    return f"; such runs end near a loss of {loss:.1f}"
 
 
 def fill_examples(fill_mask: FillMask, chunks: Chunks, count: int = 3) -> list[str]:

@@ -24,6 +24,7 @@ and in its batches, MaskedBatch or Examples, which have
 """
 
 import math
+import sys
 import time
 from typing import Any
 
@@ -39,7 +40,8 @@ from minitune.support.runtime import Runtime, catch_signals
 
 MAX_GRADIENT_NORM = 1.0
 LOG_EVERY = 10  # steps
-REPORT_EVERY = 10  # seconds; small tasks are evaluated more often than anyone reads
+REPORT_EVERY = 10  # seconds at least; small tasks are evaluated more often than anyone reads
+SILENCE = 60  # seconds at most, where there is no terminal for a progress bar
 # The attributes of Trainer that a checkpoint holds as numbers.
 NUMBERS = ("step", "steps", "tokens", "seconds", "earlier_seconds")
 NUMBERS += ("validation_every", "best_step", "best_loss", "best_accuracy")
@@ -160,26 +162,29 @@ class Trainer:
         entry = {"step": self.step, "steps": self.steps, "loss": loss}
         entry["gradient_norm"] = norm if math.isfinite(norm) else None
         entry |= {"tokens": self.tokens, "seconds": round(self.seconds, 2)}
+        silence = time.monotonic() - self.last_report
         if evaluated := self.task.evaluation_due(self.step, self.steps):
             entry["validation"] = metrics = self.evaluate(quick=True)
             score, best = self.task.score, {"loss": self.best_loss, "accuracy": self.best_accuracy}
             if score and (not self.best_step or score(metrics) > score(best)):
                 self.best_step, self.best_weights = self.step, self._copy_weights()
                 self.best_loss, self.best_accuracy = metrics["loss"], metrics["accuracy"]
-            if time.monotonic() - self.last_report > REPORT_EVERY or self.step == self.steps:
-                self.last_report = time.monotonic()
-                self._report(metrics)
+            if silence > REPORT_EVERY or self.step == self.steps:
+                self._report("validation", metrics)
+        elif silence > SILENCE and self.step % LOG_EVERY == 0 and not sys.stderr.isatty():
+            self._report("training", {"loss": loss})
         due = evaluated or self.step % LOG_EVERY == 0 or self.step == self.steps
         if due and self.runtime.is_main:
             self.run.log(entry)
 
-    def _report(self, metrics: dict) -> None:
-        """Print a line about an evaluation, the speed, and the time that is left."""
+    def _report(self, rows: str, metrics: dict) -> None:
+        """Print a line: what was measured on which rows, the speed, and the time that is left."""
+        self.last_report = time.monotonic()
         values = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
         minutes = (self.steps - self.step) * self.seconds / self.step / 60
         speed = f"{self.tokens / self.seconds:,.0f} {self.task.unit}/s"
         self.runtime.log(
-            f"step {self.step:>6,} of {self.steps:,}   validation {values} "
+            f"step {self.step:>6,} of {self.steps:,}   {rows} {values} "
             f"({self.task.baseline})   {speed}   {minutes:.1f} min left"
         )
 

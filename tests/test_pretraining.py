@@ -351,3 +351,14 @@ def test_examples_show_the_guesses_for_the_masked_word(task, capsys):
         assert any(full.startswith(f"{before}{word}{after}") for full in texts)
         (expected,) = fill_blanks(fill_mask, text.strip().replace("____", "[MASK]"), 4)
         assert guesses == in_words(expected)
+
+
+def test_a_plan_says_what_the_default_recipe_comes_to_and_no_other():
+    parse = train.parser().parse_args
+    for steps, loss in train.MEASURED.items():
+        assert f"near a loss of {loss:.1f}" in train.expectation(parse([]), steps)
+    between = float(train.expectation(parse([]), 2300).split()[-1])
+    assert train.MEASURED[3350] < between < train.MEASURED[1578]
+    assert not train.expectation(parse([]), 100)  # nobody has measured that
+    for other in (["--data", "mine.txt"], ["--lr", "0.1"], ["--preset", "small"]):
+        assert not train.expectation(parse(other), 4148)

@@ -536,7 +536,8 @@ def test_a_time_that_is_over_gives_one_step(tmp_path, clock):
     assert [entry["step"] for entry in trainer.run.read_log()] == [1]
 
 
-def test_the_report_says_how_many_minutes_are_left(tmp_path, clock, capsys):
+def test_the_report_says_how_many_minutes_are_left(tmp_path, clock, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     trainer = toy_trainer(tmp_path, clock)
     trainer.steps = 240
     trainer.train()
@@ -547,6 +548,16 @@ def test_the_report_says_how_many_minutes_are_left(tmp_path, clock, capsys):
         ["3.3", "min", "left"],
     ]
     assert all("8 rows/s" in line and "(chance)" in line for line in lines)
+
+
+def test_without_a_terminal_a_line_comes_every_minute_between_evaluations(tmp_path, clock, capsys):
+    trainer = toy_trainer(tmp_path, clock)
+    trainer.task.evaluation_due = lambda step, steps: step == 200
+    trainer.steps = 240
+    trainer.train()
+    lines = [line for line in capsys.readouterr().out.splitlines() if "min left" in line]
+    assert [line.split(" of ")[0].split()[1] for line in lines] == ["10", "80", "150", "200"]
+    assert ["training loss" in line for line in lines] == [True, True, True, False]
 
 
 # Checkpoints
