@@ -183,7 +183,7 @@ def look(args: argparse.Namespace, fill_mask: FillMask, name: str, source: Path)
 
     tokens = [tokenizer.token(i) for i in ids.tolist()]
     plots.plot_attention(maps, tokens, offsets, f"{name}: {args.look}", args.out)
-    say(f"wrote {args.out}: how much each token (row) takes of each token (column)")
+    print(f"wrote {args.out}: how much each token (row) takes of each token (column)")
 
 
 def write_on(args: argparse.Namespace, fill_mask: FillMask) -> None:

@@ -7,6 +7,7 @@ Full fine-tuning saves a whole model (checkpoint.py). Other methods save what th
 the pretrained base model that it belongs to (trained.py). A Classifier is loaded from either.
 """
 
+import reprlib
 import sys
 from dataclasses import dataclass
 
@@ -135,7 +136,10 @@ class Classifier:
     def explain(self, text: str, batch_tokens: int | None = None) -> ExplainedPrediction:
         """The prediction for a text, and what each of its words adds to it, in float32."""
         inputs = TokenizedTexts([text], self.tokenizer, self.max_len)
-        question = self.question(inputs.ids[0], batch_tokens)
+        try:
+            question = self.question(inputs.ids[0], batch_tokens)
+        except UserError as error:
+            raise UserError(f"{reprlib.repr(text)}: {error}") from error
         probabilities = question.logits.softmax(-1).tolist()
         by_name = {self.labels[i]: p for i, p in enumerate(probabilities)}
         label, _ = question.label_names

@@ -461,6 +461,11 @@ def test_test_rows_that_are_too_short_are_an_error_of_one_line(finetune_py, tmp_
         finetune_py("--explain", "--evaluate", "3", "--data", str(file))
 
 
+def test_a_text_that_cannot_be_explained_is_named(finetune_py):
+    with pytest.raises(UserError, match="'漢字': nothing to explain"):
+        finetune_py("--predict", "so good", "漢字", "--explain")
+
+
 def test_from_python_too(model, tokenizer):
     classifier = Classifier(model, tokenizer, NAMES, 16, Runtime.start("cpu", "fp32"))
     answer = classifier.explain(TEXT)

@@ -1,5 +1,6 @@
 """README and RESULTS.md stay true: commands run, links lead somewhere, the order is the package's."""
 
+import csv
 import io
 import json
 import re
@@ -75,6 +76,10 @@ def tiny(tmp_path_factory):
         save_model(architecture(config), tokenizer, folder / architecture.__name__)
     lines = (SAMPLES / "reviews.csv").read_text().splitlines(keepends=True)
     (folder / "reviews.csv").write_text("".join(lines[:1] + 4 * lines[1:]))
+    with open(folder / "long.csv", "w", newline="") as file:  # of twenty words or more
+        csv.writer(file).writerows(
+            [("text", "label"), *((4 * row.text, row.label) for row in rows)]
+        )
     row = {"method": "full", "accuracy": 0.5, "interval": [0.4, 0.6], "spread": None}
     rows = [row | {"train_examples": count} for count in (16, 64)]
     (folder / "compare.json").write_text(json.dumps({"rows": rows}))
@@ -82,6 +87,7 @@ def tiny(tmp_path_factory):
         pretrained=folder / "BertForMaskedLM",
         fine_tuned=folder / "BertForSequenceClassification",
         data=folder / "reviews.csv",
+        long=folder / "long.csv",
         curves=folder / "compare.json",
     )
 
@@ -102,11 +108,14 @@ def quicker(words: list[str], out: Path, tiny) -> list:
         words += ["--model", tiny.pretrained, "--data", tiny.data]
         if "--evaluate" in words:
             words += ["--out", out]
-        if "--fill" in words or "--generate" in words:
+        if "--look" in words:
+            words += ["--out", out.with_suffix(".png")]
+        if {"--fill", "--generate", "--look"} & set(words):
             return words
         return [*words, "--words", "negative=bad", "positive=good", "--unlabelled", "8"]
-    if "finetune.py" in words and "--predict" in words:
-        return [*words, "--model", tiny.fine_tuned]
+    if "finetune.py" in words and {"--predict", "--explain"} & set(words):
+        few = ["--evaluate", "2", "--data", tiny.long] if "--evaluate" in words else []
+        return [*words, "--model", tiny.fine_tuned, *few]
     if "finetune.py" in words:
         limits = ["--epochs", "1", "--max-len", "32", "--data", tiny.data]
         sizes = ["8", "16"] if "--train-examples" in words else ["16"]
@@ -144,7 +153,7 @@ def test_command_runs(command, tmp_path, tiny, monkeypatch, capfd):
     out, _ = capfd.readouterr()
     assert out.strip()
     if "--out" in words:
-        assert any((tmp_path / "run").rglob("*.json"))
+        assert any((tmp_path / "run").rglob("*.json")) or (tmp_path / "run.png").is_file()
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("torchrun ")])
