@@ -26,7 +26,7 @@ from minitune.lora import TARGETS
 from minitune.merging import merge_runs
 from minitune.methods import METHODS, check_options
 from minitune.peft_files import read_trained
-from minitune.support.baselines import evaluate_baselines
+from minitune.support.baselines import answer_test_rows
 from minitune.support.cli import (
     Parser,
     add_columns,
@@ -270,10 +270,12 @@ def fine_tune_all(args: argparse.Namespace, experiments: list[Experiment]) -> No
     results = [metrics for _, metrics in runs]
     # With all rows nothing in the baselines depends on a seed.
     choices = ((one["train_examples"], one["train_examples"] and one["seed"]) for one, _ in runs)
+    baselines = {}
     for size, seed in dict.fromkeys(choices):
         chosen = reviews.balanced_subset("train", size, seed) if size else None
-        baselines = evaluate_baselines(reviews.texts, reviews.labels, len(reviews.names), chosen)
-        results += [row | {"seed": seed} for row in baselines]
+        found = answer_test_rows(reviews.texts, reviews.labels, len(reviews.names), chosen)
+        results += [row | {"seed": seed} for row, _ in found]
+        baselines[size, seed] = found
     order = list(dict.fromkeys(["majority", "nb-svm", "scratch", *METHODS]))
     test_rows = len(reviews.texts["test"])
     rows = summarise(results, test_rows, order)
@@ -283,6 +285,15 @@ def fine_tune_all(args: argparse.Namespace, experiments: list[Experiment]) -> No
         from minitune.support.plots import plot_comparison  # matplotlib takes a second to import
 
         plot_comparison(rows, f"{args.model} on {args.data}", picture)
+    for experiment in experiments:
+        directory, size = experiment.run.directory, experiment.train_examples
+        with drawing(directory / "report.html"):
+            from minitune.support.report import write_report
+            from minitune.support.report_fine_tuning import record_mistakes
+
+            answered = baselines[size, size and experiment.seed]
+            record_mistakes(directory, reviews.texts["test"], answered)
+            write_report(directory)
     runtime.log(f"wrote {args.out}: a directory for each method, compare.png, compare.json")
 
 

@@ -27,13 +27,14 @@ from minitune.initialization import start_with_frequencies, start_with_neighbour
 from minitune.model import PRESETS, BertForMaskedLM
 from minitune.optimizer import Optimizer
 from minitune.pretraining import MaskedLanguageModelling
+from minitune.probes import SENTENCES, probe, ten_blanks
 from minitune.prompting import ClozeQuery, FillMask, in_words
 from minitune.support import cli
 from minitune.support.cli import choose_max_len, float_range, int_range
 from minitune.support.errors import UserError, plural
 from minitune.support.model_names import find_model
 from minitune.support.plan import plan_steps
-from minitune.support.runs import Run
+from minitune.support.runs import Run, write_json
 from minitune.support.runtime import Runtime
 from minitune.training import Trainer
 
@@ -148,6 +149,9 @@ def pretrain(args: argparse.Namespace, run: Run) -> None:
     options = {"accumulate": args.accumulate, "save_minutes": args.save_minutes}
     trainer = Trainer(model, optimizer, task, run, runtime, seed=args.seed, **options)
     trainer.started, trainer.steps = STARTED, args.steps or 0
+    fill_mask = FillMask(model, corpus.tokenizer, runtime)
+    trainer.observe = lambda: {"blanks": ten_blanks(fill_mask)}
+    start = probe(fill_mask)  # before a checkpoint is loaded
     checkpoint = run.load()
     if runtime.is_main:
         run.start(cli.options_to_save(args) | {"corpus": key})
@@ -181,13 +185,20 @@ def pretrain(args: argparse.Namespace, run: Run) -> None:
     metrics |= {"peak_memory_bytes": runtime.peak_memory(), "device": runtime.describe()}
     metrics |= {"threads": torch.get_num_threads(), "precision": runtime.precision}
     run.finish(metrics | {"attention": attention})
-    for line in fill_examples(FillMask(model.eval(), corpus.tokenizer, runtime), task.held_out):
+    model.eval()
+    for line in fill_examples(fill_mask, task.held_out):
         runtime.log(line)
     with cli.drawing(args.out / "loss.png") as picture:
         from minitune.support.plots import plot_pretraining  # matplotlib takes a second to import
 
         plot_pretraining(run.read_log(), task.uniform, task.unigram, final, picture)
-    runtime.log(f"wrote {args.out}: the model, loss.png, metrics.json, log.jsonl")
+    with cli.drawing(args.out / "report.html"):
+        from minitune.support.report import write_report
+
+        shown = {"sentences": SENTENCES, "start": start, "end": probe(fill_mask)}
+        write_json(args.out / "report.json", shown)
+        write_report(args.out)
+    runtime.log(f"wrote {args.out}: the model, report.html, loss.png, metrics.json, log.jsonl")
     if trainer.steps < FEW_STEPS and not args.steps:
         runtime.log(TOO_FEW)
 

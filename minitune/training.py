@@ -72,6 +72,7 @@ class Trainer:
         self.started, self.earlier_seconds = time.monotonic(), 0.0  # of processes before this one
         self.deadline = None  # of time.monotonic(), where `steps` are planned by time
         self.validation_every = 1  # 2: every second validation batch is read, and so on
+        self.observe = dict  # a function: what else an evaluation writes into the log
         self.signals: list[int] = []  # Ctrl-C and the like
         self.last_save = self.last_report = -math.inf  # so both come at the first step
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -165,6 +166,7 @@ class Trainer:
         silence = time.monotonic() - self.last_report
         if evaluated := self.task.evaluation_due(self.step, self.steps):
             entry["validation"] = metrics = self.evaluate(quick=True)
+            entry |= self.observe()
             score, best = self.task.score, {"loss": self.best_loss, "accuracy": self.best_accuracy}
             if score and (not self.best_step or score(metrics) > score(best)):
                 self.best_step, self.best_weights = self.step, self._copy_weights()

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import html
 import io
 import itertools
 import json
@@ -331,7 +332,7 @@ def test_full_leaves_a_bert_with_its_labels(compared, folder):
     assert config["label2id"] == {name: i for i, name in enumerate(LABELS)}
     assert load_classifier(out / "full").config.id2label == dict(enumerate(LABELS))
     assert contents(out / "full").keys() - contents(folder / "base").keys() == {
-        "log.jsonl", "metrics.json", "settings.json", "answers.json"
+        "log.jsonl", "metrics.json", "settings.json", "answers.json", "report.json", "report.html"
     }  # fmt: skip
 
 
@@ -339,7 +340,7 @@ def test_full_leaves_a_bert_with_its_labels(compared, folder):
 def test_the_others_leave_only_what_they_trained(compared, folder, method):
     directory = compared[0] / method
     files = {"trained.safetensors", "trained.json", "settings.json", "metrics.json", "log.jsonl"}
-    files |= {"answers.json"}
+    files |= {"answers.json", "report.json", "report.html"}
     assert contents(directory).keys() == files
     tensors, figures = weights(directory), metrics(directory)
     statistics = (
@@ -360,6 +361,7 @@ def test_the_others_leave_only_what_they_trained(compared, folder, method):
 def test_lora_and_ia3_leave_a_directory_of_peft(compared, folder, method):
     directory = compared[0] / method
     files = {"adapter_model.safetensors", "adapter_config.json", "answers.json"}
+    files |= {"report.json", "report.html"}
     assert contents(directory).keys() == files | {"settings.json", "metrics.json", "log.jsonl"}
     count = sum(tensor.numel() for tensor in weights(directory).values())
     assert count == metrics(directory)["trainable_params"]
@@ -511,6 +513,31 @@ def assert_figures(directory: Path, rows: dict[str, list[dict]]) -> None:
 
 
 @pytest.mark.parametrize("method", [name for name in TRAINED if name != "ia3"])
+def test_the_report_has_the_worst_mistakes_and_what_a_bag_of_words_says(compared, folder, method):
+    rows, directory = rows_of(folder), compared[0] / method
+    shown = json.loads((directory / "report.json").read_text())
+    model = NBSVM().fit(
+        [row["text"] for row in rows["train"]],
+        np.array([LABELS.index(row["label"]) for row in rows["train"]]),
+        2,
+    )
+    opinions = model.predict([row["text"] for row in rows["test"]])
+    answers = Classifier.load(str(directory), CPU).predict([row["text"] for row in rows["test"]])
+    wrong = []
+    for i, (row, answer) in enumerate(zip(rows["test"], answers, strict=True)):
+        if row["label"] != answer.label:
+            wrong.append((answer.probabilities[row["label"]], i))
+    assert [m["row"] for m in shown["mistakes"]] == [i for _, i in sorted(wrong)][:20] != []
+    page = html.unescape((directory / "report.html").read_text())
+    for mistake in shown["mistakes"]:
+        text = rows["test"][mistake["row"]]["text"]
+        assert mistake["text"] == text and text in page
+        assert mistake["bag_of_words"] == LABELS[opinions[mistake["row"]]]
+    assert [row["method"] for row in shown["baselines"]] == ["majority", "nb-svm"]
+    assert f"{metrics(directory)['macro_f1']:.3f}" in page
+
+
+@pytest.mark.parametrize("method", TRAINED)
 def test_accuracy_and_loss_are_those_of_the_saved_model(compared, folder, method):
     assert_figures(compared[0] / method, rows_of(folder))
 

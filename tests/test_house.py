@@ -13,7 +13,7 @@ FLOORS = [
     {"finetuning", "prediction", "labelling", "merging", "pages"},
     {"checkpoint", "trained", "peft_files", "methods"},
     {"pretraining", "classification", "features", "adapters", "lora", "ia3"}
-    | {"prompting", "calibration", "explain", "temperature"},
+    | {"prompting", "calibration", "explain", "temperature", "probes"},
     {"model", "attention", "initialization", "optimizer", "training"},
     {"masking", "tokenizer", "corpus", "data"},
     {"fast", "support"},

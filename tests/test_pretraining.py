@@ -15,7 +15,7 @@ import torch
 import minitune.corpus
 import train
 from minitune.batching import PackedBatch
-from minitune.checkpoint import load_masked_lm
+from minitune.checkpoint import load_masked_lm, load_tokenizer
 from minitune.corpus import Corpus
 from minitune.data import Dataset
 from minitune.initialization import from_scratch, start_with_frequencies
@@ -337,6 +337,37 @@ def test_a_picture_that_cannot_be_drawn_loses_nothing(pretrain, monkeypatch, cap
     printed = capsys.readouterr()
     assert f"warning: {out}/loss.png was not drawn: negative values" in printed.err
     assert f"wrote {out}" in printed.out
+
+
+def test_a_run_logs_the_blanks_at_each_evaluation_and_reports_them(pretrain, monkeypatch):
+    # A training that leaves the weights as they are has the same answers at each evaluation.
+    options = ("--steps", 26, "--lr", "1e-30", "--adamw-lr", "1e-30", "--weight-decay", 0)
+    out = pretrain(*options)
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    shown = json.loads((out / "report.json").read_text())
+    evaluated = [entry for entry in log if "validation" in entry]
+    assert len(evaluated) == 12 and all("blanks" in entry for entry in evaluated)
+    model, _ = load_masked_lm(out)
+    saved = FillMask(model, load_tokenizer(out, model.config), Runtime.start("cpu", "fp32"))
+    for entry in [*evaluated, shown["start"], shown["end"]]:
+        assert len(entry["blanks"]) == len(shown["sentences"]) == 10
+        for sentence, words in zip(shown["sentences"], entry["blanks"], strict=True):
+            if words:
+                [expected] = fill_blanks(saved, sentence, 3)
+                assert [p for _, p in words] == pytest.approx([p for _, p in expected], abs=2e-4)
+    page = (out / "report.html").read_text()
+    assert "What was learned when" in page and f"{evaluated[3]['tokens'] / 1e6:,.2f} M" in page
+
+
+def test_a_run_whose_report_fails_is_finished(pretrain, monkeypatch, capsys):
+    def broken(*_):
+        raise ValueError("no such figure")
+
+    monkeypatch.setattr("minitune.support.report.write_report", broken)
+    out = pretrain()
+    found = {path.name for path in out.iterdir()}
+    assert found >= {"metrics.json", "model.safetensors", "loss.png"}
+    assert "report.html was not drawn: no such figure" in capsys.readouterr().err
 
 
 def test_examples_show_the_guesses_for_the_masked_word(task, capsys):

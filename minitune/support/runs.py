@@ -240,6 +240,11 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path} cannot be read: {error}") from error
 
 
+def read_if_there(path: Path) -> dict:
+    """The JSON object in a file that older runs do not have; empty without it."""
+    return read_json(path) if path.is_file() else {}
+
+
 def read_json(path: Path) -> dict:
     """The JSON object in a file. UserError if there is none."""
     try:
