@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from statistics import fmean
 
 WIDTH, HEIGHT = 680, 340  # of a chart, in its own units
-LEFT, RIGHT, TOP, BOTTOM = 56, 28, 34, 52  # its margins
+LEFT, RIGHT, TOP, BOTTOM = 62, 28, 34, 52  # its margins
 MOST_POINTS = 400  # of a line
 
 
