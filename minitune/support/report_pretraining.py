@@ -37,10 +37,8 @@ def content(settings: dict, metrics: dict, log: list[dict], shown: dict) -> tupl
             ("validation loss", f"{loss:.2f} nats"),
             ("as unsure as among", f"{math.exp(loss):,.0f} words"),
             ("masked tokens guessed", f"{metrics['masked_accuracy']:.1%}"),
-            (
-                "trained on",
-                f"{metrics['tokens'] / 1e6:,.1f} million tokens, {plural(metrics['steps'], 'step')}",
-            ),
+            ("trained on", f"{metrics['tokens'] / 1e6:,.1f} million tokens"),
+            ("in", plural(metrics["steps"], "step")),
             ("training", in_seconds(metrics["train_seconds"])),
             ("device", f"{metrics['device']}, {metrics['precision']}"),
         ]
