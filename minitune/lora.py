@@ -15,6 +15,7 @@ through the frozen matrices but computes no gradient of them: a third less work.
 """
 
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -59,22 +60,29 @@ class LoRA(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(R, C) to (R, M · D)."""
-        parts = list(super().forward(x).chunk(self.maps, dim=1))  # W x + b, (R, D) for each map
         narrow = self.scale * F.linear(self.dropout(x), self.A.flatten(0, 1))  # (R, K · rank)
-        for i, h in enumerate(narrow.chunk(len(self.chosen), dim=1)):
-            k = self.chosen[i]
-            parts[k] = self._rescale(i, parts[k] + F.linear(h, self.B[i]))
-        return torch.cat(parts, dim=1) if self.maps > 1 else parts[0]
+        parts = zip(narrow.chunk(len(self.B), dim=1), self.B, strict=True)
+        updates = [F.linear(h, B) for h, B in parts]  # scale · B A x, (R, D) for each of K maps
+        return self._rescale(super().forward(x) + self._in_place(updates, 0.0))
 
-    def _rescale(self, i: int, y: Tensor) -> Tensor:
+    def _in_place(self, parts: Iterable[Tensor], other: float) -> Tensor:
+        """K tensors (…, D) as (…, M · D), each at the place of its map; `other` for other maps."""
+        places = dict(zip(self.chosen, parts, strict=True))
+        first = places[self.chosen[0]]
+        if self.maps == 1:
+            return first
+        fill = first.new_full((1,), other).expand_as(first)
+        return torch.cat([places.get(k, fill) for k in range(self.maps)], dim=-1)
+
+    def _rescale(self, y: Tensor) -> Tensor:
         """DoRA (Liu et al. 2024): rows of W + scale · B A give directions, their lengths train.
 
         The length that a row has by itself counts as a constant in the backward pass (section 4.3).
         """
         if self.magnitude is None:
             return y
-        bias = self.bias.chunk(self.maps)[self.chosen[i]]
-        return (y - bias) * (self.magnitude / self.adapted().norm(dim=2))[i] + bias
+        factors = self._in_place(self.magnitude / self.adapted().norm(dim=2), 1.0)
+        return (y - self.bias) * factors + self.bias
 
     def rows(self) -> Tensor:
         """W of the chosen maps: (K, D, C), in float32."""
