@@ -108,6 +108,7 @@ def test_each_of_three_maps_has_its_own_low_rank_update_beside_one_multiplicatio
         expected.append(x64 @ W.T + b)
     close(lora(x).double(), torch.cat(expected, 1))
     close(lora.merged()(x).double(), torch.cat(expected, 1))
+    assert torch.equal(linear.weight.double(), weight)  # which other runs on this base share
     assert lora.A.shape == (len(chosen), 4, 16) and lora.B.shape == (len(chosen), 16, 4)
 
 
