@@ -5,6 +5,7 @@
     python prompt.py --evaluate imdb                       every template, with every calibration
     python prompt.py --fill "The plot was [MASK] and the acting [MASK]."
     python prompt.py --generate 12 "The film was"
+    python prompt.py --explain "An unforgettable film."    what each word adds to the answer
     python prompt.py --look "The acting was [MASK]."       a picture of every head's attention
 
 The model fills the blank of a cloze, "An unforgettable film. It was [MASK].", and the probabilities
@@ -17,6 +18,7 @@ import argparse
 import copy
 import functools
 import json
+import reprlib
 import time
 from pathlib import Path
 
@@ -26,11 +28,12 @@ from torch import Tensor
 
 from minitune import checkpoint
 from minitune.attention import BACKENDS, resolve_backend
-from minitune.calibration import CALIBRATIONS, Ensemble, compare_prompts
+from minitune.calibration import CALIBRATIONS, ClozeClassifier, Ensemble, compare_prompts
 from minitune.data import Dataset, Reviews, label_index
-from minitune.explain import attention_maps
+from minitune.explain import Question, attention_maps
 from minitune.initialization import NEIGHBOUR_LAYERS, from_scratch, neighbour_offset
 from minitune.labelling import rows_to_label
+from minitune.prediction import ExplainedPrediction, explained
 from minitune.prompting import (
     TEMPLATES,
     WORDS,
@@ -65,6 +68,7 @@ def parser() -> cli.Parser:
     add("--fill", "the most probable words for each [MASK] in it", metavar="SENTENCE")
     add("--look", "draw the attention weights of every layer and head", metavar="SENTENCE")
     add("--generate", "write N tokens after each TEXT", int_range(1, 10**6), metavar="N")
+    add("--explain", "with texts: what each word adds to the answer of one template", bool)
     add = options.group("how a text becomes a query")
     add("--model", "minilm, a BERT directory, a hub id; default: the last run of train.py")
     template = "with {text} and [MASK]; several answer together; default: "
@@ -104,6 +108,12 @@ def read_arguments() -> argparse.Namespace:
         raise UserError("--generate needs a text to continue")
     if args.shots and (args.fill or args.generate or args.look):
         raise UserError("--shots is for reviews")
+    if args.explain and (args.generate or not args.texts):
+        raise UserError("--explain goes with texts")
+    if args.explain and len(args.template) > 1:
+        if args.template is not TEMPLATES:
+            raise UserError("--explain takes one --template")
+        args.template = TEMPLATES[:1]
     args.out = args.out or Path("runs/attention.png" if args.look else "runs/prompt")
     if args.look and (args.out.suffix != ".png" or args.out.is_dir()):
         raise UserError(f"--out {args.out}: --look writes a picture, NAME.png")
@@ -126,7 +136,8 @@ def read_words(arguments: list[str]) -> dict[str, list[str]]:
 def main() -> None:
     """A pretrained model, as it is, and one of five jobs for it."""
     args = read_arguments()
-    runtime = Runtime.start(args.device, args.precision, args.threads)
+    precision = "fp32" if args.explain else args.precision
+    runtime = Runtime.start(args.device, precision, args.threads)
     name, why = (args.model, "as given") if args.model else default_model()
     source = find_model(name)
     head_size = checkpoint.read_config(source).head_size
@@ -207,8 +218,23 @@ def classify(args: argparse.Namespace, prompts: list[Prompt]) -> None:
     say(f"{plural(len(prompts), 'template')}; calibration: {args.calibrate}{best}")
     rows = rows_to_label(args.texts, "TEXT", ensemble.names, cli.columns(args))
     predict = functools.partial(ensemble.predict, count=args.top)
+    if args.explain:  # one after the other
+        predict = functools.partial(map, functools.partial(explain_answer, ensemble))
     cut = f"had no room in {args.max_len} tokens: their ends were read"
     print_answers(rows, predict, args.json, cut)
+
+
+def explain_answer(ensemble: Ensemble, text: str) -> ExplainedPrediction:
+    """The answer of the first template to a text, and what each word of the query adds to it."""
+    prompt, tokenizer = ensemble.prompts[0], ensemble.prompts[0].fill_mask.tokenizer
+    (ids,) = tokenizer.encode([text])
+    if set(ids) <= set(tokenizer.special_ids.tolist()):
+        raise UserError(f"{reprlib.repr(text)}: it has no word that the model knows")
+    query = prompt.query(ids, [tokenizer.mask_id])
+    model = ClozeClassifier(prompt, ensemble.biases[0], *query.positions)
+    budget = prompt.fill_mask.batch_tokens
+    question = Question(model, tokenizer, query.ids, ensemble.names, budget)
+    return explained(text, len(ids) > prompt.room, question, ensemble.names)
 
 
 def choose_unlabelled(args: argparse.Namespace, texts: list[str]) -> list[str]:

@@ -53,6 +53,15 @@ class ExplainedPrediction(Prediction):
         return f"{first}\n{words}\n{last}\n"
 
 
+def explained(
+    text: str, truncated: bool, question: Question, labels: dict[int, str]
+) -> ExplainedPrediction:
+    """The answer to the question about a text, and why."""
+    by_name = {labels[i]: p for i, p in enumerate(question.logits.softmax(-1).tolist())}
+    label, _ = question.label_names
+    return ExplainedPrediction(text, label, by_name, truncated, explain(question))
+
+
 class Classifier:
     """A fine-tuned model with its tokenizer and label names, ready for new texts."""
 
@@ -140,10 +149,7 @@ class Classifier:
             question = self.question(inputs.ids[0], batch_tokens)
         except UserError as error:
             raise UserError(f"{reprlib.repr(text)}: {error}") from error
-        probabilities = question.logits.softmax(-1).tolist()
-        by_name = {self.labels[i]: p for i, p in enumerate(probabilities)}
-        label, _ = question.label_names
-        return ExplainedPrediction(text, label, by_name, inputs.truncated[0], explain(question))
+        return explained(text, inputs.truncated[0], question, self.labels)
 
 
 def load_together(

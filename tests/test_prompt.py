@@ -126,6 +126,57 @@ def succeed(ask):
     return run
 
 
+# --explain
+
+ONE = ["--template", ASK[1], *ASK[3:]]
+
+
+@pytest.mark.parametrize("options", [[], ["--calibrate", "none"], ["--shots", "2"]])
+def test_an_explanation_is_of_the_answer_of_one_calibrated_template(succeed, options):
+    texts = ["the film was superb", "the plot was clumsy and the cast clumsy"]
+    plain = succeed(*texts, *ONE, *options, "--json").out.splitlines()
+    lines = succeed(*texts, *ONE, *options, "--json", "--explain", "--precision", "bf16").out
+    for line, without, text in zip(lines.splitlines(), plain, texts, strict=True):
+        answer, expected = json.loads(line), json.loads(without)
+        assert answer["label"] == expected["label"]
+        assert answer["probabilities"] == pytest.approx(expected["probabilities"], abs=1e-4)
+        why = answer["explanation"]
+        assert why["words"][-len(text.split()) - 3 :] == [*text.split(), "it", "is", "."]
+        p = answer["probabilities"]
+        logit = math.log(p[why["label"]] / p[why["other"]])
+        assert why["difference"] == pytest.approx(logit, abs=1e-4) and why["error"] <= 0.02
+        change = why["difference"] - why["without_words"]
+        assert sum(why["attributions"]) == pytest.approx(change, rel=0.021)
+
+
+def test_the_word_that_decides_adds_most(succeed):
+    out = succeed("the film was superb superb", *ONE, "--json", "--explain").out
+    why = json.loads(out)["explanation"]
+    added = dict(zip(why["words"], why["attributions"], strict=True))
+    assert why["label"] == "yes" and added["superb"] == max(added.values()) > 0.1
+
+
+def test_without_a_template_the_first_one_is_explained(succeed):
+    out = succeed("the film was superb", *ASK[3:], "--explain", "--json").out
+    words = json.loads(out)["explanation"]["words"]
+    assert words == ["the", "film", "was", "superb", "it", "was", "."]  # around the blank
+
+
+@pytest.mark.parametrize(
+    ("words", "naming"),
+    [
+        (["a film", *ASK, "--explain"], ["--explain takes one --template"]),
+        (["--explain"], ["give one of"]),
+        (["--fill", "it is [MASK]", "--explain"], ["--explain goes with texts"]),
+        (["a film", "--generate", "3", "--explain"], ["--explain goes with texts"]),
+        (["a film", *ONE[:3], "no=bad", "yes=goodgreat", "--explain"], ["words of one token"]),
+        (["漢", *ONE, "--explain"], ["漢", "no word that the model knows"]),
+    ],
+)
+def test_what_cannot_be_explained_is_refused(refused, words, naming):
+    refused(*words, naming=naming)
+
+
 # --look
 
 SENTENCE = "the film was [MASK] ."
@@ -808,7 +859,7 @@ def refused(ask, tmp_path):
         before = contents(tmp_path)
         done = ask(*words, **more)
         assert done.status == 2, (done.out, done.err)
-        chatter = ("model: ", "2 templates; calibration: ")
+        chatter = ("model: ", "1 template; calibration: ", "2 templates; calibration: ")
         [line] = [line for line in done.err.splitlines() if not line.startswith(chatter)]
         assert line.startswith("error: ") and len(line) < 1000 and done.out == ""
         for part in naming:
