@@ -4,6 +4,7 @@
     python finetune.py --method feature bitfit adapter full    one table, one picture
     python finetune.py --method full --model minilm --data rotten_tomatoes
     python finetune.py --model runs/finetune/adapter --predict "An unforgettable film."
+    python finetune.py --model runs/finetune/adapter --predict "An unforgettable film." --explain
 
 The steps below are those of any fine-tuning: get a pretrained model, get labelled texts, train,
 compare. Step 3, for one method, is minitune/finetuning.py: decide what is trained, train it, keep

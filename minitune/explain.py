@@ -10,7 +10,7 @@ answers give each word a number:
                            Attention Flow in Transformers")
 
 and `deletion_test` hides the words that an answer calls the most important, to see whether f falls.
-Attention fails it: it shows where a model looked, not why it answered as it did.
+Attention does worse there: it shows where a model looked, not why it answered as it did.
 
 A hidden word is a [MASK], which pretraining has shown to the model everywhere. A [PAD] would be
 something it has never seen: packed batches hold none.
@@ -31,7 +31,10 @@ from minitune.support.errors import UserError
 from minitune.tokenizer import Tokenizer
 
 FIRST_STEPS, MOST_STEPS = 32, 1024  # of the path of integrated gradients
-GOOD_ERROR, WORST_ERROR = 0.02, 0.05  # of their sum: below it is good, above it nothing is believed
+GOOD_ERROR, WORST_ERROR = (
+    0.02,
+    0.05,
+)  # of their sum: above the first more steps, above the second no trust
 HIDDEN_WORDS, RANDOM_DRAWS = 10, 10  # of the deletion test
 
 
