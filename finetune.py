@@ -11,35 +11,34 @@ compare. Step 3, for one method, is minitune/finetuning.py: decide what is train
 the best by validation, and score the test rows once, at the end.
 """
 
+from minitune.support.cli import answer_at_once
+from minitune.support.options import finetune_options
+
+if __name__ == "__main__":
+    answer_at_once(finetune_options())  # before torch is imported, which takes seconds
+
 import argparse
 import contextlib
 import itertools
 import json
 from pathlib import Path
 
-from minitune.attention import BACKENDS, resolve_backend
+from minitune.attention import resolve_backend
 from minitune.checkpoint import load_tokenizer, read_config, weights_hash
 from minitune.classification import Examples, TokenizedTexts
 from minitune.data import SPLITS, Dataset, Reviews
 from minitune.finetuning import Experiment, Setup, fine_tune
 from minitune.labelling import evaluate_explanations, label_new_reviews
-from minitune.lora import TARGETS
 from minitune.merging import merge_runs
 from minitune.methods import METHODS, check_options
 from minitune.peft_files import read_trained
 from minitune.support.baselines import answer_test_rows
 from minitune.support.cli import (
-    Parser,
-    add_columns,
-    add_machine_options,
     check_same,
     choose_max_len,
     columns,
     drawing,
-    float_range,
-    int_range,
     options_to_save,
-    path,
     run_script,
 )
 from minitune.support.errors import UserError
@@ -47,77 +46,6 @@ from minitune.support.model_names import default_model, find_model
 from minitune.support.results import summarise, table
 from minitune.support.runs import Run, read_json, refuse_foreign_files, write_json
 from minitune.support.runtime import Runtime, return_freed_memory
-
-
-def parser() -> Parser:
-    """The options, grouped."""
-    options = Parser(
-        "Fine-tune a BERT for the sentiment of reviews, or label new ones with the result."
-    )
-    add = options.group("what is trained, on what")
-    method = "one, or several to be compared in one table"
-    add("--method", method, METHODS, ["adapter"], nargs="+")
-    model = "pretrained: minilm, a BERT directory, a hub id; default: the last run of train.py. "
-    add("--model", model + "With --predict: what a run of finetune.py wrote")
-    data = "imdb, rotten_tomatoes, a .csv .tsv .jsonl file, a folder"
-    add("--data", data, default="imdb")
-    test = "labelled test rows; default: the last 10%% of each label in --data"
-    add("--test", test, metavar="FILE")
-    add_columns(add)
-    few = "train on N rows only; several N draw accuracy against the number of labels"
-    add("--train-examples", few, int_range(2, 10**9), nargs="+", metavar="N")
-    add("--seeds", "train with so many seeds, from --seed on", int_range(1, 100), 1, metavar="N")
-    add("--out", "each method writes to OUT/METHOD", path, Path("runs/finetune"))
-    add("--resume", "continue the runs in --out", bool)
-    add("--overwrite", "replace the runs in --out", bool)
-    add("--save-minutes", "minutes between checkpoints", float_range(0, 1e6), "2")
-    add = options.group("the recipe; what is not given is the method's own")
-    add("--epochs", "how often the training rows are read", int_range(1, 10_000))
-    soup = "train N times from the same weights, in other orders, and try their average too"
-    add("--soup", soup, int_range(1, 100), 1, metavar="N")
-    add("--adapter-size", "units in the bottleneck of an adapter", int_range(1, 10_000), 64)
-    targets = "linear maps of each layer that LoRA changes, by BERT's names, with commas between"
-    add("--lora-targets", targets, default=",".join(TARGETS), metavar="MAPS")
-    add("--lora-rank", "rows of A and columns of B", int_range(1, 10_000), 8)
-    add("--lora-alpha", "B A is multiplied by alpha / rank", float_range(0, 1e6), "16")
-    add("--lora-dropout", "on what A reads", float_range(0, 0.9, above=False), "0")
-    add("--rslora", "multiply B A by alpha / sqrt(rank)", bool)
-    add("--dora", "train the lengths of the matrices' rows apart from their directions", bool)
-    max_len = "tokens of a text; longer ones keep their ends; default: 512, if there is room"
-    add("--max-len", max_len, int_range(8, 10**6))
-    add("--batch-tokens", "tokens in a step, all processes together", int_range(8, 10**7))
-    add(
-        "--accumulate", "compute a batch in N parts, for memory", int_range(1, 1024), 1, metavar="N"
-    )
-    add("--lr", "peak learning rate; some parts get a multiple of it", float_range(0, 1e38))
-    add("--weight-decay", "of matrices", float_range(0, 100, above=False), 0.01)
-    weights = "balanced: rare labels count more in the loss, so that all count alike"
-    add("--class-weights", weights, ["none", "balanced"], "none")
-    add = options.group("new reviews")
-    predict = "label these texts, or a .txt .csv .tsv .jsonl file, or - for the lines of stdin"
-    add("--predict", predict, nargs="+", metavar="TEXT")
-    add("--explain", "with --predict: also what each word adds to the answer", bool)
-    evaluate = "with --explain: test that on N test rows of --data"
-    add("--evaluate", evaluate, int_range(1, 10**6), metavar="N")
-    add("--base", "the pretrained model of --model, if it was moved", metavar="DIR")
-    add("--json", "print one JSON object a review instead of CSV", bool)
-    add = options.group("a plain BERT from runs of lora or ia3")
-    add(
-        "--merge",
-        "fold these runs into the weights of their base, written to --out",
-        nargs="+",
-        metavar="RUN",
-    )
-    add(
-        "--weights",
-        "of each run in the sum of their changes; default: equal shares",
-        float_range(0, 100, above=False),
-        nargs="+",
-        metavar="W",
-    )
-    add_machine_options(options, BACKENDS)
-    return options
-
 
 # On resume these may differ from the saved settings; the others must be the same.
 MAY_CHANGE = {"method", "seed", "seeds", "train_examples", "lr",
@@ -130,7 +58,7 @@ SOURCES = {"base_hash": "base model", "start_hash": "run to train on", "dataset"
 
 def read_arguments() -> argparse.Namespace:
     """The options; with --resume, those that are not given are the last run's."""
-    options = parser()
+    options = finetune_options()
     args = options.parse_args()
     jobs = bool(args.predict) + bool(args.evaluate)
     if args.explain and jobs != 1 or args.evaluate and not args.explain:

@@ -14,6 +14,12 @@ minitune/calibration.py. The default templates, words and calibration were chose
 rows; --evaluate measures all of them on test rows.
 """
 
+from minitune.support.cli import answer_at_once
+from minitune.support.options import prompt_options
+
+if __name__ == "__main__":
+    answer_at_once(prompt_options())  # before torch is imported, which takes seconds
+
 import argparse
 import copy
 import functools
@@ -27,8 +33,8 @@ import torch
 from torch import Tensor
 
 from minitune import checkpoint
-from minitune.attention import BACKENDS, resolve_backend
-from minitune.calibration import CALIBRATIONS, ClozeClassifier, Ensemble, compare_prompts
+from minitune.attention import resolve_backend
+from minitune.calibration import ClozeClassifier, Ensemble, compare_prompts
 from minitune.data import Dataset, Reviews, label_index
 from minitune.explain import Question, attention_maps
 from minitune.initialization import NEIGHBOUR_LAYERS, from_scratch, neighbour_offset
@@ -47,7 +53,6 @@ from minitune.prompting import (
 from minitune.support import cli
 from minitune.support.answers import print_answers, say
 from minitune.support.baselines import evaluate_baselines
-from minitune.support.cli import float_range, int_range
 from minitune.support.errors import UserError, plural
 from minitune.support.model_names import began_at_random, default_model, find_model
 from minitune.support.results import interval, prompt_summary, prompt_table
@@ -58,49 +63,9 @@ BEST = "prior"  # of CALIBRATIONS, on validation rows of both datasets: tests/be
 RESULTS = ("prompts.json", "prompts.png", "labels.png")
 
 
-def parser() -> cli.Parser:
-    """The options, grouped."""
-    options = cli.Parser("Ask a masked language model about reviews. No weight changes.")
-    texts = "reviews, or a .txt .csv .tsv .jsonl file, or - for the lines of stdin"
-    options.add_argument("texts", nargs="*", metavar="TEXT", type=cli.text, help=texts)
-    add = options.group("what else it can do")
-    add("--evaluate", "score every template on the test rows of this dataset", metavar="DATA")
-    add("--fill", "the most probable words for each [MASK] in it", metavar="SENTENCE")
-    add("--look", "draw the attention weights of every layer and head", metavar="SENTENCE")
-    add("--generate", "write N tokens after each TEXT", int_range(1, 10**6), metavar="N")
-    add("--explain", "with texts: what each word adds to the answer of one template", bool)
-    add = options.group("how a text becomes a query")
-    add("--model", "minilm, a BERT directory, a hub id; default: the last run of train.py")
-    template = "with {text} and [MASK]; several answer together; default: "
-    template += plural(len(TEMPLATES), "template") + " about films"
-    add("--template", template, default=TEMPLATES, nargs="+", metavar="SENTENCE")
-    words = "the words of each label; where data has numbers, 0 is the first label"
-    add("--words", words, nargs="+", metavar="LABEL=WORD,WORD")
-    add("--calibrate", "without labels; default: the best on validation rows", CALIBRATIONS, BEST)
-    add("--data", "its train rows are for --calibrate prior and --shots", default="imdb")
-    cli.add_columns(add)
-    add("--unlabelled", "reviews for --calibrate prior", int_range(1, 10**6), 256, metavar="N")
-    shots = "few-shot: train rows, with their labels, in front of the text"
-    add("--shots", shots, int_range(1, 64), 0, metavar="N")
-    max_len = "tokens of a query; of a longer text the end is read"
-    add("--max-len", max_len, int_range(8, 10**6), 128)
-    add("--batch-tokens", "tokens in a batch", int_range(8, 10**7))
-    add = options.group("what comes out")
-    add("--top", "print the N most probable words", int_range(1, 1000), 5, metavar="N")
-    temperature = "of --generate; 0: always the most probable token"
-    add("--temperature", temperature, float_range(0, 100, above=False), 0.7)
-    add("--json", "print one JSON object a line", bool)
-    curves = "with --evaluate: draw it beside this compare.json of finetune.py --train-examples"
-    add("--curves", curves, cli.path)
-    out = "where --evaluate writes (default: runs/prompt), or --look (default: runs/attention.png)"
-    add("--out", out, cli.path)
-    cli.add_machine_options(options, BACKENDS)
-    return options
-
-
 def read_arguments() -> argparse.Namespace:
     """The options, checked: exactly one job is given."""
-    args = parser().parse_args()
+    args = prompt_options().parse_args()
     if sum(map(bool, (args.texts or args.generate, args.evaluate, args.fill, args.look))) != 1:
         jobs = "texts (also with --generate N), --evaluate DATA, --fill SENTENCE, --look SENTENCE"
         raise UserError(f"give one of: {jobs}")
@@ -111,7 +76,7 @@ def read_arguments() -> argparse.Namespace:
     if args.explain and (args.generate or not args.texts):
         raise UserError("--explain goes with texts")
     if args.explain and len(args.template) > 1:
-        if args.template is not TEMPLATES:
+        if args.template != TEMPLATES:
             raise UserError("--explain takes one --template")
         args.template = TEMPLATES[:1]
     args.out = args.out or Path("runs/attention.png" if args.look else "runs/prompt")

@@ -10,16 +10,21 @@ vocabulary, mask words, train, look at the result. The directory --out can be lo
 `transformers` as BertForMaskedLM.
 """
 
+from minitune.support.cli import answer_at_once
+from minitune.support.options import train_options
+
+if __name__ == "__main__":
+    answer_at_once(train_options())  # before torch is imported, which takes seconds
+
 import argparse
 import math
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from minitune.attention import BACKENDS, resolve_backend
+from minitune.attention import resolve_backend
 from minitune.checkpoint import load_masked_lm, load_tokenizer, read_config, save_model
 from minitune.corpus import Chunks, Corpus
 from minitune.data import Dataset
@@ -30,7 +35,7 @@ from minitune.pretraining import MaskedLanguageModelling
 from minitune.probes import SENTENCES, probe, ten_blanks
 from minitune.prompting import ClozeQuery, FillMask, in_words
 from minitune.support import cli
-from minitune.support.cli import choose_max_len, float_range, int_range
+from minitune.support.cli import choose_max_len
 from minitune.support.errors import UserError, plural
 from minitune.support.model_names import find_model
 from minitune.support.plan import plan_steps
@@ -51,40 +56,9 @@ TOO_FEW = "warning: so few steps teach next to nothing; take more --minutes or a
 MAY_CHANGE = {"lr", "adamw_lr", "save_minutes", "device", "threads", "precision", "attention"}
 
 
-def parser() -> cli.Parser:
-    """The options, grouped."""
-    options = cli.Parser("Pretrain a BERT from scratch by guessing masked words.")
-    add = options.group("what is trained, on what")
-    add("--data", "imdb, rotten_tomatoes, a .txt .csv .tsv .jsonl file, a folder", default="imdb")
-    cli.add_columns(add)
-    add("--preset", "size of the model", PRESETS, "tiny")
-    add("--init", "start from minilm, a BERT directory or a hub id instead", metavar="MODEL")
-    add("--vocab-size", "entries of a new vocabulary", int_range(64, 10**6), 8192)
-    add("--out", "directory of the run", cli.path, Path("runs/pretrain"))
-    add("--resume", "continue the run in --out", bool)
-    add("--overwrite", "replace the run in --out", bool)
-    add = options.group("how long")
-    add("--minutes", "for all of it, tokenising included", float_range(0, 1e6), 17)
-    add("--steps", "exactly so many optimizer steps instead", int_range(1, 10**9))
-    add("--save-minutes", "minutes between checkpoints", float_range(0, 1e6), "2")
-    add = options.group("the recipe")
-    add("--mask-rate", "share of the tokens to guess", float_range(0, 0.9), 0.15)
-    add("--whole-word", "mask whole words, not single tokens", bool)
-    add("--summary-weight", "of guessing words from [CLS]", float_range(0, 100, above=False), 1.0)
-    add("--max-len", "tokens in a sequence at most (default: up to 512)", int_range(8, 10**6))
-    add("--batch-tokens", "tokens in a step, all processes together", int_range(8, 10**7), 4096)
-    add("--accumulate", "compute a batch in so many parts, for memory", int_range(1, 1024), 1)
-    add("--optimizer", "for the hidden matrices", PEAK_LR, "muon")
-    add("--lr", "its peak rate (default: muon 0.01, adamw 0.001)", float_range(0, 1e38))
-    add("--adamw-lr", "peak rate for the rest, beside muon", float_range(0, 1e38), 1e-3)
-    add("--weight-decay", "of matrices", float_range(0, 100, above=False), 0.01)
-    cli.add_machine_options(options, BACKENDS)
-    return options
-
-
 def main() -> None:
     """Read the options, lock --out, train."""
-    options = parser()
+    options = train_options()
     args = options.parse_args()
     with Run.open(args.out, args.resume, args.overwrite, mark="corpus") as run:
         pretrain(options.resumed(run.settings, MAY_CHANGE, args.out), run)
@@ -205,7 +179,7 @@ def pretrain(args: argparse.Namespace, run: Run) -> None:
 
 def expectation(args: argparse.Namespace, steps: int) -> str:
     """Words on the loss to expect after so many steps; none if the recipe is not the default's."""
-    default = parser().get_default
+    default = train_options().get_default
     if steps < min(MEASURED) or any(getattr(args, key) != default(key) for key in RECIPE):
         return ""
     loss = np.interp(math.log(steps), [math.log(n) for n in MEASURED], list(MEASURED.values()))

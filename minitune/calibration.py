@@ -78,7 +78,12 @@ def match_prior(scores: Tensor) -> Tensor:
 
 
 Calibration = Callable[[Prompt, Sequence[list[int]]], Tensor]
-CALIBRATIONS: dict[str, Calibration] = {f.__name__: f for f in (none, contextual, pmi, prior)}
+CALIBRATIONS: dict[str, Calibration] = {
+    "none": none,
+    "contextual": contextual,
+    "pmi": pmi,
+    "prior": prior,
+}
 
 
 def mean_log_probabilities(scores: Sequence[Tensor]) -> Tensor:

@@ -15,13 +15,13 @@ import torch
 
 import finetune
 import minitune.corpus
-import prompt
 import train
 from minitune.checkpoint import read_config, save_model, weights_hash
 from minitune.methods import build
 from minitune.model import BertConfig, BertForMaskedLM, BertForSequenceClassification
 from minitune.support.cli import choose_max_len, run_script
 from minitune.support.errors import UserError
+from minitune.support.options import finetune_options, prompt_options, train_options
 from minitune.tokenizer import Tokenizer
 from minitune.trained import Trained
 
@@ -275,15 +275,15 @@ def test_bad_option(refused, option, value):
 
 def options_with_a_value():
     """(script, option) for each option of the scripts that takes words, a name or a number."""
-    for script in (train, finetune, prompt):
-        for action in script.parser()._actions:
+    for script in (train_options, finetune_options, prompt_options):
+        for action in script()._actions:
             if action.nargs != 0:
                 yield script, [*action.option_strings[-1:]]
 
 
 def accepts(script, option, value):
     try:
-        script.parser().parse_args([*option, value])
+        script().parse_args([*option, value])
     except UserError as error:
         assert not option or option[0] in str(error)
         return False

@@ -27,8 +27,8 @@ def cache(tmp_path, monkeypatch):
 
 
 def made(cache):
-    """What is in the cache, besides the files that processes lock."""
-    return sorted(path for path in cache.iterdir() if path.suffix != ".lock")
+    """What is in the cache."""
+    return sorted(cache.iterdir())
 
 
 def dataset(tmp_path, texts):
@@ -286,11 +286,12 @@ def test_a_process_waits_while_another_one_makes_the_same_corpus(tmp_path, cache
     directory = cache / Corpus.key(data, None, 100)
     cache.mkdir(exist_ok=True)
     waiting = threading.Thread(target=Corpus.open, args=(data, None, 100), daemon=True)
-    with open(directory.with_name(f"{directory.name}.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        waiting.start()
-        waiting.join(0.3)
-        assert waiting.is_alive() and made(cache) == []
+    lock = os.open(cache, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    waiting.start()
+    waiting.join(0.3)
+    assert waiting.is_alive() and made(cache) == []
+    os.close(lock)
     waiting.join(60)
     assert made(cache) == [directory]
 

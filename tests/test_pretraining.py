@@ -23,6 +23,7 @@ from minitune.model import BertConfig, BertForMaskedLM
 from minitune.optimizer import Optimizer
 from minitune.pretraining import MaskedBatch, MaskedLanguageModelling
 from minitune.prompting import FillMask, fill_blanks, in_words
+from minitune.support.options import train_options
 from minitune.support.runtime import Runtime
 
 CPU = torch.device("cpu")
@@ -385,7 +386,7 @@ def test_examples_show_the_guesses_for_the_masked_word(task, capsys):
 
 
 def test_a_plan_says_what_the_default_recipe_comes_to_and_no_other():
-    parse = train.parser().parse_args
+    parse = train_options().parse_args
     for steps, loss in train.MEASURED.items():
         assert f"near a loss of {loss:.1f}" in train.expectation(parse([]), steps)
     between = float(train.expectation(parse([]), 2300).split()[-1])

@@ -18,14 +18,15 @@ def make_once(
     """Make a directory of files with these names, unless it is there and nothing is damaged.
 
     `build` gets another directory to write them to, which is renamed when it is complete. A process
-    that wants the same directory waits meanwhile. To find damage all files are read, 1 to 2 GB a
+    that wants to make one beside it waits meanwhile. To find damage all files are read, 1 to 2 GB a
     second, and compared with their checksums in index.json.
     """
     if not _damaged(directory, names):
         return
     directory.parent.mkdir(parents=True, exist_ok=True)
     partial = directory.with_name(f"{directory.name}.partial")
-    with open(directory.with_name(f"{directory.name}.lock"), "w") as lock:
+    lock = os.open(directory.parent, os.O_RDONLY)
+    try:
         with suppress(OSError):  # on a file system without locks nobody waits
             fcntl.flock(lock, fcntl.LOCK_EX)
         if not (damaged := _damaged(directory, names)):
@@ -35,15 +36,15 @@ def make_once(
         for old in (directory, partial):  # the latter is of a process that was killed
             shutil.rmtree(old, ignore_errors=True)
         partial.mkdir()
-        try:
-            build(partial)
-            write_json(partial / "index.json", {name: _facts(partial / name) for name in names})
-            for file in partial.iterdir():
-                with open(file, "rb") as handle:
-                    os.fsync(handle.fileno())
-            os.rename(partial, directory)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        build(partial)
+        write_json(partial / "index.json", {name: _facts(partial / name) for name in names})
+        for file in partial.iterdir():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+        os.rename(partial, directory)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        os.close(lock)  # this unlocks
 
 
 def _damaged(directory: Path, names: list[str]) -> str:

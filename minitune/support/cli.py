@@ -9,10 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from minitune.support.errors import UserError
-from minitune.support.runtime import keep_freed_memory
 from minitune.support.text_files import Columns
 
 # Options that say what to do in this call, not how a run is computed.
@@ -142,17 +139,6 @@ def columns(args: argparse.Namespace) -> Columns:
     return Columns(args.text_column, args.label_column)
 
 
-def add_machine_options(parser: Parser, backends: Iterable[str]) -> None:
-    """The options about how to compute, the same in every script; `backends` are of attention."""
-    add = parser.group("how it is computed")
-    precision = "of matrix multiplications; auto: bf16 where it is fast"
-    add("--precision", precision, ["auto", "fp32", "bf16", "fp16"], "auto")
-    add("--attention", "one of several that compute the same", ["auto", *backends], "auto")
-    add("--device", "auto: a GPU if there is one", ["auto", "cpu", "cuda"], "auto")
-    add("--threads", "of the processor (default: torch decides)", int_range(1, 1024))
-    add("--seed", "of everything that is random", int_range(0, 2**31), 0)
-
-
 def choose_max_len(given: int | None, positions: int, batch_tokens: int | None = None) -> int:
     """The most tokens of a text: what is given, else 512 or what model and batch have room for.
 
@@ -176,8 +162,28 @@ def drawing(picture: Path) -> Iterator[Path]:
         print(f"warning: {picture} was not drawn: {error}", file=sys.stderr)
 
 
+def print_error(error: str) -> None:
+    """One line to stderr, by the main process alone."""
+    if os.environ.get("RANK", "0") == "0":
+        error = error if len(error) <= LONGEST_ERROR else error[:LONGEST_ERROR] + "..."
+        print("error:", "".join(c if c.isprintable() else "?" for c in error), file=sys.stderr)
+
+
+def answer_at_once(options: Parser) -> None:
+    """Exit here for --help, and for options that are wrong in themselves."""
+    try:
+        options.parse_args()
+    except UserError as error:
+        print_error(" ".join(str(error).split()))
+        sys.exit(2)
+
+
 def run_script(main: Callable[[], None]) -> None:
     """Run `main` and exit: with 0, with 2 and one line for an error, or with 130 after Ctrl-C."""
+    import torch  # takes seconds: it must not be imported only to answer --help
+
+    from minitune.support.runtime import keep_freed_memory
+
     keep_freed_memory()
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the caller
@@ -196,9 +202,8 @@ def run_script(main: Callable[[], None]) -> None:
         status, error = 2, "out of GPU memory; try a smaller --batch-tokens, or --accumulate"
     except (UserError, OSError) as caught:  # OSError: a full disk, a path that is forbidden
         status, error = 2, " ".join(str(caught).split())
-    if status == 2 and os.environ.get("RANK", "0") == "0":
-        error = error if len(error) <= LONGEST_ERROR else error[:LONGEST_ERROR] + "..."
-        print("error:", "".join(c if c.isprintable() else "?" for c in error), file=sys.stderr)
+    if status == 2:
+        print_error(error)
     try:
         sys.stdout.flush()
     except OSError:  # the rest cannot be written, and Python must not try again at its exit

@@ -1,0 +1,194 @@
+"""The options of the three scripts.
+
+Nothing here imports torch, which takes seconds: `--help` and a wrong option are answered at once.
+So the names of presets, methods and the like are read from the source of their lessons.
+"""
+
+import ast
+from pathlib import Path
+
+from minitune.support.cli import (
+    Parser,
+    add_columns,
+    float_range,
+    int_range,
+    path,
+    text,
+)
+
+LESSONS = Path(__file__).parents[1]
+
+
+def _constant(lesson: str, name: str) -> ast.expr:
+    """What a lesson assigns to a name at its top level, as it is written there."""
+    for statement in ast.parse((LESSONS / f"{lesson}.py").read_text(encoding="utf-8")).body:
+        targets = getattr(statement, "targets", [getattr(statement, "target", None)])
+        if any(isinstance(target, ast.Name) and target.id == name for target in targets):
+            return statement.value
+    raise KeyError(f"{lesson}.py has no {name}")
+
+
+def _keys(lesson: str, name: str) -> list[str]:
+    """The keys of a dictionary of a lesson."""
+    return [ast.literal_eval(key) for key in _constant(lesson, name).keys]
+
+
+def train_options() -> Parser:
+    """Of train.py."""
+    options = Parser("Pretrain a BERT from scratch by guessing masked words.")
+    add = options.group("what is trained, on what")
+    add("--data", "imdb, rotten_tomatoes, a .txt .csv .tsv .jsonl file, a folder", default="imdb")
+    add_columns(add)
+    add("--preset", "size of the model", _keys("model", "PRESETS"), "tiny")
+    add("--init", "start from minilm, a BERT directory or a hub id instead", metavar="MODEL")
+    add("--vocab-size", "entries of a new vocabulary", int_range(64, 10**6), 8192)
+    add("--out", "directory of the run", path, Path("runs/pretrain"))
+    add("--resume", "continue the run in --out", bool)
+    add("--overwrite", "replace the run in --out", bool)
+    add = options.group("how long")
+    add("--minutes", "for all of it, tokenising included", float_range(0, 1e6), 17)
+    add("--steps", "exactly so many optimizer steps instead", int_range(1, 10**9))
+    add("--save-minutes", "minutes between checkpoints", float_range(0, 1e6), "2")
+    add = options.group("the recipe")
+    add("--mask-rate", "share of the tokens to guess", float_range(0, 0.9), 0.15)
+    add("--whole-word", "mask whole words, not single tokens", bool)
+    add("--summary-weight", "of guessing words from [CLS]", float_range(0, 100, above=False), 1.0)
+    add("--max-len", "tokens in a sequence at most (default: up to 512)", int_range(8, 10**6))
+    add("--batch-tokens", "tokens in a step, all processes together", int_range(8, 10**7), 4096)
+    add("--accumulate", "compute a batch in so many parts, for memory", int_range(1, 1024), 1)
+    add("--optimizer", "for the hidden matrices", ["muon", "adamw"], "muon")
+    add("--lr", "its peak rate (default: muon 0.01, adamw 0.001)", float_range(0, 1e38))
+    add("--adamw-lr", "peak rate for the rest, beside muon", float_range(0, 1e38), 1e-3)
+    add("--weight-decay", "of matrices", float_range(0, 100, above=False), 0.01)
+    _add_machine_options(options)
+    return options
+
+
+def finetune_options() -> Parser:
+    """Of finetune.py."""
+    options = Parser(
+        "Fine-tune a BERT for the sentiment of reviews, or label new ones with the result."
+    )
+    add = options.group("what is trained, on what")
+    method = "one, or several to be compared in one table"
+    add("--method", method, _keys("methods", "METHODS"), ["adapter"], nargs="+")
+    model = "pretrained: minilm, a BERT directory, a hub id; default: the last run of train.py. "
+    add("--model", model + "With --predict: what a run of finetune.py wrote")
+    data = "imdb, rotten_tomatoes, a .csv .tsv .jsonl file, a folder"
+    add("--data", data, default="imdb")
+    test = "labelled test rows; default: the last 10%% of each label in --data"
+    add("--test", test, metavar="FILE")
+    add_columns(add)
+    few = "train on N rows only; several N draw accuracy against the number of labels"
+    add("--train-examples", few, int_range(2, 10**9), nargs="+", metavar="N")
+    add("--seeds", "train with so many seeds, from --seed on", int_range(1, 100), 1, metavar="N")
+    add("--out", "each method writes to OUT/METHOD", path, Path("runs/finetune"))
+    add("--resume", "continue the runs in --out", bool)
+    add("--overwrite", "replace the runs in --out", bool)
+    add("--save-minutes", "minutes between checkpoints", float_range(0, 1e6), "2")
+    add = options.group("the recipe; what is not given is the method's own")
+    add("--epochs", "how often the training rows are read", int_range(1, 10_000))
+    soup = "train N times from the same weights, in other orders, and try their average too"
+    add("--soup", soup, int_range(1, 100), 1, metavar="N")
+    add("--adapter-size", "units in the bottleneck of an adapter", int_range(1, 10_000), 64)
+    targets = "linear maps of each layer that LoRA changes, by BERT's names, with commas between"
+    maps = ast.literal_eval(_constant("lora", "LINEAR_MAPS")).values()
+    maps = ",".join(name for names in maps for name in names)
+    add("--lora-targets", targets, default=maps, metavar="MAPS")
+    add("--lora-rank", "rows of A and columns of B", int_range(1, 10_000), 8)
+    add("--lora-alpha", "B A is multiplied by alpha / rank", float_range(0, 1e6), "16")
+    add("--lora-dropout", "on what A reads", float_range(0, 0.9, above=False), "0")
+    add("--rslora", "multiply B A by alpha / sqrt(rank)", bool)
+    add("--dora", "train the lengths of the matrices' rows apart from their directions", bool)
+    max_len = "tokens of a text; longer ones keep their ends; default: 512, if there is room"
+    add("--max-len", max_len, int_range(8, 10**6))
+    add("--batch-tokens", "tokens in a step, all processes together", int_range(8, 10**7))
+    add(
+        "--accumulate", "compute a batch in N parts, for memory", int_range(1, 1024), 1, metavar="N"
+    )
+    add("--lr", "peak learning rate; some parts get a multiple of it", float_range(0, 1e38))
+    add("--weight-decay", "of matrices", float_range(0, 100, above=False), 0.01)
+    weights = "balanced: rare labels count more in the loss, so that all count alike"
+    add("--class-weights", weights, ["none", "balanced"], "none")
+    add = options.group("new reviews")
+    predict = "label these texts, or a .txt .csv .tsv .jsonl file, or - for the lines of stdin"
+    add("--predict", predict, nargs="+", metavar="TEXT")
+    add("--explain", "with --predict: also what each word adds to the answer", bool)
+    evaluate = "with --explain: test that on N test rows of --data"
+    add("--evaluate", evaluate, int_range(1, 10**6), metavar="N")
+    add("--base", "the pretrained model of --model, if it was moved", metavar="DIR")
+    add("--json", "print one JSON object a review instead of CSV", bool)
+    add = options.group("a plain BERT from runs of lora or ia3")
+    add(
+        "--merge",
+        "fold these runs into the weights of their base, written to --out",
+        nargs="+",
+        metavar="RUN",
+    )
+    add(
+        "--weights",
+        "of each run in the sum of their changes; default: equal shares",
+        float_range(0, 100, above=False),
+        nargs="+",
+        metavar="W",
+    )
+    _add_machine_options(options)
+    return options
+
+
+def prompt_options() -> Parser:
+    """Of prompt.py."""
+    options = Parser("Ask a masked language model about reviews. No weight changes.")
+    texts = "reviews, or a .txt .csv .tsv .jsonl file, or - for the lines of stdin"
+    options.add_argument("texts", nargs="*", metavar="TEXT", type=text, help=texts)
+    add = options.group("what else it can do")
+    add("--evaluate", "score every template on the test rows of this dataset", metavar="DATA")
+    add("--fill", "the most probable words for each [MASK] in it", metavar="SENTENCE")
+    add("--look", "draw the attention weights of every layer and head", metavar="SENTENCE")
+    add("--generate", "write N tokens after each TEXT", int_range(1, 10**6), metavar="N")
+    add("--explain", "with texts: what each word adds to the answer of one template", bool)
+    add = options.group("how a text becomes a query")
+    add("--model", "minilm, a BERT directory, a hub id; default: the last run of train.py")
+    template = "with {text} and [MASK]; several answer together; default: "
+    templates = ast.literal_eval(_constant("prompting", "TEMPLATES"))
+    template += f"{len(templates)} templates about films"
+    add("--template", template, default=templates, nargs="+", metavar="SENTENCE")
+    words = "the words of each label; where data has numbers, 0 is the first label"
+    add("--words", words, nargs="+", metavar="LABEL=WORD,WORD")
+    calibrate = "without labels; default: the best on validation rows"
+    add("--calibrate", calibrate, _keys("calibration", "CALIBRATIONS"), "prior")
+    add("--data", "its train rows are for --calibrate prior and --shots", default="imdb")
+    add_columns(add)
+    add("--unlabelled", "reviews for --calibrate prior", int_range(1, 10**6), 256, metavar="N")
+    shots = "few-shot: train rows, with their labels, in front of the text"
+    add("--shots", shots, int_range(1, 64), 0, metavar="N")
+    max_len = "tokens of a query; of a longer text the end is read"
+    add("--max-len", max_len, int_range(8, 10**6), 128)
+    add("--batch-tokens", "tokens in a batch", int_range(8, 10**7))
+    add = options.group("what comes out")
+    add("--top", "print the N most probable words", int_range(1, 1000), 5, metavar="N")
+    temperature = "of --generate; 0: always the most probable token"
+    add("--temperature", temperature, float_range(0, 100, above=False), 0.7)
+    add("--json", "print one JSON object a line", bool)
+    curves = "with --evaluate: draw it beside this compare.json of finetune.py --train-examples"
+    add("--curves", curves, path)
+    out = "where --evaluate writes (default: runs/prompt), or --look (default: runs/attention.png)"
+    add("--out", out, path)
+    _add_machine_options(options)
+    return options
+
+
+def _add_machine_options(parser: Parser) -> None:
+    """The options about how to compute, the same in every script."""
+    add = parser.group("how it is computed")
+    precision = "of matrix multiplications; auto: bf16 where it is fast"
+    add("--precision", precision, ["auto", "fp32", "bf16", "fp16"], "auto")
+    add(
+        "--attention",
+        "one of several that compute the same",
+        ["auto", *_keys("attention", "ON_ANY_DEVICE"), "triton"],
+        "auto",
+    )
+    add("--device", "auto: a GPU if there is one", ["auto", "cpu", "cuda"], "auto")
+    add("--threads", "of the processor (default: torch decides)", int_range(1, 1024))
+    add("--seed", "of everything that is random", int_range(0, 2**31), 0)
