@@ -336,7 +336,7 @@ def test_spearman_is_the_correlation_of_ranks():
 
 @pytest.fixture
 def finetune_py(model, tokenizer, tmp_path, monkeypatch, capsys):
-    """Runs the script on a fine-tuned model; returns the lines of stdout."""
+    """Runs the script on a fine-tuned model; returns the lines of stdout, and keeps stderr."""
     save_model(model, tokenizer, tmp_path)
 
     def run(*options):
@@ -344,7 +344,8 @@ def finetune_py(model, tokenizer, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", command)
         capsys.readouterr()
         finetune.main()
-        return capsys.readouterr().out.splitlines()
+        out, run.err = capsys.readouterr()
+        return out.splitlines()
 
     return run
 
@@ -352,6 +353,7 @@ def finetune_py(model, tokenizer, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_json_has_the_prediction_and_what_each_word_adds_in_float32(finetune_py, precision, model):
     lines = finetune_py("--predict", *TEXTS, "--explain", "--json", "--precision", precision)
+    assert "precision: fp32" in finetune_py.err
     plain = finetune_py("--predict", *TEXTS, "--json", "--precision", "fp32")
     for line, without, text in zip(lines, plain, TEXTS, strict=True):
         answer, expected = json.loads(line), json.loads(without)
