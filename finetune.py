@@ -31,6 +31,7 @@ from minitune.finetuning import Experiment, Setup, fine_tune
 from minitune.labelling import evaluate_explanations, label_new_reviews
 from minitune.merging import merge_runs
 from minitune.methods import METHODS, check_options
+from minitune.pages import write_page_of_run
 from minitune.peft_files import read_trained
 from minitune.support.baselines import answer_test_rows
 from minitune.support.cli import (
@@ -65,6 +66,8 @@ def read_arguments() -> argparse.Namespace:
         raise UserError("--explain goes with --predict TEXT, or with --evaluate N")
     if args.merge and (args.predict or args.evaluate or args.resume or args.model):
         raise UserError("--merge takes runs, and --out; not --model, --predict or --resume")
+    if args.page and (args.predict or args.evaluate or args.merge or args.resume):
+        raise UserError("--page takes a run, --model, and none of --predict, --merge, --resume")
     if args.merge and args.out == options.get_default("out"):
         raise UserError("--merge needs --out, the directory to write to")
     if args.weights and not args.merge:
@@ -119,8 +122,11 @@ def finished_runs(out: Path, settings: dict) -> list[tuple[dict, dict]]:
 
 
 def main() -> None:
-    """Label new reviews, merge runs, or lock --out and fine-tune."""
+    """Label new reviews, merge runs, write a page, or lock --out and fine-tune."""
     args = read_arguments()
+    if args.page:
+        write_page_of_run(args)
+        return
     if args.evaluate:
         evaluate_explanations(args)
         return

@@ -7,6 +7,7 @@
     python prompt.py --generate 12 "The film was"
     python prompt.py --explain "An unforgettable film."    what each word adds to the answer
     python prompt.py --look "The acting was [MASK]."       a picture of every head's attention
+    python prompt.py --page demo.html                      the model in a file for any browser
 
 The model fills the blank of a cloze, "An unforgettable film. It was [MASK].", and the probabilities
 of a few words there, once they are calibrated, are its answer: minitune/prompting.py,
@@ -39,6 +40,7 @@ from minitune.data import Dataset, Reviews, label_index
 from minitune.explain import Question, attention_maps
 from minitune.initialization import NEIGHBOUR_LAYERS, from_scratch, neighbour_offset
 from minitune.labelling import rows_to_label
+from minitune.pages import page_of_prompts
 from minitune.prediction import ExplainedPrediction, explained
 from minitune.prompting import (
     TEMPLATES,
@@ -55,6 +57,7 @@ from minitune.support.answers import print_answers, say
 from minitune.support.baselines import evaluate_baselines
 from minitune.support.errors import UserError, plural
 from minitune.support.model_names import began_at_random, default_model, find_model
+from minitune.support.page import check_path, write_page
 from minitune.support.results import interval, prompt_summary, prompt_table
 from minitune.support.runs import read_json, refuse_foreign_files, write_json
 from minitune.support.runtime import Runtime
@@ -66,9 +69,10 @@ RESULTS = ("prompts.json", "prompts.png", "labels.png")
 def read_arguments() -> argparse.Namespace:
     """The options, checked: exactly one job is given."""
     args = prompt_options().parse_args()
-    if sum(map(bool, (args.texts or args.generate, args.evaluate, args.fill, args.look))) != 1:
+    jobs = args.texts or args.generate, args.evaluate, args.fill, args.look, args.page
+    if sum(map(bool, jobs)) != 1:
         jobs = "texts (also with --generate N), --evaluate DATA, --fill SENTENCE, --look SENTENCE"
-        raise UserError(f"give one of: {jobs}")
+        raise UserError(f"give one of: {jobs}, --page NAME.html")
     if args.generate and not args.texts:
         raise UserError("--generate needs a text to continue")
     if args.shots and (args.fill or args.generate or args.look):
@@ -83,6 +87,8 @@ def read_arguments() -> argparse.Namespace:
     if args.look and (args.out.suffix != ".png" or args.out.is_dir()):
         raise UserError(f"--out {args.out}: --look writes a picture, NAME.png")
     args.words = read_words(args.words) if args.words else WORDS
+    if args.page:
+        check_path(args.page)
     return args
 
 
@@ -99,7 +105,7 @@ def read_words(arguments: list[str]) -> dict[str, list[str]]:
 
 
 def main() -> None:
-    """A pretrained model, as it is, and one of five jobs for it."""
+    """A pretrained model, as it is, and one of six jobs for it."""
     args = read_arguments()
     precision = "fp32" if args.explain else args.precision
     runtime = Runtime.start(args.device, precision, args.threads)
@@ -129,8 +135,11 @@ def main() -> None:
         ]
         if args.evaluate:
             evaluate(args, prompts, name)
+        elif args.page:
+            page = page_of_prompts(calibrated(args, prompts), name)
+            print(write_page(args.page, page, args.yes))
         else:
-            classify(args, prompts)
+            classify(args, calibrated(args, prompts))
 
 
 def fill(args: argparse.Namespace, fill_mask: FillMask) -> None:
@@ -170,8 +179,8 @@ def write_on(args: argparse.Namespace, fill_mask: FillMask) -> None:
         print(json.dumps(line, ensure_ascii=False) if args.json else written)
 
 
-def classify(args: argparse.Namespace, prompts: list[Prompt]) -> None:
-    """The label of each text, by all templates together."""
+def calibrated(args: argparse.Namespace, prompts: list[Prompt]) -> Ensemble:
+    """All templates together, with the train rows that --shots and --calibrate need."""
     if args.shots:
         demonstrate(args, prompts, Reviews.load(Dataset(args.data, columns=cli.columns(args))))
     unlabelled = []
@@ -181,6 +190,11 @@ def classify(args: argparse.Namespace, prompts: list[Prompt]) -> None:
     ensemble = Ensemble(prompts, args.calibrate, unlabelled)
     best = " (the best on validation rows)" if args.calibrate == BEST else ""
     say(f"{plural(len(prompts), 'template')}; calibration: {args.calibrate}{best}")
+    return ensemble
+
+
+def classify(args: argparse.Namespace, ensemble: Ensemble) -> None:
+    """The label of each text."""
     rows = rows_to_label(args.texts, "TEXT", ensemble.names, cli.columns(args))
     predict = functools.partial(ensemble.predict, count=args.top)
     if args.explain:  # one after the other

@@ -70,14 +70,14 @@ def _load(args: argparse.Namespace) -> Classifier:
     """The model that the options mean; explanations are computed in float32."""
     precision = "fp32" if args.explain else args.precision
     runtime = Runtime.start(args.device, precision, args.threads)
-    name = _latest_run(args.out) if args.model is None else args.model
+    name = latest_run(args.out) if args.model is None else args.model
     classifier = Classifier.load(name, runtime, args.attention, args.base)
     labels = ", ".join(classifier.labels.values())
     say(f"model: {name}; labels: {labels}; precision: {runtime.precision}")
     return classifier
 
 
-def _latest_run(out: Path) -> str:
+def latest_run(out: Path) -> str:
     """The run of finetune.py that ended last."""
     finished = [
         path for path in out.rglob("metrics.json") if "scratch" not in path.relative_to(out).parts

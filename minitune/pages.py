@@ -7,12 +7,26 @@ BERT is arithmetic: support/page/bert.js computes in 300 lines of JavaScript wha
 here, with weights of 8 bits. This file says what such a page has to know besides the weights.
 """
 
+import argparse
+
 from minitune.calibration import Ensemble
 from minitune.classification import BEGINNING_SHARE
+from minitune.labelling import latest_run
 from minitune.merging import merge
 from minitune.prediction import Classifier
 from minitune.prompting import MASK, TEXT, Prompt
-from minitune.support.page import make_page
+from minitune.support.answers import say
+from minitune.support.page import check_path, make_page, write_page
+from minitune.support.runtime import Runtime
+
+
+def write_page_of_run(args: argparse.Namespace) -> None:
+    """`finetune.py --page`, from its options to the file."""
+    check_path(args.page)
+    name = latest_run(args.out) if args.model is None else args.model
+    classifier = Classifier.load(name, Runtime.start("cpu", "fp32", args.threads), base=args.base)
+    say(f"model: {name}; labels: {', '.join(classifier.labels.values())}")
+    print(write_page(args.page, page_of_classifier(classifier, name), args.yes))
 
 
 def page_of_classifier(classifier: Classifier, name: str) -> str:
@@ -21,7 +35,8 @@ def page_of_classifier(classifier: Classifier, name: str) -> str:
     room = classifier.max_len - 2  # beside [CLS] and [SEP]
     reading = {"room": room, "beginning": round(BEGINNING_SHARE * room)}
     facts = {"labels": list(classifier.labels.values()), "prompts": []}
-    facts["classifier"] = {"pooling": classifier.model.pooling} | reading
+    model = {"pooling": classifier.model.pooling, "temperature": classifier.model.temperature}
+    facts["classifier"] = model | reading
     return make_page(name, classifier.model, classifier.tokenizer.backend, facts)
 
 

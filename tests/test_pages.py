@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,15 +12,18 @@ import torch
 from tokenizers import AddedToken
 from torch import nn
 
+import finetune
+import prompt
 from minitune.batching import PackedBatch
 from minitune.calibration import Ensemble
-from minitune.checkpoint import load_masked_lm
+from minitune.checkpoint import load_masked_lm, save_model
 from minitune.classification import TokenizedTexts
 from minitune.methods import build
 from minitune.model import BertConfig
 from minitune.pages import page_of_classifier, page_of_prompts
 from minitune.prediction import Classifier
-from minitune.prompting import FillMask, Prompt
+from minitune.prompting import TEMPLATES, FillMask, Prompt
+from minitune.support.cli import run_script
 from minitune.support.errors import UserError
 from minitune.support.page import SMALL, check_path, quantise, write_page
 from minitune.support.runtime import Runtime
@@ -89,7 +93,7 @@ def round_weights(model):
     for parameter in model.parameters():
         if parameter.dim() > 1 and parameter.numel() >= SMALL:
             numbers, scales = quantise(parameter.detach().numpy())
-            parameter.data = torch.from_numpy(numbers * scales[:, None])
+            parameter.data = torch.from_numpy(numbers * scales).view(parameter.shape)
 
 
 @pytest.fixture
@@ -120,11 +124,13 @@ def node(tmp_path):
     return run
 
 
-def test_int8_is_off_by_half_a_step_at_most(fixed_seed):
-    matrix = torch.randn(5, 40).mul(torch.tensor([[1e-6], [1.0], [3.0], [1e4], [0.0]])).numpy()
+@pytest.mark.parametrize("columns", [64, 40])
+def test_int8_is_off_by_half_a_step_at_most(columns, fixed_seed):
+    matrix = torch.randn(5, columns).mul(torch.tensor([[1e-6], [1], [3], [1e4], [0]])).numpy()
     numbers, scales = quantise(matrix)
-    assert abs(numbers).max() == 127 and scales.shape == (5,)
-    assert (abs(numbers * scales[:, None] - matrix) <= 0.501 * scales[:, None]).all()
+    assert abs(numbers).max() == 127 and len(scales) == (10 if columns == 64 else 5)
+    wrong = abs((numbers * scales).reshape(matrix.shape) - matrix).reshape(numbers.shape)
+    assert (wrong <= 0.501 * scales).all()
 
 
 @in_node
@@ -160,12 +166,13 @@ def test_added_tokens_of_another_kind_are_refused(classifier, tokenizer):
 @pytest.mark.parametrize("method", OPTIONS)
 def test_labels_are_those_of_torch(classifier, node, method, fixed_seed):
     asked = classifier(method)
+    asked.model.temperature = 1.3
     texts = [TEXTS[0], TEXTS[-1], " ".join(TEXTS[40:48]), "", UNICODE]
     inputs = TokenizedTexts(texts, asked.tokenizer, asked.max_len)
     found = node(page_of_classifier(asked, method), [{"answer": text} for text in texts])
     round_weights(asked.model)
     with torch.no_grad():
-        expected = asked.model(inputs.pack()).log_softmax(-1)
+        expected = asked.model(inputs.pack()).div(1.3).log_softmax(-1)
     assert [one["ids"] for one in found] == [ids.tolist() for ids in inputs.ids]
     assert [one["cut"] for one in found] == inputs.truncated
     assert expected.std(0).max() > 0.1  # the texts differ
@@ -184,9 +191,9 @@ def test_labels_of_prompts_are_those_of_torch(ensemble, node, tokenizer, fixed_s
     assert each[0].sub(each[1]).abs().max() > 0.1  # the questions differ
     expected = torch.stack(each, dim=1).flatten(0, 1)
     assert torch.tensor([one["logs"] for one in found]).sub(expected).abs().max() < 1e-4
-    for prompt, one in zip(ensemble.prompts, found[3:5], strict=True):
-        assert one["cut"] and one["ids"] == prompt.query(ids[1], [tokenizer.mask_id]).ids
-        (likely,) = prompt.most_probable_words(ids[1:], 5)
+    for asked, one in zip(ensemble.prompts, found[3:5], strict=True):
+        assert one["cut"] and one["ids"] == asked.query(ids[1], [tokenizer.mask_id]).ids
+        (likely,) = asked.most_probable_words(ids[1:], 5)
         (filled,) = one["filled"]
         assert filled[0][0] == likely[0][0] and filled[0][1] == pytest.approx(
             likely[0][1], abs=0.02
@@ -338,6 +345,51 @@ def test_a_page_in_chromium(tab, tmp_path):
     assert sum(url.startswith("file:") for url in urls) == 2
     problems = ("Log.entryAdded", "Runtime.exceptionThrown", "Runtime.consoleAPICalled")
     assert not [e for e in tab.events if e["method"] in problems]
+
+
+@pytest.fixture
+def run_script_with(monkeypatch, tmp_path, capsys):
+    """Run a script in an empty directory: its exit status and what it printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(script, *words):
+        monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            run_script(script.main)
+        return ended.value.code, "".join(capsys.readouterr())
+
+    return run
+
+
+def test_finetune_writes_a_page(run_script_with, base, tokenizer, tmp_path):
+    model = build("full", base, {0: "no", 1: "yes"})
+    (tmp_path / "run").mkdir()
+    save_model(model, tokenizer, tmp_path / "run")
+    status, printed = run_script_with(finetune, "--model", "run", "--page", "demo.html")
+    assert status == 0 and re.search("wrote demo.html, 0.2 MB", printed)
+    page = (tmp_path / "demo.html").read_text(encoding="utf-8")
+    facts = json.loads(re.search(r'id="facts">(.*?)</script>', page)[1])
+    assert (facts["labels"], facts["name"]) == (["no", "yes"], "run")
+    for words, why in (
+        (["--model", base], "is no classifier"),
+        (["--model", "run", "--page", "run"], "should end with .html"),
+        (["--model", "run", "--page", "no/demo.html"], "no such folder"),
+        (["--model", "run", "--predict", "good"], "--page takes a run"),
+    ):
+        status, printed = run_script_with(finetune, *(["--page", "other.html"] + words))
+        assert status == 2 and why in printed and printed.count("\n") <= 2
+    assert not (tmp_path / "other.html").exists()
+
+
+def test_prompt_writes_a_page(run_script_with, base, tmp_path):
+    options = ["--model", base, "--page", "demo.html", "--max-len", 20, "--device", "cpu"]
+    options += ["--words", "no=bad", "yes=good", "--calibrate", "none"]
+    assert run_script_with(prompt, *options)[0] == 0
+    page = (tmp_path / "demo.html").read_text(encoding="utf-8")
+    facts = json.loads(re.search(r'id="facts">(.*?)</script>', page)[1])
+    assert facts["labels"] == ["no", "yes"] and len(facts["prompts"]) == len(TEMPLATES)
+    status, printed = run_script_with(prompt, *options, "--fill", "[MASK]")
+    assert status == 2 and "give one of" in printed
 
 
 def test_a_page_replaces_pages_only(tmp_path, classifier):

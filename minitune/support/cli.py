@@ -14,7 +14,7 @@ from minitune.support.text_files import Columns
 
 # Options that say what to do in this call, not how a run is computed.
 NOT_SAVED = {"help", "out", "resume", "overwrite", "predict", "explain", "evaluate", "base", "json"}
-NOT_SAVED |= {"merge", "weights"}
+NOT_SAVED |= {"merge", "weights", "page", "yes"}
 LONGEST_ERROR = 600  # characters; an option may hold a whole book
 
 

@@ -118,6 +118,9 @@ def finetune_options() -> Parser:
     add("--evaluate", evaluate, int_range(1, 10**6), metavar="N")
     add("--base", "the pretrained model of --model, if it was moved", metavar="DIR")
     add("--json", "print one JSON object a review instead of CSV", bool)
+    page = "write --model, or the newest run in --out, as a web page that answers by itself"
+    add("--page", page, path, metavar="NAME.html")
+    add("--yes", "with --page: even if the file is large", bool)
     add = options.group("a plain BERT from runs of lora or ia3")
     add(
         "--merge",
@@ -145,6 +148,9 @@ def prompt_options() -> Parser:
     add("--evaluate", "score every template on the test rows of this dataset", metavar="DATA")
     add("--fill", "the most probable words for each [MASK] in it", metavar="SENTENCE")
     add("--look", "draw the attention weights of every layer and head", metavar="SENTENCE")
+    page = "write the model as a web page that answers by itself"
+    add("--page", page, path, metavar="NAME.html")
+    add("--yes", "with --page: even if the file is large", bool)
     add("--generate", "write N tokens after each TEXT", int_range(1, 10**6), metavar="N")
     add("--explain", "with texts: what each word adds to the answer of one template", bool)
     add = options.group("how a text becomes a query")

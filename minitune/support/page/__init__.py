@@ -6,8 +6,9 @@
     answers.js   from a text to labels, blanks, attention, and the words that move an answer
     page.js      what is typed and shown
 
-The weights are int8: each row of a matrix is whole numbers from -127 to 127 times one float32. They
-stand in the file as base64. Small matrices and all vectors are float32.
+The weights are int8: 32 neighbours in a row of a matrix are whole numbers from -127 to 127, times a
+float32 of their own, their scale. With one scale for a whole row, its largest number would decide
+how coarse all others are: that made three times the error. Small matrices and vectors are float32.
 """
 
 import base64
@@ -30,6 +31,7 @@ FOLDER = Path(__file__).parent
 FIRST_LINE = "<!doctype html><!-- a page of minitune -->"
 LARGE = 50_000_000  # bytes: a page that is larger needs --yes
 SMALL = 4096  # numbers: a matrix of fewer is float32
+GROUP = 32  # numbers that share a scale
 # The tensors that bert.js computes with.
 KNOWN = re.compile(
     r"(bert\.embeddings\.\w+|pooler\.dense|(head\.)?classifier|head\.(dense|norm))\.(weight|bias)|"
@@ -40,9 +42,14 @@ KNOWN = re.compile(
 
 
 def quantise(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Int8 (R, C) and float32 scales (R,): a row of the matrix is nearly its scale times int8s."""
-    scales = np.abs(matrix).max(1).clip(min=1e-30) / 127
-    return np.rint(matrix / scales[:, None]).astype(np.int8), scales.astype(np.float32)
+    """Int8 (N, GROUP) and float32 scales (N, 1), whose product is nearly the matrix (R, C).
+
+    A group is a whole row where GROUP does not divide C.
+    """
+    columns = matrix.shape[1]
+    groups = matrix.reshape(-1, columns if columns % GROUP else GROUP)
+    scales = np.abs(groups).max(1, keepdims=True).clip(min=1e-30) / 127
+    return np.rint(groups / scales).astype(np.int8), scales.astype(np.float32)
 
 
 def pack(tensors: dict[str, Tensor]) -> tuple[list[dict], bytes]:
@@ -57,7 +64,7 @@ def pack(tensors: dict[str, Tensor]) -> tuple[list[dict], bytes]:
         place = {"name": name, "rows": rows, "columns": columns, "scales": None}
         if rows > 1 and array.size >= SMALL:
             array, scales = quantise(array)
-            place |= {"scales": len(floats), "start": len(integers)}
+            place |= {"scales": len(floats), "group": array.shape[1], "start": len(integers)}
             floats += scales.astype("<f4").tobytes()
             integers += array.tobytes()
         else:
@@ -103,8 +110,8 @@ def make_page(name: str, model: nn.Module, tokenizer: Tokenizer, facts: dict[str
 
     They are "labels" (a list of names), and "classifier" or "prompts", the other one being empty:
 
-        classifier   {"pooling", "room": tokens of a text, "beginning": those of a long one that
-                     are of its beginning}
+        classifier   {"pooling", "temperature", "room": tokens of a text, "beginning": how many of
+                     them are from the beginning of a longer one}
         prompts      [{"sentence", "parts": of the template, "room": tokens of a text, "words": the
                      label of each word, "bias": of each label, "blanks": [{"ids", "guesses"}]}]
 
@@ -132,6 +139,8 @@ def check_path(path: Path) -> None:
     """Raise UserError where a page should not be written: over a file that is none, for example."""
     if path.suffix != ".html":
         raise UserError(f"--page {path}: should end with .html")
+    if not path.parent.is_dir():
+        raise UserError(f"--page {path}: there is no such folder")
     if path.exists():
         with open(path, "rb") as file:  # an OSError for a directory
             if file.read(len(FIRST_LINE)) != FIRST_LINE.encode():
@@ -140,9 +149,10 @@ def check_path(path: Path) -> None:
                 )
 
 
-def write_page(path: Path, page: str, yes: bool) -> None:
-    """Write the document; UserError where it is large and nobody said yes."""
+def write_page(path: Path, page: str, yes: bool) -> str:
+    """Write the document, and say so; UserError where it is large and `yes` is False."""
     content = page.encode()
     if len(content) > LARGE and not yes:
         raise UserError(f"--page {path} would have {in_bytes(len(content))}; add --yes to write it")
     write_atomically(path, content)
+    return f"wrote {path}, {in_bytes(len(content))}: open it in a browser"

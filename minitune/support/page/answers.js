@@ -62,7 +62,10 @@ class Model {
   // minitune/prompting.py a label has the mean of its words, and a word that of its tokens.
   labels(sequences, readings) {
     const { classifier, labels } = this.facts;
-    if (classifier) return logSoftmax(this.bert.logits(readings[0], classifier.pooling));
+    if (classifier) {
+      const { pooling, temperature } = classifier;
+      return logSoftmax(this.bert.logits(readings[0], pooling).map((logit) => logit / temperature));
+    }
     const scores = new Map(); // of the words, for each prompt
     sequences.forEach(({ blanks: [blank], guesses, prompt }, i) => {
       const logs = this.bert.fill(readings[i], blank);
@@ -111,6 +114,7 @@ class Model {
 // a text, which ends the work on the text before.
 function serve() {
   let model = null, newest = 0;
+  self.onunhandledrejection = ({ reason }) => self.postMessage({ error: String(reason) });
   self.onmessage = async ({ data: { facts, buffer, number, text, question } }) => {
     if (!model) {
       model = new Model(facts, buffer);

@@ -1,6 +1,6 @@
 // BERT is arithmetic. Here is all of it, without a library: a text becomes words, words become ids,
 // ids become vectors, and vectors become answers. It computes what minitune/model.py computes, with
-// matrices of int8: each row is whole numbers from -127 to 127, times one number, its scale.
+// matrices of int8: whole numbers from -127 to 127, times a scale that 32 neighbours share.
 //
 // T is the number of tokens, C the length of their vectors, H the number of heads, D = C / H.
 // T vectors lie end to end in one Float32Array: vector t begins at t * C.
@@ -83,17 +83,20 @@ class Tokenizer {
 
 // ---- Vectors to vectors ----
 
-// A matrix of float32; or, where there are scales, of int8 with a scale for each row.
+// A matrix of float32; or of int8, where each group of neighbours in a row has a scale.
 class Matrix {
-  constructor(rows, columns, numbers, scales = null) {
-    Object.assign(this, { rows, columns, numbers, scales });
+  constructor(rows, columns, numbers, scales = null, group = columns) {
+    Object.assign(this, { rows, columns, numbers, scales, group });
   }
 
   // Write a row, or add it to what is there, as every `step`th number of y from `start` on.
   row(row, y, start, step = 1, keep = 0) {
-    const scale = this.scales ? this.scales[row] : 1, first = row * this.columns;
-    for (let i = 0, j = start; i < this.columns; i++, j += step) {
-      y[j] = keep * y[j] + scale * this.numbers[first + i];
+    const { columns, numbers, scales, group } = this, end = (row + 1) * columns;
+    for (let i = row * columns, j = start; i < end;) {
+      const scale = scales ? scales[i / group] : 1;
+      for (const next = i + group; i < next; i++, j += step) {
+        y[j] = keep * y[j] + scale * numbers[i];
+      }
     }
   }
 }
@@ -177,11 +180,11 @@ class Bert {
   // `tensors` says where each tensor lies in the buffer, under the names of minitune/model.py.
   constructor(config, tensors, buffer) {
     this.config = config;
-    this.tensors = new Map(tensors.map(({ name, rows, columns, start, scales }) => {
-      const isFloat = scales === null;
-      const numbers = new (isFloat ? Float32Array : Int8Array)(buffer, start, rows * columns);
-      const scale = isFloat ? null : new Float32Array(buffer, scales, rows);
-      return [name, new Matrix(rows, columns, numbers, scale)];
+    this.tensors = new Map(tensors.map(({ name, rows, columns, start, scales, group }) => {
+      const isFloat = scales === null, size = rows * columns;
+      const numbers = new (isFloat ? Float32Array : Int8Array)(buffer, start, size);
+      const shared = isFloat ? null : new Float32Array(buffer, scales, size / group);
+      return [name, new Matrix(rows, columns, numbers, shared, group)];
     }));
   }
 

@@ -44,8 +44,12 @@ function startWorker() {
   $("weights").remove();
   worker.postMessage({ facts, buffer: bytes.buffer }, [bytes.buffer]);
   worker.onmessage = ({ data }) => receive(data);
-  worker.onerror = ({ message }) => { $("label").textContent = `This cannot be run: ${message}`; };
+  worker.onerror = ({ message }) => fail(message);
   return worker;
+}
+
+function fail(message) {
+  $("note").textContent = `The model cannot be run here: ${message}`;
 }
 
 function ask() {
@@ -60,6 +64,7 @@ function ask() {
 }
 
 function receive(data) {
+  if (data.error) fail(data.error);
   if (data.number !== number) return;
   if (data.shown) {
     isBusy = false;
@@ -220,6 +225,8 @@ function showRow() {
   });
   const most = Array.from(row.keys()).sort((a, b) => row[b] - row[a]).slice(0, 4);
   const listed = most.map((s) => `“${tokens[s]}” ${percent(row[s])}`).join(", ");
+  // Read aloud where it was asked for, and not with each letter that is typed.
+  $("looks").ariaLive = $("attention").contains(document.activeElement) ? "polite" : "off";
   $("looks").textContent = `${nameOfHead(chosen)}: “${tokens[t]}” looks at ${listed}`;
 }
 
