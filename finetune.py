@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import itertools
 import json
+from collections import Counter
 from pathlib import Path
 
 from minitune.attention import resolve_backend
@@ -44,9 +45,11 @@ from minitune.support.cli import (
 )
 from minitune.support.errors import UserError
 from minitune.support.model_names import default_model, find_model
-from minitune.support.results import summarise, table
+from minitune.support.results import COLUMNS, UNEVEN_COLUMNS, summarise, table
 from minitune.support.runs import Run, read_json, refuse_foreign_files, write_json
 from minitune.support.runtime import Runtime, return_freed_memory
+
+UNEVEN = 1.5  # times the rows of the rarest label; where one has more, the table has macro F1
 
 # On resume these may differ from the saved settings; the others must be the same.
 MAY_CHANGE = {"method", "seed", "seeds", "train_examples", "lr",
@@ -214,7 +217,9 @@ def fine_tune_all(args: argparse.Namespace, experiments: list[Experiment]) -> No
     order = list(dict.fromkeys(["majority", "nb-svm", "scratch", *METHODS]))
     test_rows = len(reviews.texts["test"])
     rows = summarise(results, test_rows, order)
-    runtime.log(f"\n{test_rows:,} test rows of {args.data}:\n{table(rows)}")
+    counts = Counter(reviews.labels["test"].tolist()).values()
+    shown = UNEVEN_COLUMNS if max(counts) > UNEVEN * min(counts) else COLUMNS
+    runtime.log(f"\n{test_rows:,} test rows of {args.data}:\n{table(rows, shown)}")
     write_json(args.out / "compare.json", {"rows": rows, "runs": results})
     with drawing(args.out / "compare.png") as picture:
         from minitune.support.plots import plot_comparison  # matplotlib takes a second to import

@@ -54,10 +54,15 @@ class ExplainedPrediction(Prediction):
 
 
 def explained(
-    text: str, truncated: bool, question: Question, labels: dict[int, str]
+    text: str,
+    truncated: bool,
+    question: Question,
+    labels: dict[int, str],
+    temperature: float = 1.0,
 ) -> ExplainedPrediction:
     """The answer to the question about a text, and why."""
-    by_name = {labels[i]: p for i, p in enumerate(question.logits.softmax(-1).tolist())}
+    probabilities = (question.logits / temperature).softmax(-1).tolist()
+    by_name = {labels[i]: p for i, p in enumerate(probabilities)}
     label, _ = question.label_names
     return ExplainedPrediction(text, label, by_name, truncated, explain(question))
 
@@ -149,7 +154,8 @@ class Classifier:
             question = self.question(inputs.ids[0], batch_tokens)
         except UserError as error:
             raise UserError(f"{reprlib.repr(text)}: {error}") from error
-        return explained(text, inputs.truncated[0], question, self.labels)
+        temperature = self.model.temperature
+        return explained(text, inputs.truncated[0], question, self.labels, temperature)
 
 
 def load_together(

@@ -918,12 +918,25 @@ def test_each_option_of_the_recipe_has_its_effect(folder, tmp_path):
         (("--adapter-size", "5"), "trainable_params", 2 * 2 * (2 * 32 * 5 + 32 + 5) + 4 * 64 + 66),
         (("--weight-decay", "9"), "steps", figures["steps"]),
         (("--accumulate", "2"), "steps", figures["steps"]),
+        (("--class-weights", "balanced"), "steps", figures["steps"]),
         (("--max-len", "16"), "method", "adapter"),
     ):
         changed, other = run_with(words[0], *words)
         assert changed[key] == expected, words
         assert not torch.equal(other["classifier.weight"], trained["classifier.weight"]), words
     assert json.loads((tmp_path / "--max-len/adapter/trained.json").read_text())["max_len"] == 16
+
+
+def test_where_labels_are_uneven_macro_f1_stands_beside_the_accuracy(folder, compared, tmp_path):
+    write_csv(tmp_path / "test.csv", reviews(TEST_ROWS, seed=1, of_five=1))
+    words = ("--method", "feature", "--test", str(tmp_path / "test.csv"))
+    printed = succeed(*options(folder, tmp_path / "out", *words)).out
+    assert "macro F1" in printed and "macro F1" not in compared[1]
+    rows = {row.split()[0]: row.split()[-1] for row in table(printed)}
+    assert rows["feature"] == f"{metrics(tmp_path / 'out' / 'feature')['macro_f1']:.3f}"
+    compare = json.loads((tmp_path / "out" / "compare.json").read_text())
+    always = compare["rows"][0]
+    assert rows["majority"] == f"{always['macro_f1']:.3f}" and always["macro_f1"] < 0.5
 
 
 # New reviews

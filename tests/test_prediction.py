@@ -421,6 +421,14 @@ def test_the_saved_temperature_makes_answers_less_sure_and_changes_no_label(
         assert after.probabilities[after.label] < before.probabilities[before.label]
 
 
+def test_an_explained_answer_has_the_probabilities_of_the_same_temperature(classifier):
+    classifier.model.temperature = 3.0
+    [plain] = predict(classifier, ["good"])
+    explained = classifier.explain("good")
+    assert explained.label == plain.label
+    assert explained.probabilities == pytest.approx(plain.probabilities, abs=1e-6)
+
+
 def test_two_probabilities_that_are_rounded_to_one_number_change_no_label(classifier):
     logits = torch.tensor([1.0, 1.0000001, -5.0])
     classifier.model = lambda batch: logits.expand(len(batch.cu_seqlens) - 1, 3)

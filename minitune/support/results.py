@@ -110,6 +110,8 @@ COLUMNS: dict[str, Callable[[dict], str]] = {
     "memory": lambda row: in_bytes(row["peak_memory_bytes"]),
     "saved": lambda row: in_bytes(row["saved_bytes"]),
 }
+# Where labels are uneven, the accuracy says little of the rare ones.
+UNEVEN_COLUMNS = COLUMNS | {"macro F1": lambda row: f"{row['macro_f1']:.3f}"}
 PROMPT_COLUMNS: dict[str, Callable[[dict], str]] = {
     "shots": lambda row: str(row["shots"]),
     "template": lambda row: row["template"],
