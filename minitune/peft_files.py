@@ -22,6 +22,7 @@ from minitune.data import MOST_LABELS
 from minitune.ia3 import ScaledKeysAndValues, ScaledUnits
 from minitune.lora import TARGETS, LoRA
 from minitune.support.errors import UserError
+from minitune.support.model_names import find_model
 from minitune.support.runs import read_json, write_json, write_tensors
 from minitune.support.tensor_file import TensorFile
 from minitune.trained import Trained
@@ -88,7 +89,10 @@ class PeftDirectory(Trained):
         """Write both files; returns the path of the weights."""
         write_tensors(directory / WEIGHTS, peft_tensors(model), {"format": "pt"})
         more = self.context(directory)
-        config = {"task_type": "SEQ_CLS", "base_model_name_or_path": more["base"].pop("path")}
+        base = more["base"]["path"]
+        if base == "minilm":  # a word that only minitune knows
+            base = str(find_model(base))
+        config = {"task_type": "SEQ_CLS", "base_model_name_or_path": base}
         config |= {"inference_mode": True, "modules_to_save": ["pooler", "classifier"]}
         if self.method == "lora":
             config |= {"peft_type": "LORA", "bias": "none"}
@@ -140,7 +144,7 @@ class PeftDirectory(Trained):
                     "foreign": True,
                 }
             else:
-                fields = cls.parse_context(more | {"base": more["base"] | {"path": path}})
+                fields = cls.parse_context(more)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{directory / CONFIG} is damaged: {error!r}") from error
         return cls(method, "cls", options, **fields)
