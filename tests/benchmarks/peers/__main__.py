@@ -54,6 +54,7 @@ JOBS = {
     "full-imdb": Job("full fine-tuning, IMDb (256)", "full", "imdb", 256, 64, 32, 4, 1.5),
     "full-long": Job("the same, all of 512 tokens", "full", "imdb", 512, 16, 8, None, None),
     "adapter": Job("adapters, Rotten Tomatoes", "adapter", "rotten_tomatoes", 256, 192, 32, 4, 2),
+    "lora": Job("LoRA, Rotten Tomatoes", "lora", "rotten_tomatoes", 256, 192, 32, None, 2),
     "feature": Job("features, 3 epochs", "feature", "rotten_tomatoes", 256, 256, 32, 15, 6),
     "label-rotten": Job("labelling, Rotten Tomatoes", "label", "rotten_tomatoes", 256, 384, 32, 4, 1.5),
     "label-imdb": Job("labelling, IMDb (256)", "label", "imdb", 256, 96, 32, 4, 1.5),

@@ -22,10 +22,11 @@ from minitune.checkpoint import (
     to_bert,
 )
 from minitune.classification import Classification, Examples, TokenizedTexts
-from minitune.features import FeatureClassifier, extract
-from minitune.methods import METHODS
+from minitune.features import FeatureClassifier, Features, extract
+from minitune.methods import METHODS, load_trained
 from minitune.model import MeanPooler
 from minitune.optimizer import Optimizer
+from minitune.peft_files import PeftDirectory, peft_tensors
 from minitune.prediction import Classifier
 from minitune.pretraining import MaskedBatch, MaskedLanguageModelling
 from minitune.support.runs import Run
@@ -92,7 +93,11 @@ class Ours:
             insert_adapters(self.model.bert, ADAPTER_SIZE)
             adapters = load_file(problem.directory / "adapters.safetensors")
             self.model.load_state_dict(adapters, strict=False)
-        method = METHODS["adapter" if problem.job == "adapter" else "full"]
+        if problem.job == "lora":
+            folder = problem.directory / "lora"
+            saved = PeftDirectory.read(folder)
+            self.model = load_trained(saved, folder, problem.directory, self.attention)
+        method = METHODS[problem.job if problem.job in ("adapter", "lora") else "full"]
         chosen = set(method.trained(self.model))
         for name, p in self.model.named_parameters():
             p.requires_grad_(name in chosen)
@@ -117,11 +122,17 @@ class Ours:
             batch = self.examples.select(np.array(self.problem.grouped[0]))
         loss = self.task.loss(self.model, *batch.to(CPU))[0] / len(batch)
         loss.backward()
-        gradients = {
-            name: p.grad for name, p in self.model.named_parameters() if p.grad is not None
-        }
+        trained = {name: p for name, p in self.model.named_parameters() if p.grad is not None}
+        gradients = to_bert({name: p.grad for name, p in trained.items()})
+        if self.problem.job == "lora":
+            weights = {name: p.data for name, p in trained.items()}
+            for p in trained.values():
+                p.data = p.grad
+            gradients = peft_tensors(self.model)  # views: of the gradients here
+            for name, p in trained.items():
+                p.data = weights[name]
         self.model.zero_grad()
-        return {"loss": loss.detach()} | to_bert(gradients)
+        return {"loss": loss.detach()} | gradients
 
     def _trainer(self, learner: nn.Module, task, runtime: Runtime, folder: str) -> Trainer:
         optimizer = Optimizer(learner, "adamw", LR, LR, 0.01)
@@ -158,11 +169,12 @@ class Ours:
         model.head.requires_grad_(True)
         self.runtime.cast_frozen(model.bert)  # as finetune.py does
         with tempfile.TemporaryDirectory() as folder:
-            train, started = {"train": self.examples}, time.perf_counter()
-            extracted, _ = extract(model.bert, train, Path(folder), self.runtime)
-            model.head.standardise(extracted["train"].inputs.matrix)
+            started, prefix = time.perf_counter(), Path(folder) / "train"
+            matrix, _ = extract(model.bert, self.examples.inputs, prefix, self.runtime)
+            model.head.standardise(matrix)
             seconds = time.perf_counter() - started
-            task = GivenBatches(extracted["train"], self.problem.grouped, EPOCHS)
+            features = Examples(Features(matrix), self.examples.labels)
+            task = GivenBatches(features, self.problem.grouped, EPOCHS)
             trainer = self._trainer(model.head, task, Runtime.start("cpu", "fp32"), folder)
             trainer.train()
         return seconds + trainer.seconds

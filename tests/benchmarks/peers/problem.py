@@ -8,17 +8,30 @@ import torch
 from torch import Tensor
 
 from minitune.adapters import insert_adapters
-from minitune.checkpoint import load_for_classification, load_tokenizer, read_config, save_model
+from minitune.checkpoint import (
+    load_for_classification,
+    load_tokenizer,
+    read_config,
+    save_model,
+    weights_hash,
+)
 from minitune.classification import TokenizedTexts
 from minitune.corpus import Corpus
 from minitune.data import Dataset, Reviews
+from minitune.lora import TARGETS, LoRA
 from minitune.masking import mask_tokens
+from minitune.methods import build
 from minitune.model import PRESETS, BertForMaskedLM
+from minitune.peft_files import PeftDirectory
 from minitune.support.model_names import find_model
 from minitune.support.runs import write_tensors
 
 LABELS = {0: "negative", 1: "positive"}
 ADAPTER_SIZE = 64
+LORA = {
+    "lora_targets": ",".join(TARGETS), "lora_rank": 8, "lora_alpha": 16.0, "lora_dropout": 0.0,
+    "rslora": False, "dora": False,
+}  # fmt: skip
 RATE = 0.15  # of masked tokens
 EPOCHS = 3  # of feature extraction: over the same texts
 LR = 1e-4
@@ -28,7 +41,7 @@ LR = 1e-4
 class Problem:
     """One job, the same for everybody."""
 
-    job: str  # full, adapter, feature, label or mlm
+    job: str  # full, adapter, lora, feature, label or mlm
     directory: Path  # the starting model, in BERT's layout
     precision: str  # of minitune and of the tuned peer; as shipped it is float32
     max_len: int
@@ -51,6 +64,18 @@ class Problem:
             special_ids=tokenizer.special_ids,
             vocab_size=tokenizer.vocab_size,
         )
+
+
+def write_lora(directory: Path, max_len: int) -> None:
+    """A LoRA in peft's layout for both sides; its B are not zero, so that A has gradients."""
+    lora = build("lora", directory, LABELS, **LORA)
+    with torch.no_grad():
+        for module in (module for module in lora.modules() if isinstance(module, LoRA)):
+            module.B.normal_(std=0.02)
+    (directory / "lora").mkdir()
+    base = str(directory), weights_hash(directory)
+    saved = PeftDirectory("lora", "cls", LORA, LABELS, max_len, *base)
+    saved.save(lora, directory / "lora")
 
 
 def make(
@@ -78,6 +103,8 @@ def make(
         insert_adapters(model.bert, ADAPTER_SIZE)
         adapters = {name: p for name, p in model.state_dict().items() if "adapter" in name}
         write_tensors(directory / "adapters.safetensors", adapters, {"format": "pt"})
+        if job == "lora":
+            write_lora(directory, max_len)
         reviews = Reviews.load(Dataset(data))
         chosen = rng.permutation(len(reviews.texts["train"]))
         if max_len > 256:  # a job of long texts: full length, all of them

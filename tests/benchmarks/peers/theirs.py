@@ -1,4 +1,4 @@
-"""The jobs as their libraries do them: transformers' Trainer and pipeline, AdapterHub's adapters.
+"""The jobs as their libraries do them: transformers' Trainer and pipeline, AdapterHub's adapters, peft.
 
 As shipped: what a tutorial's few lines give, in float32, with padding to the longest of a shuffled
 batch. Tuned: batches of alike lengths, bfloat16 where the processor multiplies it, no dropout on
@@ -42,7 +42,8 @@ class GivenBatches(transformers.Trainer):
 
 
 def our_name(name: str) -> str:
-    """minitune's name for a tensor of AdapterHub's bottlenecks; any other name as it is."""
+    """minitune's name for a tensor of AdapterHub's bottlenecks or peft's; any other as it is."""
+    name = name.replace(".modules_to_save", "").replace(".default", "")
     if ".adapters." not in name:
         return name
     layer = name.split(".")[3]
@@ -76,6 +77,11 @@ class Theirs:
                 for name, p in self.model.named_parameters():
                     if ".adapters." in name:
                         p.copy_(weights[our_name(name)])
+        elif problem.job == "lora":
+            import peft
+
+            folder = problem.directory / "lora"
+            self.model = peft.PeftModel.from_pretrained(self.model, folder, is_trainable=True)
         elif problem.job == "feature":
             self.model.bert.requires_grad_(False)
         self.run = self.label if problem.job == "label" else self.train
