@@ -45,8 +45,8 @@ from minitune.training import Trainer
 
 STARTED = time.monotonic()
 PEAK_LR = {"muon": 0.01, "adamw": 0.001}
-# Options that the loss depends on, and the loss that was measured with their defaults after so many
-# steps (tests/benchmarks/LOG.md).
+# Options that the loss depends on, and {steps: loss} as measured with their defaults
+# (tests/benchmarks/LOG.md).
 RECIPE = ("data", "preset", "init", "vocab_size", "mask_rate", "whole_word", "summary_weight",
           "batch_tokens", "optimizer", "lr", "adamw_lr", "weight_decay")  # fmt: skip
 MEASURED = {851: 4.67, 1578: 4.20, 3350: 3.87, 4148: 3.75, 9046: 3.36}
@@ -178,7 +178,7 @@ def pretrain(args: argparse.Namespace, run: Run) -> None:
 
 
 def expectation(args: argparse.Namespace, steps: int) -> str:
-    """Words on the loss to expect after so many steps; none if the recipe is not the default's."""
+    """Words on the loss to expect after `steps`; none if the recipe is not the default's."""
     default = train_options().get_default
     if steps < min(MEASURED) or any(getattr(args, key) != default(key) for key in RECIPE):
         return ""

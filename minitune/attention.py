@@ -64,7 +64,8 @@ class Tiled(torch.autograd.Function):
     total. The backward pass needs only lse = top + log(total), the log of Σ exp(score): from it any
     block of weights can be recomputed as P = exp(S − lse), so that no weights are stored.
 
-    Let dO be the gradient of the output. The chain rule for S = q kᵀ, P = softmax(S), O = P v gives
+    Let dO be the gradient of the output, and ∘ multiply element by element. The chain rule for
+    S = q kᵀ (with q already divided by √D), P = softmax(S), O = P v gives
 
         dv = Pᵀ dO      dP = dO vᵀ      dS = P ∘ (dP − δ)      dq = dS k      dk = dSᵀ q
 
@@ -88,6 +89,7 @@ class Tiled(torch.autograd.Function):
             for q1, out1, lse1, k1, v1 in equal_lengths(
                 cu_seqlens_q, cu_seqlens, [q, out, lse], [k, v]
             ):
+                # These are views: what is written to them is written to `out` and `lse`.
                 out1[:], lse1[:] = _tiled_forward(*(x.to(lse.dtype) for x in (q1, k1, v1)))
         ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens)
         return out
@@ -98,10 +100,10 @@ class Tiled(torch.autograd.Function):
         q, k, v, out, lse, *cu_seqlens = ctx.saved_tensors
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
         with torch.autocast(q.device.type, enabled=False):
-            for *given_q, dq1, k1, v1, dk1, dv1 in equal_lengths(
+            for q1, out1, lse1, d_out1, dq1, k1, v1, dk1, dv1 in equal_lengths(
                 *cu_seqlens, [q, out, lse, d_out, dq], [k, v, dk, dv]
             ):
-                given = (x.to(lse.dtype) for x in (*given_q, k1, v1))
+                given = (x.to(lse.dtype) for x in (q1, out1, lse1, d_out1, k1, v1))
                 dq1[:], dk1[:], dv1[:] = _tiled_backward(*given)
         return dq, dk, dv, None, None
 

@@ -7,7 +7,7 @@ of every text. The calibrations here differ in how they measure the preference:
 
     contextual   from the answers to texts without content, such as "N/A" (Zhao et al. 2021)
     pmi          from the answer to the template without any text (Holtzman et al. 2021)
-    prior        from the mean answer to unlabelled reviews, of which each label should get as many
+    prior        from the mean answer to unlabelled reviews, which labels should share equally
 
 The last needs a few hundred reviews, and knowledge of how frequent the labels are among them; here
 they are assumed to be equally frequent. Accuracy can change by ten points and more.
@@ -69,8 +69,8 @@ def match_prior(scores: Tensor) -> Tensor:
     """
     bias = torch.zeros(scores.size(1), dtype=torch.float64)
     for _ in range(1000):  # about a hundred suffice, more if nearly all answers are certain
-        mean = (scores.double() + bias).log_softmax(-1).logsumexp(0)
-        step = mean - mean.mean()  # how far each label is above the others, in log-probability
+        log_total = (scores.double() + bias).log_softmax(-1).logsumexp(0)  # of each label
+        step = log_total - log_total.mean()  # how far each label is above the others
         bias -= step
         if step.abs().max() < 1e-6:
             break
@@ -168,9 +168,10 @@ def compare_prompts(
             calibrated[name].append(scores + calibrate(prompt, unlabelled))
             row = {"template": prompt.sentence, "calibration": name}
             yield row | figures(calibrated[name][-1], labels, names)
-    for name, several in calibrated.items() if len(prompts) > 1 else ():
-        row = {"template": TOGETHER, "calibration": name}
-        yield row | figures(mean_log_probabilities(several), labels, names)
+    if len(prompts) > 1:
+        for name, several in calibrated.items():
+            row = {"template": TOGETHER, "calibration": name}
+            yield row | figures(mean_log_probabilities(several), labels, names)
 
 
 def figures(scores: Tensor, labels: Tensor, names: dict[int, str]) -> dict:

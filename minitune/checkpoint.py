@@ -62,7 +62,7 @@ def to_bert(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def current_name(name: str) -> str:
-    """The name in a current `BertFor…` for one in an older file."""
+    """The current name of a tensor that an older file calls otherwise."""
     if not name.startswith(("bert.", "cls.", "classifier.")):
         name = f"bert.{name}"  # a bare BertModel
     # The first BERT checkpoints came from TensorFlow, with its names for LayerNorm.

@@ -7,7 +7,7 @@
 
 KEY is a hash of all that the content depends on; text files count by name, size and time of change.
 The environment variable MINITUNE_CACHE names another directory than data/cache. A corpus may be
-larger than memory, which holds only where each chunk starts and how long it is, in 12 bytes.
+larger than memory, which holds 12 bytes for each chunk: where it starts and how long it is.
 """
 
 import hashlib
@@ -31,8 +31,8 @@ VERSION = 3  # to be raised when the same texts and tokenizer give other files
 SPLITS = ("train", "validation")
 FILES = ["tokenizer.json", "tokenizer_config.json", "vocab.txt", "unigrams.npy"]
 FILES += [f"{split}.{content}" for split in SPLITS for content in ("tokens", "ends.npy")]
-CHARACTERS_AT_ONCE = 1 << 20  # so many are tokenised together
-TEXTS_AT_ONCE = 1 << 18  # so many are cut together
+CHARACTERS_AT_ONCE = 1 << 20  # are tokenised together
+TEXTS_AT_ONCE = 1 << 18  # are cut together
 VOCABULARY_SAMPLE = 100 << 20  # bytes of text that a vocabulary is learned from
 
 
@@ -89,7 +89,8 @@ class Chunks:
 
     A text of more than max_len - 2 tokens becomes several chunks of that many, and a shorter one at
     the end. With `overlap` the last one starts earlier and is as long as the others. Training is
-    about 10% faster on that, since oneDNN compiles a kernel for each new shape.
+    about 10% faster on that, since oneDNN, torch's library for CPUs, compiles
+    a kernel for each new shape.
     """
 
     def __init__(self, corpus: Corpus, split: str, max_len: int, overlap: bool):
@@ -123,7 +124,7 @@ def _cut(ends: np.ndarray, start: int, body: int, overlap: bool) -> tuple[np.nda
     """
     text_starts = np.concatenate([[start], ends[:-1]])
     text_lengths = ends - text_starts
-    counts = np.maximum(-(-text_lengths // body), 1)
+    counts = np.maximum(-(-text_lengths // body), 1)  # chunks of each text, rounded up
     first_chunk = counts.cumsum() - counts
     offsets = (np.arange(counts.sum()) - np.repeat(first_chunk, counts)) * body
     lengths = np.repeat(text_lengths, counts)

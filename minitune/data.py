@@ -71,9 +71,9 @@ class Dataset:
             self.files = self.files + files
 
     def read(self) -> Iterator[Row]:
-        """All rows in order; `split` is "test" or None, which is still to be decided."""
+        """All rows in order. `split` is "test" where the source says so, else None."""
         for row in self._read_source():
-            if not (self.test and row.split):
+            if not (self.test and row.split):  # --test replaces the source's own test rows
                 yield row
         if self.test:
             yield from (row._replace(split="test") for row in self._read_test())
@@ -107,8 +107,9 @@ class Dataset:
         counts, test_rows = self._counts
         count = counts[label]
         test = 0 if label is None or test_rows else round(TEST_SHARE * count)
-        # Where there are few rows, one is for validation, if another one is left to train on.
-        validation = max(round(VALIDATION_SHARE * count), min(1, count - test - 1))
+        validation = round(VALIDATION_SHARE * count)
+        if validation == 0 and count - test > 1:  # few rows: one of them, if another is left
+            validation = 1
         if index >= count - test:
             return "test"
         return "validation" if index >= count - test - validation else "train"
@@ -156,7 +157,10 @@ def _read_package(file: Path, source: str) -> Iterator[Row]:
     """Rows of one source in package order, without exact duplicates of an earlier row."""
     seen = set()
     for where, cells in read_cells(file):
-        if ("source", source) in cells and (row := make_row(where, cells)).text not in seen:
+        if ("source", source) not in cells:
+            continue
+        row = make_row(where, cells)
+        if row.text not in seen:
             seen.add(row.text)
             yield row
 
@@ -208,13 +212,15 @@ class Reviews:
             column = f"in a column {dataset.columns.label}, or named by --label-column"
             raise UserError(f"{option}: {count} with no label ({column})")
         names = _label_names({row.label for row in rows["train"]}, source)
-        if known := is_tree or dataset.name in PACKAGED:
+        has_known_labels = is_tree or dataset.name in PACKAGED
+        if has_known_labels:
             names = {0: "negative", 1: "positive"}
         labels = {}
         for split in SPLITS:
             if not rows[split]:
                 raise UserError(f"{source} has too few rows: none is left for {split}")
-            indices = [label_index(row.label, names, numbers_too=known) for row in rows[split]]
+            given = (row.label for row in rows[split])
+            indices = [label_index(label, names, has_known_labels) for label in given]
             if None in indices:
                 wrong = rows[split][indices.index(None)].label
                 raise UserError(f"{split} rows: the label {wrong} is in no train row of {source}")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from minitune.model import Bert, BertConfig, BertForMaskedLM, MaskedLMHead
 
-NEIGHBOUR_LAYERS = 2  # so many of the first layers start with heads that attend to neighbours
+NEIGHBOUR_LAYERS = 2  # the first layers, whose heads start by attending to neighbours
 
 
 def neighbour_offset(head: int) -> int:
@@ -20,7 +20,7 @@ def neighbour_offset(head: int) -> int:
 
 
 def from_scratch(config: BertConfig, seed: int) -> BertForMaskedLM:
-    """The model that `train.py --seed` begins with, but for the decoder's bias."""
+    """The model that `train.py --seed` begins with, except for the decoder's bias."""
     torch.manual_seed(seed)
     model = BertForMaskedLM(config)
     start_with_neighbours(model.bert)
@@ -54,8 +54,9 @@ def start_with_neighbours(
 
         q(i) · k(j) = sharpness² p(i) · p(j - o),   which is largest where j = i + o.
 
-    The offsets of the heads are -1, +1, -2, +2, … . All weights are then trained as usual. The idea
-    is that of Trockman & Kolter (2023, "Mimetic Initialization of Self-Attention Layers").
+    The offsets of the heads are -1, +1, -2, +2, … . The second layer starts in the same way, since
+    the residual sums carry the positions there. All weights are then trained as usual. The idea is
+    that of Trockman & Kolter (2023, "Mimetic Initialization of Self-Attention Layers").
     """
     C, D = bert.config.hidden_size, bert.config.head_size
     start_with_sinusoids(bert.embeddings.position, scale)
@@ -66,7 +67,8 @@ def start_with_neighbours(
             turn = sinusoid_angles(torch.tensor([neighbour_offset(head)]), C)[0, : D // 2]
             query[head], key[head] = 0.0, 0.0
             query[head, :, :D] = sharpness * torch.eye(D)
-            # The sine and cosine of (j - o) w, from those of j w.
+            # sin(jw - ow) = sin jw cos ow - cos jw sin ow
+            # cos(jw - ow) = cos jw cos ow + sin jw sin ow
             key[head, even, even] = key[head, odd, odd] = sharpness * turn.cos()
             key[head, even, odd] = -sharpness * turn.sin()
             key[head, odd, even] = sharpness * turn.sin()
@@ -76,7 +78,7 @@ def start_with_neighbours(
 def start_with_frequencies(head: MaskedLMHead, counts: Tensor) -> None:
     """Initialise the decoder's bias with the log frequency of each token, from its `counts` (V,).
 
-    The loss then begins at the unigram entropy, which it would reach only after a hundred steps.
+    The loss then begins at the unigram entropy, otherwise reached after a hundred steps.
     """
     smoothed = counts.double() + 1  # the logarithm of zero would be minus infinity
     head.bias.copy_((smoothed / smoothed.sum()).log())

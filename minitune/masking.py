@@ -18,20 +18,22 @@ def mask_tokens(
     Returns (the tokens (T,) after masking, the ascending positions (M,) of the chosen tokens, their
     labels (M,), which are their ids before masking). Special tokens are never chosen.
 
-    M is `rate` of all other tokens. The number is exact, since matrix multiplications are faster
-    when each step has the same sizes. With `whole_word` all tokens of a word are chosen or none
-    (the BERT authors' update of 2019); M may then be slightly smaller.
+    M is `rate` of the ordinary tokens, those that are not special. The number is exact, since
+    matrix multiplications are faster when each step has the same sizes. With `whole_word` all
+    tokens of a word are chosen or none (the BERT authors' update of 2019); M may then be slightly
+    smaller.
     """
     ordinary = (~torch.isin(tokens, tokenizer.special_ids)).nonzero().squeeze(1)  # positions
     count = round(rate * ordinary.numel())
     if not whole_word:
         draw = torch.rand(ordinary.numel(), generator=generator)
     else:  # one number for all tokens of a word, so that `order` keeps them together
-        words = (~tokenizer.continuation[tokens]).cumsum(0)  # the number of each token's word
+        words = (~tokenizer.continuation[tokens]).cumsum(0)  # of each token, counted from 1
         draw = torch.rand(tokens.numel() + 1, generator=generator)[words][ordinary]
     order = draw.argsort()
     if whole_word and 0 < count < order.numel():
-        # Stop before the word that would be cut in two.
+        # Stop before the word that would be cut in two: in draw[order], which ascends, the first
+        # place that has the same number as place `count`.
         count = int(torch.searchsorted(draw[order], draw[order[count]]))
     positions = ordinary[order[:count]].sort().values
     labels = tokens[positions]

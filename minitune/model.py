@@ -1,8 +1,8 @@
 """BERT (Devlin et al. 2019), every line of it, over packed batches.
 
-The architecture is exactly BERT's: post-LayerNorm, learned positions, token types, exact GELU, and
-a masked-LM decoder whose matrix is that of the word embeddings. A batch is its T tokens laid end to
-end (batching.py), so no sequence is padded.
+The architecture is exactly BERT's: post-LayerNorm, learned positions, token types, the exact GELU
+(not its tanh approximation), and a decoder whose matrix is that of the word embeddings. A batch is
+its T tokens laid end to end (batching.py), so no sequence is padded.
 
 Two things are for speed alone. If a head reads hidden states at M positions only, the last layer
 computes only these. And fast/layers.py has faster versions of simple things. Read pad_rows(x) as x,
@@ -55,7 +55,7 @@ PRESETS = {
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm in float32, also under autocast."""
+    """LayerNorm in float32, also under autocast, which multiplies matrices in bfloat16."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x.float(), self.normalized_shape, self.weight, self.bias, self.eps)
@@ -180,6 +180,9 @@ def mean_of_tokens(hidden: Tensor, batch: PackedBatch) -> Tensor:
 class MeanPooler(nn.Module):
     """Another summary of a sequence, which BERT does not have: the mean over its tokens."""
 
+    def __init__(self, config: BertConfig):  # it has no weights
+        super().__init__()
+
     def positions(self, batch: PackedBatch) -> Tensor | None:
         return None
 
@@ -187,8 +190,9 @@ class MeanPooler(nn.Module):
         return mean_of_tokens(hidden, batch)  # (B, C)
 
 
-# By the name that is saved with a model. A new one is a class here, named in a row of METHODS.
-POOLERS = {"cls": Pooler, "mean": lambda config: MeanPooler()}
+# By the name that is saved with a model. To add one: a class here, which a method in methods.py
+# names as its `pooling`; and, if words are to be explained with it, explain.rollout.
+POOLERS = {"cls": Pooler, "mean": MeanPooler}
 
 
 class MaskedLMHead(nn.Module):

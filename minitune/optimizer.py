@@ -39,6 +39,7 @@ class Muon(torch.optim.Optimizer):
             for (rows, columns), matrices in by_shape.items():
                 updates = []
                 for p in matrices:
+                    # average = momentum * average + (1 - momentum) * gradient
                     average = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - momentum)
                     updates.append(p.grad.lerp(average, momentum))  # Nesterov momentum
                 updates = newton_schulz(torch.stack(updates))
@@ -62,8 +63,8 @@ def newton_schulz(matrices: Tensor) -> Tensor:
     # Each iteration gives aX + bXXᵀX + c(XXᵀ)²X: a singular value s becomes as + bs³ + cs⁵.
     for _ in range(ITERATIONS):
         A = X @ X.mT
-        B = torch.baddbmm(A, A, A, beta=b, alpha=c)
-        X = torch.baddbmm(X, B, X, beta=a)
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)  # b A + c A A
+        X = torch.baddbmm(X, B, X, beta=a)  # a X + B X
     return (X.mT if is_tall else X).to(matrices.dtype)
 
 
@@ -71,10 +72,10 @@ def newton_schulz(matrices: Tensor) -> Tensor:
 class LRMultipliers:
     """Factors of AdamW's learning rate for parts of a model. Muon's matrices have none.
 
-    The embedding of a word is updated only at steps that read the word. Hence `embeddings` that
-    were random not long ago get a factor above 1. Lower layers have learned what is more general
-    and need less change: from the highest layer down to the lowest the factor falls from 1 to
-    `lowest_layer`, by the same ratio between each layer and the next (Howard & Ruder 2018,
+    The embedding of a word gets a gradient only at steps that read the word. Hence `embeddings`
+    that were random until recently get a factor above 1. Lower layers have learned what is more
+    general and need less change: from the highest layer down to the lowest the factor falls from 1
+    to `lowest_layer`, by the same ratio between each layer and the next (Howard & Ruder 2018,
     "Universal Language Model Fine-tuning for Text Classification", section 3.2).
     """
 
@@ -82,7 +83,7 @@ class LRMultipliers:
     lowest_layer: float = 1.0
 
     def of(self, name: str, layers: int) -> float:
-        """The factor for the parameter with this name, in a model with so many layers."""
+        """The factor for the parameter with this name, in a model of `layers` layers."""
         if ".embeddings." in name and ".norm." not in name:
             return self.embeddings
         if match := re.search(r"\.layers\.(\d+)\.", name):
@@ -105,6 +106,7 @@ class Optimizer:
         """`name` is "muon" or "adamw", with peak rate `lr`; `adamw_lr` is for AdamW beside Muon."""
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.parts, rest = [], dict(self.named)
+        # From the numbers in names such as bert.layers.3.attention.out.weight.
         layers = 1 + max(map(int, re.findall(r"\.layers\.(\d+)\.", " ".join(rest))), default=0)
         if name == "muon":
             hidden = [key for key, p in rest.items() if p.ndim == 2 and ".layers." in key]

@@ -46,9 +46,10 @@ class MaskedBatch:
         return self.batch.tokens.numel()
 
     def split(self, parts: int) -> list["MaskedBatch"]:
-        """At most so many batches of whole sequences, about equal in tokens; none is empty."""
+        """Up to `parts` batches of whole sequences, about equal in tokens; none is empty."""
         cu, batches = self.batch.cu_seqlens, []
         sequences = self.batch.tokens.split(cu.diff().tolist())
+        # Cut where the tokens so far come to 1/parts of all, 2/parts, …
         targets = torch.arange(1, parts) * self.tokens // parts
         cuts = torch.searchsorted(cu, targets.to(cu.dtype)).tolist()
         for first, last in pairwise(sorted({0, *cuts, len(sequences)})):
@@ -67,7 +68,7 @@ class MaskedLanguageModelling:
     """Guess the masked tokens of a corpus. As a task it has what training.py lists."""
 
     unit, evaluations = "tokens", EVALUATIONS  # the latter for support/plan.py
-    score = None  # no evaluation chooses weights: the last are kept, trained at the lowest rate
+    score = None  # the last weights are kept: the learning rate has fallen to zero there
 
     def __init__(
         self,
@@ -123,7 +124,7 @@ class MaskedLanguageModelling:
         masked_loss = F.cross_entropy(masked_logits, labels, reduction="sum")
         tokens = batch.tokens.scatter(0, positions, labels)  # as they were before masking
         bag_loss = self.bag_of_words_loss(cls_logits, tokens, batch.sequence_ids)
-        # Summed over all words; times the mask rate it has the scale of the masked loss.
+        # The bag is a sum over all words, the masked loss over `rate` of them.
         return masked_loss + self.rate * self.summary_weight * bag_loss, masked_loss
 
     def bag_of_words_loss(self, logits: Tensor, tokens: Tensor, sequence_ids: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from minitune.tokenizer import Tokenizer
 
 TEXT, MASK = "{text}", "[MASK]"
 LEAST_DEMONSTRATION = 8  # tokens of a text
-ROUNDS = 10  # of `generate`, as in the paper; with fewer of them tokens fit together less well
+ROUNDS = 10  # of `generate`, as in its paper; with fewer of them tokens fit together less well
 # Templates and words were chosen on validation rows: tests/benchmarks/LOG.md has the others.
 TEMPLATES = (
     "{text} It was [MASK].",

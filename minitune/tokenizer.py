@@ -28,7 +28,9 @@ from minitune.support.tokenizer_files import (
 class Tokenizer:
     """Text to ids and back. `encode` gives ids without [CLS] and [SEP]; `frame` adds them.
 
-    If a text contains "[MASK]", it is read as ordinary text and not as the special token.
+    These are special tokens: [CLS] begins each sequence, [SEP] ends it, [MASK] is a blank to be
+    filled, and [UNK] stands for what the vocabulary cannot spell. If a text contains "[MASK]", that
+    is read as ordinary text.
     """
 
     def __init__(
@@ -40,16 +42,18 @@ class Tokenizer:
     ):
         """`vocab` gives each token an id; `added` tokens are never split.
 
-        `options` are those of BERT's normalizer, `lowercase` for example.
+        Markup is the `<br />` of reviews from the web. `options` are those of BERT's normalizer,
+        `lowercase` for example.
         """
         ids = [vocab[token] for token in SPECIAL_TOKENS]
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = ids
         self.special_ids = torch.tensor(ids)  # (5,)
         self.backend = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
-        steps = [normalizers.BertNormalizer(**options)]
+        normalizer = normalizers.BertNormalizer(**options)
         if remove_markup:
-            steps.insert(0, normalizers.Replace(tokenizers.Regex(MARKUP), " "))
-        self.backend.normalizer = normalizers.Sequence(steps) if remove_markup else steps[0]
+            without = normalizers.Replace(tokenizers.Regex(MARKUP), " ")
+            normalizer = normalizers.Sequence([without, normalizer])
+        self.backend.normalizer = normalizer
         self.backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         self.backend.decoder = decoders.WordPiece()
         # The same as `frame`, for other programs that load the saved file.
@@ -133,9 +137,10 @@ def _alphabet(backend: tokenizers.Tokenizer, texts: list[str]) -> set[str]:
     """Every letter in the texts that can continue a word, as "##a"."""
     letters = set()
     for character in set().union(*(re.sub(MARKUP, " ", text) for text in texts)):
+        # Behind an "a" it is inside a word, if it is no punctuation.
         word = backend.normalizer.normalize_str("a" + character)
         words = backend.pre_tokenizer.pre_tokenize_str(word)
-        if len(words) == 1:  # not split off, as punctuation is
+        if len(words) == 1:
             letters.update("##" + letter for letter in words[0][0][1:])
     return letters
 

@@ -1,4 +1,4 @@
-"""What a method trained of a mostly frozen model, on disk, and which base model it belongs to.
+"""The part of a mostly frozen model that a method trained, on disk, and whose part it is.
 
     trained.json          method, pooling, options, label names, longest text, base model
     trained.safetensors   the parameters that trained
@@ -67,7 +67,8 @@ class Trained:
         try:
             context = {key: raw.pop(key) for key in ("labels", "max_len", "base")}
             context["temperature"] = raw.pop("temperature", 1.0)
-            method, pooling, options = raw.pop("method"), raw.pop("pooling"), raw
+            method, pooling = raw.pop("method"), raw.pop("pooling")
+            options = raw  # what is left are the options of the method
             if not method or not pooling or "\0" in method + pooling:
                 raise ValueError("a name is empty")
             if not all(type(value) is int and 0 < value <= 10_000 for value in options.values()):

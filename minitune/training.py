@@ -12,15 +12,17 @@ Classification, which has
     loss(model, inputs, labels) (loss to minimise, loss to report), summed over the predictions
     evaluation_due(step, steps) whether to evaluate after this step
     validation_batches(quick)   all validation rows; if `quick`, a part of them is enough
-    score(metrics)              the weights with the highest score are kept; if it is None, the last
+    score(metrics)              the weights with the highest score are kept; a task whose `score` is
+                                None keeps the last ones
     unit, baseline              what `tokens` below counts, and losses to compare with, as text
 
 and in its batches, MaskedBatch or Examples, which have
 
     tokens                      how many tokens the model reads
     len(batch)                  the number of predictions; the loss is their mean
-    split(parts)                at most so many smaller batches, none of them empty
-    to(device)                  (inputs, labels); model(*inputs) has a row of logits for each label
+    split(parts)                up to that many smaller batches, none of them empty
+    to(device)                  (inputs, labels); model(*inputs) gives one row of logits for each
+                                element of `labels`
 """
 
 import math
@@ -126,17 +128,19 @@ class Trainer:
 
         Returns (mean loss, norm of the gradients before clipping, signals of all processes).
         """
-        # Dropout must not depend on where the run was resumed.
+        # Dropout must not depend on where the run was resumed. (The factors are primes: each seed,
+        # step and process has a number of its own.)
         torch.manual_seed((self.seed * 1_000_003 + self.step) * 1009 + self.runtime.rank)
         total = torch.tensor([0.0, len(self.signals)])
         # `unscale_` fails if nothing was scaled before, and a process may get no part of the batch.
         self.scaler.scale(torch.zeros((), device=self.runtime.device))
+        # Of several processes, each computes the gradients of some parts.
         parts = batch.split(self.runtime.world_size * self.accumulate)
         for part in parts[self.runtime.rank :: self.runtime.world_size]:
             inputs, labels = part.to(self.runtime.device)
             with self.runtime.autocast():
                 minimised, reported = self.task.loss(self.model, inputs, labels)
-            # A mean over the whole batch, not over the part: parts have different numbers.
+            # A mean over the whole batch: parts have different numbers of predictions.
             self.scaler.scale(minimised / max(len(batch), 1)).backward()
             total[0] += (reported.detach() / max(len(batch), 1)).cpu()
         parameters = list(self.trained.values())
@@ -238,13 +242,11 @@ class Trainer:
         )
         if different := sorted(mine ^ theirs, key=str):
             raise UserError(f"{damaged}: the tensor {different[0][0][:99]}")
-        found = {name: checkpoint[f"numbers/{name}"].item() for name in NUMBERS}
-        # Each with the type of its attribute, and neither negative nor infinite.
-        numbers = {k: type(getattr(self, k))(x) for k, x in found.items() if 0 <= x < 2**53}
-        if numbers != found or not self._is_possible(**numbers):
-            raise UserError(f"{damaged}: " + ", ".join(f"{k} {x:g}" for k, x in found.items()))
+        numbers = {name: checkpoint[f"numbers/{name}"].item() for name in NUMBERS}
+        if not self._is_possible(**numbers):
+            raise UserError(f"{damaged}: " + ", ".join(f"{k} {x:g}" for k, x in numbers.items()))
         for name, value in numbers.items():
-            setattr(self, name, value)
+            setattr(self, name, type(getattr(self, name))(value))
         for name, tensor in state.items():
             tensor.copy_(checkpoint[name])
         if scaler:
@@ -253,14 +255,19 @@ class Trainer:
         self.last_save = time.monotonic()
 
     def _is_possible(
-        self, step: int, steps: int, seconds: float, validation_every: int, best_step: int, **_
-    ) -> bool:
-        """Whether a checkpoint of this run can hold these numbers."""
-        if not (step <= steps == (self.steps or steps) and steps and validation_every):
+        self, step: float, steps: float, tokens: float, validation_every: float, best_step: float,
+        **others: float,
+    ) -> bool:  # fmt: skip
+        """Whether a checkpoint of this run can hold these numbers; else it is damaged."""
+        counts = [step, steps, tokens, validation_every, best_step]
+        if not all(0 <= number < 2**53 for number in (*counts, *others.values())):
+            return False  # NaN is not either
+        if any(count % 1 for count in counts) or not (validation_every and steps >= max(step, 1)):
             return False
-        evaluated = range(1, step + 1) if self.task.score else ()
-        best_steps = [s for s in evaluated if self.task.evaluation_due(s, steps)] or [0]
-        return best_step in best_steps and bool(seconds or not step)
+        if steps != (self.steps or steps) or (step and not others["seconds"]):
+            return False
+        evaluated = range(1, int(step) + 1) if self.task.score else ()
+        return best_step in ([s for s in evaluated if self.task.evaluation_due(s, steps)] or [0])
 
     def _copy_weights(self) -> dict[str, Tensor]:
         """A copy of everything that is trained."""

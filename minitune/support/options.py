@@ -47,7 +47,7 @@ def train_options() -> Parser:
     add("--overwrite", "replace the run in --out", bool)
     add = options.group("how long")
     add("--minutes", "for all of it, tokenising included", float_range(0, 1e6), 17)
-    add("--steps", "exactly so many optimizer steps instead", int_range(1, 10**9))
+    add("--steps", "this many optimizer steps instead", int_range(1, 10**9))
     add("--save-minutes", "minutes between checkpoints", float_range(0, 1e6), "2")
     add = options.group("the recipe")
     add("--mask-rate", "share of the tokens to guess", float_range(0, 0.9), 0.15)
@@ -55,7 +55,9 @@ def train_options() -> Parser:
     add("--summary-weight", "of guessing words from [CLS]", float_range(0, 100, above=False), 1.0)
     add("--max-len", "tokens in a sequence at most (default: up to 512)", int_range(8, 10**6))
     add("--batch-tokens", "tokens in a step, all processes together", int_range(8, 10**7), 4096)
-    add("--accumulate", "compute a batch in so many parts, for memory", int_range(1, 1024), 1)
+    add(
+        "--accumulate", "compute a batch in N parts, for memory", int_range(1, 1024), 1, metavar="N"
+    )
     add("--optimizer", "for the hidden matrices", ["muon", "adamw"], "muon")
     add("--lr", "its peak rate (default: muon 0.01, adamw 0.001)", float_range(0, 1e38))
     add("--adamw-lr", "peak rate for the rest, beside muon", float_range(0, 1e38), 1e-3)
@@ -81,7 +83,7 @@ def finetune_options() -> Parser:
     add_columns(add)
     few = "train on N rows only; several N draw accuracy against the number of labels"
     add("--train-examples", few, int_range(2, 10**9), nargs="+", metavar="N")
-    add("--seeds", "train with so many seeds, from --seed on", int_range(1, 100), 1, metavar="N")
+    add("--seeds", "train with N seeds, from --seed on", int_range(1, 100), 1, metavar="N")
     add("--out", "each method writes to OUT/METHOD", path, Path("runs/finetune"))
     add("--resume", "continue the runs in --out", bool)
     add("--overwrite", "replace the runs in --out", bool)

@@ -11,7 +11,7 @@ from itertools import islice
 from statistics import median
 from typing import Any
 
-PROBE_STEPS = 100  # the speed is measured over so many steps at most,
+PROBE_STEPS = 100  # the speed is measured over this many steps at most,
 PROBE_SHARE = 0.05  # and in this share of the time at most
 EVALUATION_SHARE = 0.2  # of the time, for all evaluations, at most
 CHECKS = 20  # how often the plan is compared with the speed
