@@ -2,13 +2,16 @@
 
 A method is a row of METHODS and a function that names its trained parameters. All else follows
 from the row: training (finetuning.py), saving what was trained and loading it again, the table and
-the picture. Where each stands in a layer, from the input up:
+the picture. A layer, and what trains where (`full` and `scratch`: all of it; `feature`: nothing):
 
-    query, key, value    a bias each (bitfit); low-rank updates (lora); keys and values scaled (ia3)
-    attention's output   a bias; a low-rank update; a bottleneck behind it (adapter)
-    feed-forward, up     a bias; a low-rank update; its units scaled (ia3)
-    feed-forward, down   a bias; a low-rank update; a bottleneck behind it (adapter)
-    both LayerNorms      their biases (bitfit), or their gains too (adapter)
+    q, k, v = linear(x)                 lora: A B beside each    ia3: k and v times vectors
+    a = linear(attention(q, k, v))      lora                     adapter: a bottleneck behind it
+    x = LayerNorm(x + a)                                         adapter
+    u = gelu(linear(x))                 lora                     ia3: u times a vector
+    f = linear(u)                       lora                     adapter: a bottleneck behind it
+    x = LayerNorm(x + f)                                         adapter
+
+`bitfit` trains the bias of each linear map and of each LayerNorm.
 """
 
 import argparse
