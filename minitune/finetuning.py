@@ -21,7 +21,7 @@ from minitune.checkpoint import save_model
 from minitune.classification import Classification, Examples
 from minitune.data import Reviews
 from minitune.features import FeatureClassifier, Features, extract
-from minitune.methods import METHODS, build, load_trained
+from minitune.methods import METHODS, build, in_words, load_trained
 from minitune.optimizer import LRMultipliers, Optimizer
 from minitune.peft_files import METHODS_OF_PEFT, PeftDirectory
 from minitune.support.model_names import find_model
@@ -261,15 +261,3 @@ def in_short(names: Iterable[str]) -> str:
     """Parameter names in a line: those of all layers as one, weight and bias as one."""
     short = [re.sub(r"\.\d+\.", ".*.", name) for name in names]
     return ", ".join(dict.fromkeys(re.sub(r"\.(weight|bias)$", "", name) for name in short))
-
-
-def in_words(recipe: dict, unit: str) -> str:
-    """The numbers of a training; `unit` is that of a batch's size."""
-    words = "{epochs} epochs, at most {batch_tokens:,} {unit} a step, {optimizer} at {lr:.2g}"
-    words = words.format(unit=unit, **recipe).replace("1 epochs,", "1 epoch,")
-    if recipe["optimizer"] == "muon":
-        words += f", adamw at {recipe['adamw_lr']:.2g} for the rest"
-    for part, multiplier in recipe["lr_multipliers"].items():
-        if multiplier != 1:
-            words += f", {part.replace('_', ' ')} at {multiplier:.2g} times that"
-    return words

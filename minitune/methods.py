@@ -77,6 +77,18 @@ class Method:
         return recipe | {"lr": lr, "adamw_lr": self.adamw * lr, "lr_multipliers": rates}
 
 
+def in_words(recipe: dict, unit: str) -> str:
+    """The numbers of a training; `unit` is that of a batch's size."""
+    words = "{epochs} epochs, at most {batch_tokens:,} {unit} a step, {optimizer} at {lr:.2g}"
+    words = words.format(unit=unit, **recipe).replace("1 epochs,", "1 epoch,")
+    if recipe["optimizer"] == "muon":
+        words += f", adamw at {recipe['adamw_lr']:.2g} for the rest"
+    for part, multiplier in recipe["lr_multipliers"].items():
+        if multiplier != 1:
+            words += f", {part.replace('_', ' ')} at {multiplier:.2g} times that"
+    return words
+
+
 def all_parameters(model: nn.Module) -> list[str]:
     """The names of all parameters."""
     return [name for name, _ in model.named_parameters()]
