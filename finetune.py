@@ -171,7 +171,10 @@ def fine_tune_all(args: argparse.Namespace, experiments: list[Experiment]) -> No
     dataset = Dataset(args.data, args.test, columns=columns(args))
     reviews = Reviews.load(dataset)
     runtime.log(f"data: {args.data}: {reviews.describe()}")
-    if start and start.labels != reviews.names:
+    same = start is None or start.labels == reviews.names
+    if start and start.foreign:  # peft saves no names of labels: those of the data are taken
+        same = len(start.labels) == len(reviews.names)
+    if not same:
         raise UserError(f"{directory} has the labels {', '.join(start.labels.values())}")
     for experiment in experiments:  # too many rows are an error now, not after the first run
         reviews.balanced_subset("train", experiment.train_examples or 0, experiment.seed)

@@ -33,6 +33,7 @@ from tests.peft_cases import (
     write_adapter,
     write_base,
 )
+from tests.test_finetune import assert_refused, succeed
 
 pytestmark = pytest.mark.usefixtures("fixed_seed")
 FP32 = Runtime.start("cpu", "fp32")
@@ -365,6 +366,27 @@ def test_a_rank_above_the_size_of_the_maps_is_refused():
     insert_lora(BertForSequenceClassification(CONFIG).bert, EVERY_MAP, 16, 16)
     with pytest.raises(UserError, match="rank 17.* 16"):
         insert_lora(BertForSequenceClassification(CONFIG).bert, EVERY_MAP, 17, 16)
+
+
+def test_a_directory_of_peft_is_trained_on_and_takes_the_names_of_the_data(base, tmp_path):
+    write_adapter(tmp_path / "peft", CASES["dora"], base)
+    rows = [
+        (f"{text} {i}", label) for i in range(40) for text, label in zip(TEXTS, "xyz", strict=True)
+    ]
+    lines = [f'"{text}",{label}' for text, label in rows]
+    (tmp_path / "data.csv").write_text("\n".join(["text,label", *lines]))
+    words = ["--model", tmp_path / "peft", "--method", "lora", "--data", tmp_path / "data.csv"]
+    words += ["--out", tmp_path / "out", "--epochs", "1", "--precision", "fp32", "--device", "cpu"]
+    words += ["--lr", "1e-12", "--max-len", "32"]
+    succeed(*words)
+    run = Classifier.load(str(tmp_path / "out" / "lora"), FP32)
+    close(logits(run.model), torch.tensor(CASES["dora"]["logits"]))
+    assert run.labels == {0: "x", 1: "y", 2: "z"}
+    config = json.loads((tmp_path / "out" / "lora" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["use_dora"]) == (4, 3, True)
+    lines = [line for line in lines if not line.endswith("z")]
+    (tmp_path / "data.csv").write_text("\n".join(["text,label", *lines]))
+    assert_refused(*words, "--out", tmp_path / "other", naming="has the labels")
 
 
 # Merging

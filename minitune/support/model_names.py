@@ -24,6 +24,7 @@ def find_model(name: str) -> Path:
         raise UserError(f"{name} is no model directory")
     try:
         patterns = ["config.json", "model.safetensors", "*token*.json", "vocab.txt"]
+        patterns += ["adapter_config.json", "adapter_model.safetensors"]  # of peft
         return Path(snapshot_download(name, allow_patterns=patterns))
     except HFValidationError as error:
         raise UserError(f"{name} is no directory and no hub id") from error
