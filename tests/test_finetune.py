@@ -41,6 +41,7 @@ from minitune.support.cli import run_script
 from minitune.support.results import summarise
 from minitune.support.runs import Run
 from minitune.support.runtime import Runtime
+from minitune.temperature import fit_temperature
 from minitune.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -447,6 +448,8 @@ def test_probabilities_are_those_of_the_answers_at_the_saved_temperature(compare
     directory, rows = compared[0] / method, rows_of(folder)
     saved, figures = json.loads((directory / "answers.json").read_text()), metrics(directory)
     assert saved["names"] == LABELS and saved["temperature"] == figures["temperature"] != 1
+    validation = (torch.tensor(saved["validation"][key]) for key in ("logits", "labels"))
+    assert fit_temperature(*validation) == pytest.approx(figures["temperature"], rel=1e-3)
     classifier = Classifier.load(str(directory), CPU)
     for split in ("validation", "test"):
         logits = torch.tensor(saved[split]["logits"], dtype=torch.float64)

@@ -100,7 +100,7 @@ def fine_tuned(
     lines = [{"step": k, "loss": 1 / k, "seconds": k} for k in range(1, log + 1)]
     lines[-1]["validation"] = {"loss": 0.5, "accuracy": 0.8}
     (directory / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    texts = texts or [f"row {i} is {'good' if labels[i] else 'bad'}" for i in range(rows)]
+    texts = texts or [f"row {i} is {names[labels[i]]}" for i in range(rows)]
     both = {"train": texts, "test": texts}, {"train": labels, "test": labels}
     record_mistakes(directory, texts, baselines or answer_test_rows(*both, len(names)))
     return logits, labels
@@ -278,19 +278,17 @@ def test_the_accuracy_of_the_surest_rows_follows_from_the_answers(tmp_path):
         assert accuracy == f"{np.mean([right for _, right in rows[:n]]):.1%}"
 
 
-def test_the_mistakes_are_the_rows_with_the_least_probability_of_the_right_label(tmp_path):
-    logits, labels = fine_tuned(tmp_path)
-    wrong = [
-        (softmax(z)[y], i)
-        for i, (z, y) in enumerate(zip(logits, labels, strict=True))
-        if z.argmax() != y
-    ]
+@pytest.mark.parametrize("names", [("bad", "good"), ("bad", "fair", "fine", "good", "great")])
+def test_the_mistakes_are_the_rows_with_the_least_probability_of_the_right_label(tmp_path, names):
+    logits, labels = fine_tuned(tmp_path, names)
+    pairs = enumerate(zip(logits, labels, strict=True))
+    wrong = [(softmax(z)[y], i) for i, (z, y) in pairs if z.argmax() != y]
     saved = json.loads((tmp_path / "report.json").read_text())
     assert [row["row"] for row in saved["mistakes"]] == [i for _, i in sorted(wrong)[:20]]
     page = page_of(tmp_path)
     for row in saved["mistakes"]:
         i = row["row"]
-        right, answer = ("bad", "good")[labels[i]], ("bad", "good")[1 - labels[i]]
+        right, answer = names[labels[i]], names[logits[i].argmax()]
         assert row["bag_of_words"] == right  # the word stands in the text
         p = softmax(logits[i], 1.7).max()
         facts = f"right: {right}; answer: {answer}, {p:.1%}; bag of words: {right}"
@@ -301,7 +299,7 @@ def test_blanks_stand_under_the_tokens_after_which_they_were_filled(tmp_path):
     entries = [entry for entry in pretrained(tmp_path) if "validation" in entry]
     page = page_of(tmp_path)
     head, *rows = table_of(page, "The most probable word after")
-    tokens = [f"{entry['tokens'] / 1e6:,.2f} M" for entry in entries]
+    tokens = [f"{entry['tokens'] / 1e6:.3g} M" for entry in entries]
     assert head == ["sentence", "start", *tokens, "end"] and len(entries) == 12
     for i, row in enumerate(rows):
         assert row == [

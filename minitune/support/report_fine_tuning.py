@@ -32,21 +32,17 @@ def record_mistakes(directory: Path, texts: list[str], baselines: list[tuple]) -
 
     `texts` are those of the test rows, `baselines` what baselines.answer_test_rows gives.
     """
+    shown = {"baselines": [row for row, _ in baselines], "mistakes": []}
     *_, (_, bag_of_words) = baselines
-    worst = []
     if answers := read_if_there(directory / "answers.json"):
-        logits, labels, names = (
-            np.array(answers["test"]["logits"]),
-            answers["test"]["labels"],
-            answers["names"],
-        )
+        logits, labels = (np.array(answers["test"][key]) for key in ("logits", "labels"))
         right = probabilities(logits, 1.0)[np.arange(len(labels)), labels]
-        for i in np.argsort(right, kind="stable")[:MISTAKES].tolist():
-            if logits[i].argmax() != labels[i]:
-                text, opinion = in_short(texts[i], LONGEST), names[int(bag_of_words[i])]
-                worst.append({"row": i, "text": text, "bag_of_words": opinion})
-    content = {"baselines": [row for row, _ in baselines], "mistakes": worst}
-    write_json(directory / "report.json", content)
+        wrong = np.flatnonzero(logits.argmax(1) != labels)
+        for i in wrong[np.argsort(right[wrong], kind="stable")][:MISTAKES].tolist():
+            opinion = answers["names"][int(bag_of_words[i])]
+            row = {"row": i, "text": in_short(texts[i], LONGEST), "bag_of_words": opinion}
+            shown["mistakes"].append(row)
+    write_json(directory / "report.json", shown)
 
 
 def content(
@@ -261,7 +257,7 @@ def training(log: list[dict], metrics: dict) -> Html:
     ]
     steps, losses = [e["step"] for e in log], [e["loss"] for e in log]
     checked = [(e["step"], e["validation"]["loss"]) for e in log if "validation" in e]
-    highest = max([*losses, *(y for _, y in checked)])
+    highest = max([1e-6, *losses, *(y for _, y in checked)])
     title = (
         f"Training loss over {steps[-1]:,} steps; validation loss {metrics['validation_loss']:.3f}"
     )

@@ -37,7 +37,7 @@ def content(settings: dict, metrics: dict, log: list[dict], shown: dict) -> tupl
             ("validation loss", f"{loss:.2f} nats"),
             ("as unsure as among", f"{math.exp(loss):,.0f} words"),
             ("masked tokens guessed", f"{metrics['masked_accuracy']:.1%}"),
-            ("trained on", f"{metrics['tokens'] / 1e6:,.1f} million tokens"),
+            ("trained on", f"{millions(metrics)} million tokens"),
             ("in", plural(metrics["steps"], "step")),
             ("training", in_seconds(metrics["train_seconds"])),
             ("device", f"{metrics['device']}, {metrics['precision']}"),
@@ -59,13 +59,11 @@ def curve(settings: dict, metrics: dict, log: list[dict]) -> Html:
     last = metrics["tokens"] / 1e6
     checked = [(e["tokens"] / 1e6, e["validation"]["loss"]) for e in log if "validation" in e]
     checked.append((last, metrics["loss"]))
-    lowest = min([metrics["loss"], there["loss"], *losses])
-    title = (
-        f"Loss by tokens: it ends at {metrics['loss']:.2f} nats after {last:,.1f} million tokens. "
-    )
+    every = [metrics["loss"], there["loss"], uniform, *losses, *(e["loss"] for e in reference)]
+    title = f"Loss by tokens: it ends at {metrics['loss']:.2f} nats after {millions(metrics)} million tokens. "
     title += f"Every word equally likely would be {uniform:.2f}, by frequency alone {unigram:.2f}."
     left = min([*tokens[:1], reference[0]["tokens"] / 1e6])
-    axes = (left, max(last, there["tokens"] / 1e6)), (math.floor(lowest), uniform + 0.4)
+    axes = (left, max(last, there["tokens"] / 1e6)), (math.floor(min(every)), max(every) + 0.4)
     names = "million tokens, on a logarithmic axis", "loss: nats a token"
     chart = Chart(title, *axes, *names, log_x=True)
     span = plateau(tokens, losses, unigram)
@@ -78,7 +76,7 @@ def curve(settings: dict, metrics: dict, log: list[dict]) -> Html:
     chart.line(tokens, losses, "single", "this run, training")
     chart.line(*zip(*checked, strict=True), "mine")
     chart.dots(*zip(*checked, strict=True), "mine", "this run, validation rows")
-    rows = [(f"{x:,.2f}", f"{y:.3f}", f"{math.exp(y):,.0f}") for x, y in checked]
+    rows = [(f"{x:.3g}", f"{y:.3f}", f"{math.exp(y):,.0f}") for x, y in checked]
     head = "million tokens", "validation loss", "as unsure as among so many words"
     figures = details("The figures", table("Evaluations", head, rows))
     words = [tag("p", verdict(settings, metrics, log, reference)), tag("p", about_plateau(span))]
@@ -115,10 +113,15 @@ def about_plateau(span: tuple[float, float] | None) -> str:
     )
 
 
+def millions(entry: dict) -> str:
+    """How many million tokens."""
+    return f"{entry['tokens'] / 1e6:.3g}"
+
+
 def blanks(log: list[dict], shown: dict, metrics: dict) -> Html:
     """What the model wrote into the same blanks from evaluation to evaluation."""
     columns = [("start", shown["start"]["blanks"])]
-    columns += [(f"{e['tokens'] / 1e6:,.2f} M", e["blanks"]) for e in log if "blanks" in e]
+    columns += [(f"{millions(e)} M", e["blanks"]) for e in log if "blanks" in e]
     columns.append(("end", shown["end"]["blanks"]))
     head = ["sentence", *(name for name, _ in columns)]
     best, several = [], []
