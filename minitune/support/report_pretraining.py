@@ -60,7 +60,9 @@ def curve(settings: dict, metrics: dict, log: list[dict]) -> Html:
     checked = [(e["tokens"] / 1e6, e["validation"]["loss"]) for e in log if "validation" in e]
     checked.append((last, metrics["loss"]))
     every = [metrics["loss"], there["loss"], uniform, *losses, *(e["loss"] for e in reference)]
-    title = f"Loss by tokens: it ends at {metrics['loss']:.2f} nats after {millions(metrics)} million tokens. "
+    title = (
+        f"The loss ends at {metrics['loss']:.2f} nats, after {millions(metrics)} million tokens. "
+    )
     title += f"Every word equally likely would be {uniform:.2f}, by frequency alone {unigram:.2f}."
     left = min([*tokens[:1], reference[0]["tokens"] / 1e6])
     axes = (left, max(last, there["tokens"] / 1e6)), (math.floor(min(every)), max(every) + 0.4)
