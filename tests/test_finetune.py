@@ -754,11 +754,14 @@ def test_a_picture_that_fails_is_a_warning_and_loses_nothing(folder, tmp_path, m
         raise RuntimeError("no font")
 
     monkeypatch.setattr("minitune.support.plots.plot_comparison", fail)
+    monkeypatch.setattr("minitune.support.report.write_report", fail)
     monkeypatch.setattr(
         sys, "argv", ["finetune.py", *options(folder, tmp_path, "--method", "feature")]
     )
     finetune.main()
-    assert "compare.png was not drawn: no font" in capfd.readouterr().err
+    warnings = capfd.readouterr().err
+    assert "compare.png was not drawn: no font" in warnings
+    assert "report.html was not drawn: no font" in warnings
     assert Classifier.load(str(tmp_path / "feature"), CPU).labels == dict(enumerate(LABELS))
     assert_comparison(tmp_path, folder, {None: [0]})
 
@@ -1168,6 +1171,22 @@ def test_a_finished_command_only_prints_its_table_again(compared):
     for name in ("compare.json", "compare.png"):  # these are made anew
         assert before.pop(name) and after.pop(name)
     assert after == before
+
+
+def test_runs_of_before_there_were_answers_are_compared_and_have_a_page(compared, folder, tmp_path):
+    out = shutil.copytree(compared[0], tmp_path / "out")
+    for method in TRAINED:
+        for name in ("answers.json", "report.json", "report.html"):
+            (out / method / name).unlink()
+        figures = metrics(out / method)
+        del figures["macro_f1"], figures["temperature"]
+        (out / method / "metrics.json").write_text(json.dumps(figures))
+    printed = succeed(*options(folder, out, "--method", *METHODS, "--resume")).out
+    accuracies = [row.split()[:5] for row in rows_of_networks(compared[1])]
+    assert [row.split()[:5] for row in rows_of_networks(printed)] == accuracies
+    for method in TRAINED:
+        page = (out / method / "report.html").read_text()
+        assert "not recorded by this run" in page and f"Fine-tuning: {method}" in page
 
 
 def test_a_finished_command_is_not_overwritten(compared, folder):

@@ -187,7 +187,7 @@ def test_the_largest_page_stays_below_300_kilobytes(tmp_path):
     names = [f"{'ä<&' * 100} {i}" for i in range(100)]
     rng = random.Random(0)
     texts = ["".join(rng.choices("<&\"'ä語 ", k=5000)) for _ in range(3000)]
-    baselines = [({"method": "nb-svm", "accuracy": 0.5}, [7] * 3000)]
+    baselines = [({"method": "nb-svm", "accuracy": 0.5, "macro_f1": 0.5}, [7] * 3000)]
     options = {"texts": texts, "baselines": baselines}
     fine_tuned(tmp_path / "a", names, rows=3000, log=20_000, **options)
     entries = []

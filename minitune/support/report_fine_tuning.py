@@ -32,7 +32,9 @@ def record_mistakes(directory: Path, texts: list[str], baselines: list[tuple]) -
 
     `texts` are those of the test rows, `baselines` what baselines.answer_test_rows gives.
     """
-    shown = {"baselines": [row for row, _ in baselines], "mistakes": []}
+    keys = ("method", "accuracy", "macro_f1")
+    rows = [{key: row[key] for key in keys} for row, _ in baselines]
+    shown = {"baselines": rows, "mistakes": []}
     *_, (_, bag_of_words) = baselines
     if answers := read_if_there(directory / "answers.json"):
         logits, labels = (np.array(answers["test"][key]) for key in ("logits", "labels"))
