@@ -124,6 +124,7 @@ def words_of(ids: Tensor, tokenizer: Tokenizer) -> tuple[list[str], Tensor]:
     vocabulary. Their number is W.
     """
     ordinary = ~torch.isin(ids, tokenizer.special_ids)
+    # A ## token continues a word, unless the token before it is a special one.
     begins = ordinary & ~(tokenizer.continuation[ids] & ordinary.roll(1))
     words: list[str] = []
     for token, is_ordinary, is_first in zip(ids.tolist(), ordinary, begins, strict=True):
@@ -157,8 +158,9 @@ def integrated_gradients(question: Question, steps: int) -> Tensor:
 
     The sum over tokens is f(e) - f(e0), by the chain rule; a gradient at the text alone has no such
     sum, and is next to nothing where f is saturated. The integrand is the derivative of f by a, if
-    each token had an a of its own. So we ask autograd for that: one number a token, not C. The
-    integral is a sum over the middles of `steps` equal parts, all of them texts of packed batches.
+    each token had an a of its own. So autograd is asked for that, `shares` below: one number for
+    each token instead of C. The integral is a sum over the middles of `steps` equal parts, all of
+    them texts of packed batches.
     """
     n, total = len(question.ids), torch.zeros(len(question.ids), device=question.ids.device)
     middles = (torch.arange(steps, device=total.device) + 0.5) / steps
@@ -167,8 +169,10 @@ def integrated_gradients(question: Question, steps: int) -> Tensor:
         shares = a.repeat_interleave(n).requires_grad_()  # (T,), a of each token
         starts = question.without_words.repeat(len(a))  # (T,)
 
+        # Called with the word embeddings of the batch, which its result replaces. (The default
+        # values bind the tensors of this turn of the loop.)
         def between(word: nn.Embedding, _, embedded: Tensor, starts=starts, shares=shares):
-            """The T words' embeddings, and below them rows that `pad_rows` has added."""
+            """The points on the line for T tokens, and below them rows that `pad_rows` added."""
             points = torch.lerp(
                 F.embedding(starts, word.weight), embedded[: len(starts)], shares[:, None]
             )
