@@ -21,7 +21,7 @@ from minitune.checkpoint import bert_names, open_weights, read_config, weights_h
 from minitune.data import MOST_LABELS
 from minitune.ia3 import ScaledKeysAndValues, ScaledUnits
 from minitune.lora import TARGETS, LoRA
-from minitune.support.errors import UserError
+from minitune.support.errors import UserError, plural
 from minitune.support.model_names import find_model
 from minitune.support.runs import read_json, write_json, write_tensors
 from minitune.support.tensor_file import TensorFile
@@ -135,19 +135,11 @@ class PeftDirectory(Trained):
             if type(path) is not str or "\0" in path:
                 raise ValueError(f"base_model_name_or_path {path!r}")
             more = (config.get("auto_mapping") or {}).get("minitune")
-            if more is None:
-                fields = {
-                    "labels": {},
-                    "max_len": 0,
-                    "base": path,
-                    "base_hash": "",
-                    "foreign": True,
-                }
-            else:
-                fields = cls.parse_context(more)
+            if more is None:  # then `find_base` fills in what is empty here
+                return cls(method, "cls", options, {}, 0, path, base_hash="", foreign=True)
+            return cls(method, "cls", options, **cls.parse_context(more))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{directory / CONFIG} is damaged: {error!r}") from error
-        return cls(method, "cls", options, **fields)
 
     def find_base(self, directory: Path, named: str | None = None) -> Path:
         """As of any `Trained`, with what a directory of peft leaves to its base."""
@@ -161,6 +153,8 @@ class PeftDirectory(Trained):
         if self.foreign:
             self.base_hash, self.max_len = weights_hash(source), config.max_position_embeddings
             count, *_ = weights.shape(f"{PREFIX}classifier.weight") or (0,)
+            if count < 2:
+                raise UserError(f"{weights.path}: a classifier of {plural(count, 'label')}")
             self.labels = config.id2label
             if len(self.labels) != count:
                 self.labels = {k: f"LABEL_{k}" for k in range(min(count, MOST_LABELS))}

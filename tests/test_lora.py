@@ -316,6 +316,10 @@ DAMAGED = {
     ),
     "dora without lengths": ({"use_dora": True}, None, "lora_magnitude_vector is missing"),
     "NaN": ({}, lambda tensors: {n: t * math.nan for n, t in tensors.items()}, "NaN"),
+    "a regression": (
+        {}, lambda tensors: {n: t[:1] if "classifier" in n else t for n, t in tensors.items()},
+        "a classifier of 1 label",
+    ),
     "no file of weights": ({}, "absent", "cannot be read"),
 }  # fmt: skip
 
