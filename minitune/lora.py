@@ -106,13 +106,20 @@ class LoRA(nn.Linear):
         return linear
 
 
+def scale_of(lora_rank: int, lora_alpha: float, rslora: bool) -> float:
+    """By what B A is multiplied.
+
+    rsLoRA (Kalajdzievski 2023): alpha / sqrt(r), since with alpha / r high ranks learn too slowly.
+    """
+    return lora_alpha / (math.sqrt(lora_rank) if rslora else lora_rank)
+
+
 def insert_lora(
     bert: Bert, lora_targets: str, lora_rank: int, lora_alpha: float, lora_dropout: float = 0.0,
     rslora: bool = False, dora: bool = False,
 ) -> None:  # fmt: skip
     """Put LoRA around linear maps of every layer: those of TARGETS that `lora_targets` lists.
 
-    rsLoRA (Kalajdzievski 2023): alpha / sqrt(r), since with alpha / r high ranks learn too slowly.
     Raises UserError for a target that does not exist, or a rank above the size of a map.
     """
     chosen = lora_targets.split(",")
@@ -120,7 +127,7 @@ def insert_lora(
         raise UserError(f"LoRA has no target {unknown[0]}: there are {', '.join(TARGETS)}")
     if lora_rank > (most := min(bert.config.hidden_size, bert.config.intermediate_size)):
         raise UserError(f"LoRA of rank {lora_rank}: the linear maps of this model have {most}")
-    scale = lora_alpha / (math.sqrt(lora_rank) if rslora else lora_rank)
+    scale = scale_of(lora_rank, lora_alpha, rslora)
     for layer in bert.layers:
         for path, targets in LINEAR_MAPS.items():
             if numbers := [k for k, target in enumerate(targets) if target in chosen]:

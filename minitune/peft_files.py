@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from minitune.checkpoint import bert_names, open_weights, read_config, weights_hash
 from minitune.data import MOST_LABELS
 from minitune.ia3 import ScaledKeysAndValues, ScaledUnits
-from minitune.lora import TARGETS, LoRA
+from minitune.lora import TARGETS, LoRA, scale_of
 from minitune.support.errors import UserError, plural
 from minitune.support.model_names import find_model
 from minitune.support.runs import read_json, write_json, write_tensors
@@ -41,6 +41,7 @@ WITHOUT_EFFECT = {
 INITIAL = {"init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"), "bias": ("none",)}
 SAME_OPTIONS = {"rslora": "use_rslora", "dora": "use_dora", "lora_rank": "r"}
 SAME_OPTIONS |= {name: name for name in ("lora_alpha", "lora_dropout")}
+POOLER = {f"{PREFIX}bert.pooler.dense.{key}" for key in ("weight", "bias")}
 FORM = re.compile(
     re.escape(PREFIX) + r"(classifier|bert\.pooler\.dense|"
     r"bert\.encoder\.layer\.\d+\.(attention\.self\.)?(?P<target>[a-z.]+))"
@@ -51,7 +52,8 @@ FORM = re.compile(
 def peft_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Views of all that `lora` or `ia3` trains in a model, by peft's names."""
     tensors = {f"classifier.{key}": tensor for key, tensor in model.classifier.named_parameters()}
-    tensors |= {f"bert.pooler.{key}": tensor for key, tensor in model.pooler.named_parameters()}
+    for key in ("weight", "bias"):
+        tensors[f"bert.pooler.dense.{key}"] = model.pooler.dense.get_parameter(key)
     for path, module in model.named_modules():
         names = [name.removesuffix(".weight") for name in bert_names(f"{path}.weight")]
         if isinstance(module, LoRA):
@@ -147,8 +149,7 @@ class PeftDirectory(Trained):
             raise UserError(f"{directory} does not name its base model: give --base")
         source = super().find_base(directory, named)
         weights, config = TensorFile(directory / WEIGHTS, CONFIG), read_config(source)
-        pooler = "bert.pooler.dense.weight"
-        if PREFIX + pooler not in weights.names and pooler not in open_weights(source).names:
+        if not POOLER & {*weights.names, *(PREFIX + name for name in open_weights(source).names)}:
             raise UserError(f"{directory} has no pooler, nor has its base model {source}")
         if self.foreign:
             self.base_hash, self.max_len = weights_hash(source), config.max_position_embeddings
@@ -167,12 +168,18 @@ class PeftDirectory(Trained):
         empty = {name: p for name, p in model.named_parameters() if p.is_meta}
         empty = {name: torch.empty_like(p, device="cpu") for name, p in empty.items()}
         model.load_state_dict(empty, strict=False, assign=True)
+        if has_lora := f"{PREFIX}bert.pooler.dense.lora_A.weight" in weights.names:
+            rank, dora = self.options["lora_rank"], self.options["dora"]
+            scale = scale_of(rank, self.options["lora_alpha"], self.options["rslora"])
+            model.pooler.dense = LoRA(model.pooler.dense, 1, [0], rank, scale, dora=dora)
         tensors = peft_tensors(model)
         for name in weights.names.keys() - tensors.keys():
             raise UserError(f"{weights.path}: there is no {name} in a model of this description")
         for name, tensor in tensors.items():
-            if name in weights.names or ".pooler." not in name:  # then the base has one
+            if name not in POOLER or POOLER & weights.names.keys():  # else it is the base's
                 tensor.copy_(weights.read(name, tuple(tensor.shape)))
+        if has_lora:  # minitune trains all of the pooler
+            model.pooler.dense = model.pooler.dense.merged().requires_grad_(True)
 
 
 def check_options(lora_rank: int, lora_alpha: float, lora_dropout: float, **switches: bool) -> None:

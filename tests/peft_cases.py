@@ -38,6 +38,7 @@ PEFT = {
         "peft_type": "LORA", "r": 4, "use_rslora": True, "init_lora_weights": "gaussian",
         "target_modules": r".*layer\.\d+\.output\.dense",
     },
+    "all-linear": {"peft_type": "LORA", "r": 2, "use_dora": True, "target_modules": "all-linear"},
     "dora": {
         "peft_type": "LORA", "r": 4, "lora_alpha": 3, "use_dora": True,
         "target_modules": ["query", "value", "attention.output.dense"],

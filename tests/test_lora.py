@@ -305,7 +305,12 @@ DAMAGED = {
     "RoBERTa": ({}, renamed("bert.encoder", "roberta.encoder"), "minitune has no .*roberta"),
     "a decoder": ({}, renamed("bert.encoder.layer", "model.layers"), "minitune has no"),
     "an unknown target": ({}, added("bert.encoder.layer.0.gate.lora_A.weight"), "gate.lora_A"),
-    "LoRA on the pooler": ({}, added("bert.pooler.dense.lora_A.weight"), "pooler.dense.lora_A"),
+    "half a pooler": (
+        {}, added("bert.pooler.dense.bias", (16,)), "pooler.dense.weight is missing",
+    ),
+    "half a LoRA on the pooler": (
+        {}, added("bert.pooler.dense.lora_A.weight"), "pooler.dense.lora_B.weight is missing",
+    ),
     "LoRA on embeddings": ({}, added("bert.embeddings.lora_embedding_A"), "lora_embedding_A"),
     "one layer more": (
         {}, added("bert.encoder.layer.2.attention.self.query.lora_A.weight"), "layer.2",
