@@ -127,10 +127,11 @@ class FineTuning:
             examples[split] = Examples(texts, reviews.labels[split][torch.from_numpy(rows)])
         options = {"batch_tokens": 1024, "epochs": EPOCHS, "seed": 0}
         self.task, self.tokenizer = Classification(*examples.values(), **options), tokenizer
-        self.about = (
+        self.training = (
             f"finetune.py --method {method} on {ROWS} rows of {DATA}, {EPOCHS} epochs, from {name} "
-            f"({why}).\nThe accuracy is that on {len(texts.ids)} validation rows"
+            f"({why})"
         )
+        self.about = f"{self.training};\naccuracy and loss on {len(texts.ids)} validation rows"
 
     def train(self) -> BertForSequenceClassification:
         """The model, trained."""
@@ -211,9 +212,7 @@ class Explaining:
             f"  {q.label_names[0]}: {text}"
             for q, text in zip(self.questions, EXPLAINED, strict=True)
         )
-        self.about = (
-            f"{tuned.about}\nof --method full. Why are these texts what it says they are?\n{listed}"
-        )
+        self.about = f"{tuned.training}.\nWhy these answers?\n{listed}"
 
     def run(self) -> dict[str, str]:
         """The word that adds most, and by how much the sum is off."""
