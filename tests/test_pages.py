@@ -92,8 +92,9 @@ def round_weights(model):
     """Give a model the weights that its page has, so that both compute the same."""
     for parameter in model.parameters():
         if parameter.dim() > 1 and parameter.numel() >= SMALL:
-            numbers, scales = quantise(parameter.detach().numpy())
-            parameter.data = torch.from_numpy(numbers * scales).view(parameter.shape)
+            numbers, scales, unit = quantise(parameter.detach().numpy())
+            rounded = torch.from_numpy(numbers * scales * unit)
+            parameter.data = rounded.float().view(parameter.shape)
 
 
 @pytest.fixture
@@ -127,10 +128,14 @@ def node(tmp_path):
 @pytest.mark.parametrize("columns", [64, 40])
 def test_int8_is_off_by_half_a_step_at_most(columns, fixed_seed):
     matrix = torch.randn(5, columns).mul(torch.tensor([[1e-6], [1], [3], [1e4], [0]])).numpy()
-    numbers, scales = quantise(matrix)
-    assert abs(numbers).max() == 127 and len(scales) == (10 if columns == 64 else 5)
-    wrong = abs((numbers * scales).reshape(matrix.shape) - matrix).reshape(numbers.shape)
-    assert (wrong <= 0.501 * scales).all()
+    numbers, scales, unit = quantise(matrix)
+    assert abs(numbers[-2 * len(numbers) // 5 :]).max() == 127
+    assert len(scales) == (20 if columns == 64 else 5)
+    wrong = abs((numbers * scales * unit).reshape(matrix.shape) - matrix).reshape(numbers.shape)
+    assert (wrong <= 0.501 * scales * unit).all()
+    assert (
+        scales * unit <= abs(matrix.reshape(numbers.shape)).max(1, keepdims=True) / 127 + unit
+    ).all()
 
 
 @in_node
@@ -308,7 +313,7 @@ def test_a_page_in_chromium(tab, tmp_path):
     for key in ("Tab", "ArrowDown", "ArrowRight", "Tab", "End", "ArrowLeft"):
         tab.press(key)
     assert tab.evaluate("document.activeElement.textContent") == "good"
-    assert text_of(tab, "#looks").startswith("Layer 2, head 2: “good” looks at “")
+    assert text_of(tab, "#looks").startswith("Layer 2, head 2: “good” attends to “")
     assert text_of(tab, "#looks") != before
 
     # A screen reader hears names for all controls.

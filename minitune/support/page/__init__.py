@@ -3,12 +3,13 @@
     page.html    the document, with the places of the parts below
     page.css     how it looks
     bert.js      BERT in plain JavaScript, to be read
-    answers.js   from a text to labels, blanks, attention, and the words that move an answer
+    answers.js   from a text to labels, blanks, attention, and what each word adds
     page.js      what is typed and shown
 
-The weights are int8: 32 neighbours in a row of a matrix are whole numbers from -127 to 127, times a
-float32 of their own, their scale. With one scale for a whole row, its largest number would decide
-how coarse all others are: that made three times the error. Small matrices and vectors are float32.
+The weights are int8: 16 neighbours in a row of a matrix are whole numbers from -127 to 127, times a
+scale of their own. With one scale for a whole row, its largest number would decide how coarse all
+others are, and the error of a logit be 1.7 to 4 times as large. Small matrices and vectors are
+float32.
 """
 
 import base64
@@ -31,7 +32,7 @@ FOLDER = Path(__file__).parent
 FIRST_LINE = "<!doctype html><!-- a page of minitune -->"
 LARGE = 50_000_000  # bytes: a page that is larger needs --yes
 SMALL = 4096  # numbers: a matrix of fewer is float32
-GROUP = 32  # numbers that share a scale
+GROUP = 16  # numbers that share a scale
 # The tensors that bert.js computes with.
 KNOWN = re.compile(
     r"(bert\.embeddings\.\w+|pooler\.dense|(head\.)?classifier|head\.(dense|norm))\.(weight|bias)|"
@@ -41,39 +42,41 @@ KNOWN = re.compile(
 )
 
 
-def quantise(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Int8 (N, GROUP) and float32 scales (N, 1), whose product is nearly the matrix (R, C).
+def quantise(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+    """A matrix (R, C) as int8 (N, GROUP) times uint16 scales (N, 1) times a unit, nearly.
 
     A group is a whole row where GROUP does not divide C.
     """
     columns = matrix.shape[1]
-    groups = matrix.reshape(-1, columns if columns % GROUP else GROUP)
-    scales = np.abs(groups).max(1, keepdims=True).clip(min=1e-30) / 127
-    return np.rint(groups / scales).astype(np.int8), scales.astype(np.float32)
+    groups = matrix.reshape(-1, columns if columns % GROUP else GROUP).astype(np.float64)
+    exact = np.abs(groups).max(1, keepdims=True) / 127
+    unit = max(exact.max(), 1e-30) / 65535
+    scales = np.ceil(exact / unit).clip(1, 65535)  # not below the exact ones, or 127 is too little
+    return np.rint(groups / (scales * unit)).astype(np.int8), scales.astype(np.uint16), unit
+
+
+def append(content: bytearray, array: np.ndarray) -> int:
+    """Add an array to the content; returns where it starts, a multiple of 4 as JavaScript wants."""
+    content += bytes(-len(content) % 4)
+    start = len(content)
+    content += array.astype(array.dtype.newbyteorder("<")).tobytes()
+    return start
 
 
 def pack(tensors: dict[str, Tensor]) -> tuple[list[dict], bytes]:
     """Where each tensor lies, for bert.js, and all of them in one block of bytes.
 
-    A tensor of one dimension is a matrix of one row. float32 comes first, so that it is aligned.
+    A tensor of one dimension is a matrix of one row.
     """
-    table, floats, integers = [], bytearray(), bytearray()
+    table, content = [], bytearray()
     for name, tensor in tensors.items():
         array = np.atleast_2d(tensor.detach().float().cpu().numpy())
-        rows, columns = array.shape
-        place = {"name": name, "rows": rows, "columns": columns, "scales": None}
-        if rows > 1 and array.size >= SMALL:
-            array, scales = quantise(array)
-            place |= {"scales": len(floats), "group": array.shape[1], "start": len(integers)}
-            floats += scales.astype("<f4").tobytes()
-            integers += array.tobytes()
-        else:
-            place["start"] = len(floats)
-            floats += array.astype("<f4").tobytes()
-        table.append(place)
-    for place in table:
-        place["start"] += len(floats) * (place["scales"] is not None)
-    return table, bytes(floats + integers)
+        place = {"name": name, "rows": array.shape[0], "columns": array.shape[1]}
+        if len(array) > 1 and array.size >= SMALL:
+            array, scales, unit = quantise(array)
+            place |= {"group": array.shape[1], "scales": append(content, scales), "unit": unit}
+        table.append(place | {"start": append(content, array)})
+    return table, bytes(content)
 
 
 def describe_tokenizer(tokenizer: Tokenizer) -> dict:

@@ -132,5 +132,3 @@ function serve() {
     self.postMessage({ number, isDone: true });
   };
 }
-
-if (typeof module !== "undefined") module.exports = { Model };

@@ -1,6 +1,6 @@
 // BERT is arithmetic. Here is all of it, without a library: a text becomes words, words become ids,
 // ids become vectors, and vectors become answers. It computes what minitune/model.py computes, with
-// matrices of int8: whole numbers from -127 to 127, times a scale that 32 neighbours share.
+// matrices of int8: whole numbers from -127 to 127, times a scale that 16 neighbours share.
 //
 // T is the number of tokens, C the length of their vectors, H the number of heads, D = C / H.
 // T vectors lie end to end in one Float32Array: vector t begins at t * C.
@@ -83,17 +83,18 @@ class Tokenizer {
 
 // ---- Vectors to vectors ----
 
-// A matrix of float32; or of int8, where each group of neighbours in a row has a scale.
+// A matrix of float32; or of int8, where each group of neighbours in a row has a scale, in units.
 class Matrix {
-  constructor(rows, columns, numbers, scales = null, group = columns) {
-    Object.assign(this, { rows, columns, numbers, scales, group });
+  constructor(rows, columns, numbers, group = columns, scales = null, unit = 1) {
+    Object.assign(this, { rows, columns, numbers, group, scales, unit });
   }
 
-  // Write a row, or add it to what is there, as every `step`th number of y from `start` on.
+  // Write a row into y from `start` on, as every `step`th number; add it to what is there if `keep`
+  // is 1.
   row(row, y, start, step = 1, keep = 0) {
-    const { columns, numbers, scales, group } = this, end = (row + 1) * columns;
+    const { columns, numbers, group, scales, unit } = this, end = (row + 1) * columns;
     for (let i = row * columns, j = start; i < end;) {
-      const scale = scales ? scales[i / group] : 1;
+      const scale = scales ? scales[i / group] * unit : 1;
       for (const next = i + group; i < next; i++, j += step) {
         y[j] = keep * y[j] + scale * numbers[i];
       }
@@ -103,30 +104,30 @@ class Matrix {
 
 // y = x W' + b for T vectors: every number of y is a dot product of a vector and a row of W. Four
 // rows and two vectors at a time: a number that is loaded once and used often makes it fast.
-function linear(x, W, b) {
+function linear(x, W, b = new Float32Array(W.rows)) {
   const { rows, columns } = W, T = x.length / columns;
   const y = new Float32Array(T * rows), w = new Float32Array(4 * columns);
   for (let r = 0; r < rows; r += 4) {
     const height = Math.min(4, rows - r);
     for (let k = 0; k < height; k++) W.row(r + k, w, k, 4); // side by side
     const put = (t, s0, s1, s2, s3) => {
-      const o = t * rows + r;
-      y[o] = b ? s0 + b[r] : s0;
-      if (height > 1) y[o + 1] = b ? s1 + b[r + 1] : s1;
-      if (height > 2) y[o + 2] = b ? s2 + b[r + 2] : s2;
-      if (height > 3) y[o + 3] = b ? s3 + b[r + 3] : s3;
+      const start = t * rows + r;
+      y[start] = s0 + b[r];
+      if (height > 1) y[start + 1] = s1 + b[r + 1];
+      if (height > 2) y[start + 2] = s2 + b[r + 2];
+      if (height > 3) y[start + 3] = s3 + b[r + 3];
     };
     for (let t = 0; t < T; t += 2) {
       const next = Math.min(t + 1, T - 1);
       let j = t * columns, k = next * columns;
-      let a0 = 0, a1 = 0, a2 = 0, a3 = 0, b0 = 0, b1 = 0, b2 = 0, b3 = 0;
+      let p0 = 0, p1 = 0, p2 = 0, p3 = 0, q0 = 0, q1 = 0, q2 = 0, q3 = 0;
       for (let m = 0; m < 4 * columns; j++, k++, m += 4) {
         const u = x[j], v = x[k], w0 = w[m], w1 = w[m + 1], w2 = w[m + 2], w3 = w[m + 3];
-        a0 += u * w0; a1 += u * w1; a2 += u * w2; a3 += u * w3;
-        b0 += v * w0; b1 += v * w1; b2 += v * w2; b3 += v * w3;
+        p0 += u * w0; p1 += u * w1; p2 += u * w2; p3 += u * w3;
+        q0 += v * w0; q1 += v * w1; q2 += v * w2; q3 += v * w3;
       }
-      put(t, a0, a1, a2, a3);
-      put(next, b0, b1, b2, b3);
+      put(t, p0, p1, p2, p3);
+      put(next, q0, q1, q2, q3);
     }
   }
   return y;
@@ -180,11 +181,12 @@ class Bert {
   // `tensors` says where each tensor lies in the buffer, under the names of minitune/model.py.
   constructor(config, tensors, buffer) {
     this.config = config;
-    this.tensors = new Map(tensors.map(({ name, rows, columns, start, scales, group }) => {
-      const isFloat = scales === null, size = rows * columns;
-      const numbers = new (isFloat ? Float32Array : Int8Array)(buffer, start, size);
-      const shared = isFloat ? null : new Float32Array(buffer, scales, size / group);
-      return [name, new Matrix(rows, columns, numbers, shared, group)];
+    this.tensors = new Map(tensors.map(({ name, rows, columns, start, group, scales, unit }) => {
+      const size = rows * columns;
+      if (!group) return [name, new Matrix(rows, columns, new Float32Array(buffer, start, size))];
+      const numbers = new Int8Array(buffer, start, size);
+      const shared = new Uint16Array(buffer, scales, size / group);
+      return [name, new Matrix(rows, columns, numbers, group, shared, unit)];
     }));
   }
 
@@ -207,7 +209,8 @@ class Bert {
     return add(this.linear(gelu(this.linear(x, `${name}.down`)), `${name}.up`), x);
   }
 
-  // Where each token begins: the vector of its word, of its position, and of "first text".
+  // What the layers start from: for each token the sum of the vectors of its word, of its position
+  // and of the first token type.
   embed(ids) {
     const C = this.config.hidden_size, x = new Float32Array(ids.length * C);
     const [word, position, type] = ["word", "position", "token_type"].map(
@@ -220,12 +223,12 @@ class Bert {
     return this.norm(x, "bert.embeddings.norm");
   }
 
-  // Every token looks at every token: how well its query fits their keys says how much of their
-  // values it takes. Returns the result (T, C) and the weights, (T, T) for each head.
+  // Each token takes a mixture of the values of all tokens. Its query and their keys decide the
+  // shares, by dot products. Returns the result (T, C) and the shares, (T, T) for each head.
   attention(x, name) {
     const { hidden_size: C, num_attention_heads: H } = this.config, D = C / H, T = x.length / C;
     const qkv = this.linear(x, `${name}.qkv`); // query, key and value of a token side by side
-    const y = new Float32Array(T * C), weights = [];
+    const y = new Float32Array(T * C), heads = [];
     for (let h = 0; h < H; h++) {
       const q = new Float32Array(T * D), k = q.slice(), v = q.slice(); // v is transposed, (D, T)
       for (let t = 0; t < T; t++) {
@@ -239,30 +242,30 @@ class Bert {
       for (let t = 0; t < T; t++) softmax(shares.subarray(t * T, (t + 1) * T));
       const mixed = linear(shares, new Matrix(D, T, v)); // (T, D)
       for (let t = 0; t < T; t++) y.set(mixed.subarray(t * D, (t + 1) * D), t * C + h * D);
-      weights.push(shares);
+      heads.push(shares);
     }
-    return [this.linear(y, `${name}.out`), weights];
+    return [this.linear(y, `${name}.out`), heads];
   }
 
   // Two sublayers. What each computes is added to what went in, and normalised.
   layer(x, name) {
-    const [mixed, weights] = this.attention(x, `${name}.attention`);
+    const [mixed, heads] = this.attention(x, `${name}.attention`);
     const y = add(this.adapter(mixed, `${name}.attention_adapter`), x);
     this.norm(y, `${name}.attention_norm`);
     const wide = gelu(this.linear(y, `${name}.feed_forward.up`));
     const narrow = this.linear(wide, `${name}.feed_forward.down`);
     const z = add(this.adapter(narrow, `${name}.feed_forward_adapter`), y);
-    return [this.norm(z, `${name}.feed_forward_norm`), weights];
+    return [this.norm(z, `${name}.feed_forward_norm`), heads];
   }
 
-  // Token ids to the vectors after the embeddings and after each layer, and each layer's weights of
-  // attention.
+  // Token ids to the vectors after the embeddings and after each layer, and the attention of each
+  // layer.
   read(ids) {
     const states = [this.embed(ids)], attention = [];
     for (let l = 0; l < this.config.num_hidden_layers; l++) {
-      const [x, weights] = this.layer(states[l], `bert.layers.${l}`);
+      const [x, heads] = this.layer(states[l], `bert.layers.${l}`);
       states.push(x);
-      attention.push(weights);
+      attention.push(heads);
     }
     return { states, attention };
   }
@@ -301,5 +304,3 @@ class Bert {
     return logSoftmax(linear(guess, embeddings, this.vector("head.bias")));
   }
 }
-
-if (typeof module !== "undefined") module.exports = { Tokenizer, Bert, softmax, logSoftmax };

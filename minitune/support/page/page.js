@@ -82,7 +82,7 @@ function receive(data) {
   }
 }
 
-// ---- The answer, and the words that move it ----
+// ---- The answer, and what each word adds ----
 
 function showAnswer() {
   const { logs, words, wordOf, tokens, cut } = shown;
@@ -101,10 +101,11 @@ function showAnswer() {
   });
   const gap = (i) => (i && kept[i] !== kept[i - 1] + 1 ? " … " : " ");
   $("words").replaceChildren(...kept.flatMap((word, i) => [gap(i), shown.nodes.get(word)]));
-  $("strongest").textContent = "…";
+  $("strongest").textContent = "";
 }
 
 function showEffects() {
+  $("strongest").textContent = `${shown.effects.size} of ${shown.nodes.size} words …`;
   const most = Math.max(0.5, ...Array.from(shown.effects.values(), Math.abs));
   for (const [word, effect] of shown.effects) {
     const node = shown.nodes.get(word);
@@ -227,7 +228,7 @@ function showRow() {
   const listed = most.map((s) => `“${tokens[s]}” ${percent(row[s])}`).join(", ");
   // Read aloud where it was asked for, and not with each letter that is typed.
   $("looks").ariaLive = $("attention").contains(document.activeElement) ? "polite" : "off";
-  $("looks").textContent = `${nameOfHead(chosen)}: “${tokens[t]}” looks at ${listed}`;
+  $("looks").textContent = `${nameOfHead(chosen)}: “${tokens[t]}” attends to ${listed}`;
 }
 
 // ---- Start ----
