@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import AddedToken
@@ -25,7 +26,7 @@ from minitune.prediction import Classifier
 from minitune.prompting import TEMPLATES, FillMask, Prompt
 from minitune.support.cli import run_script
 from minitune.support.errors import UserError
-from minitune.support.page import SMALL, check_path, quantise, write_page
+from minitune.support.page import check_path, pack, quantise, write_page
 from minitune.support.runtime import Runtime
 from minitune.tokenizer import Tokenizer
 from tests.chromium import PROGRAM, Chromium
@@ -90,11 +91,16 @@ def classifier(base, tokenizer, runtime):
 
 def round_weights(model):
     """Give a model the weights that its page has, so that both compute the same."""
-    for parameter in model.parameters():
-        if parameter.dim() > 1 and parameter.numel() >= SMALL:
-            numbers, scales, unit = quantise(parameter.detach().numpy())
-            rounded = torch.from_numpy(numbers * scales * unit)
-            parameter.data = rounded.float().view(parameter.shape)
+    state = model.state_dict()
+    table, content = pack(state)
+    for place, (name, weight) in zip(table, state.items(), strict=True):
+        if "unit" in place:
+            count = weight.numel() // place["group"]
+            numbers = np.frombuffer(content, np.int8, weight.numel(), place["start"])
+            scales = np.frombuffer(content, "<u2", count, place["scales"]) * place["unit"]
+            rounded = numbers.reshape(count, -1) * scales[:, None]
+            weight.copy_(torch.from_numpy(rounded).view(weight.shape))
+            assert name == place["name"]
 
 
 @pytest.fixture
@@ -128,14 +134,11 @@ def node(tmp_path):
 @pytest.mark.parametrize("columns", [64, 40])
 def test_int8_is_off_by_half_a_step_at_most(columns, fixed_seed):
     matrix = torch.randn(5, columns).mul(torch.tensor([[1e-6], [1], [3], [1e4], [0]])).numpy()
-    numbers, scales, unit = quantise(matrix)
-    assert abs(numbers[-2 * len(numbers) // 5 :]).max() == 127
-    assert len(scales) == (20 if columns == 64 else 5)
-    wrong = abs((numbers * scales * unit).reshape(matrix.shape) - matrix).reshape(numbers.shape)
-    assert (wrong <= 0.501 * scales * unit).all()
-    assert (
-        scales * unit <= abs(matrix.reshape(numbers.shape)).max(1, keepdims=True) / 127 + unit
-    ).all()
+    numbers, scales, unit = quantise(matrix, 16)
+    assert len(scales) == (20 if columns == 64 else 5) and abs(numbers).max() == 127
+    groups = matrix.reshape(numbers.shape)
+    assert (abs(numbers * scales * unit - groups) <= 0.501 * scales * unit).all()
+    assert (scales * unit <= abs(groups).max(1, keepdims=True) / 127 + unit).all()
 
 
 @in_node

@@ -6,9 +6,9 @@
     answers.js   from a text to labels, blanks, attention, and what each word adds
     page.js      what is typed and shown
 
-The weights are int8: 16 neighbours in a row of a matrix are whole numbers from -127 to 127, times a
-scale of their own. With one scale for a whole row, its largest number would decide how coarse all
-others are, and the error of a logit be 1.7 to 4 times as large. Small matrices and vectors are
+The weights are int8: a few neighbours in a row of a matrix are whole numbers from -127 to 127,
+times a scale of their own. With one scale for a whole row, its largest number would decide how
+coarse all others are, and the error of a logit be twice as large. Small matrices and vectors are
 float32.
 """
 
@@ -32,7 +32,8 @@ FOLDER = Path(__file__).parent
 FIRST_LINE = "<!doctype html><!-- a page of minitune -->"
 LARGE = 50_000_000  # bytes: a page that is larger needs --yes
 SMALL = 4096  # numbers: a matrix of fewer is float32
-GROUP = 16  # numbers that share a scale
+# Numbers that share a scale: rounding the matrices of layers harms more than that of embeddings.
+LAYER_GROUP, EMBEDDING_GROUP = 8, 32
 # The tensors that bert.js computes with.
 KNOWN = re.compile(
     r"(bert\.embeddings\.\w+|pooler\.dense|(head\.)?classifier|head\.(dense|norm))\.(weight|bias)|"
@@ -42,13 +43,13 @@ KNOWN = re.compile(
 )
 
 
-def quantise(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-    """A matrix (R, C) as int8 (N, GROUP) times uint16 scales (N, 1) times a unit, nearly.
+def quantise(matrix: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray, float]:
+    """A matrix (R, C) as int8 (N, group) times uint16 scales (N, 1) times a unit, nearly.
 
-    A group is a whole row where GROUP does not divide C.
+    A group is a whole row where its size does not divide C.
     """
     columns = matrix.shape[1]
-    groups = matrix.reshape(-1, columns if columns % GROUP else GROUP).astype(np.float64)
+    groups = matrix.reshape(-1, columns if columns % group else group).astype(np.float64)
     exact = np.abs(groups).max(1, keepdims=True) / 127
     unit = max(exact.max(), 1e-30) / 65535
     scales = np.ceil(exact / unit).clip(1, 65535)  # not below the exact ones, or 127 is too little
@@ -73,7 +74,8 @@ def pack(tensors: dict[str, Tensor]) -> tuple[list[dict], bytes]:
         array = np.atleast_2d(tensor.detach().float().cpu().numpy())
         place = {"name": name, "rows": array.shape[0], "columns": array.shape[1]}
         if len(array) > 1 and array.size >= SMALL:
-            array, scales, unit = quantise(array)
+            group = EMBEDDING_GROUP if name.startswith("bert.embeddings.") else LAYER_GROUP
+            array, scales, unit = quantise(array, group)
             place |= {"group": array.shape[1], "scales": append(content, scales), "unit": unit}
         table.append(place | {"start": append(content, array)})
     return table, bytes(content)

@@ -1,6 +1,6 @@
 // BERT is arithmetic. Here is all of it, without a library: a text becomes words, words become ids,
 // ids become vectors, and vectors become answers. It computes what minitune/model.py computes, with
-// matrices of int8: whole numbers from -127 to 127, times a scale that 16 neighbours share.
+// matrices of int8: whole numbers from -127 to 127, times a scale that a few neighbours share.
 //
 // T is the number of tokens, C the length of their vectors, H the number of heads, D = C / H.
 // T vectors lie end to end in one Float32Array: vector t begins at t * C.
