@@ -58,6 +58,16 @@ class FeatureHead(nn.Module):
         self.mean.copy_(features.mean(0))
         self.std.copy_(features.std(0, correction=0).clamp_min(1e-6))
 
+    @torch.no_grad()
+    def start_with_frequencies(self, labels: Tensor) -> None:
+        """Let the bias give each label the probability that it has in `labels` (N,).
+
+        Standardised features have mean zero, so only the bias can say that a label is rare; at the
+        small learning rate of features it would need thousands of steps for that.
+        """
+        counts = torch.bincount(labels, minlength=len(self.classifier.bias)).clamp_min(1)
+        self.classifier.bias.copy_((counts / len(labels)).log())
+
     def forward(self, features: Tensor) -> Tensor:
         with torch.autocast(features.device.type, enabled=False):  # cheap, so in float32
             return self.classifier((features.float() - self.mean) / self.std)

@@ -102,6 +102,8 @@ def fine_tune(experiment: Experiment, setup: Setup) -> dict:
     learner, examples, reading = model, choose_rows(experiment, setup), None
     if isinstance(model, FeatureClassifier):  # each text is read once, and the head alone trains
         learner, (examples, reading) = model.head, read_features(model, examples, run, runtime)
+        if setup.start is None and args.class_weights == "none":  # else all labels count alike
+            learner.start_with_frequencies(examples["train"].labels)
     recipe = method.recipe(args, examples["train"], model.bert.config.hidden_size, setup.source)
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     count = sum(model.get_parameter(name).numel() for name in names)

@@ -229,6 +229,14 @@ def test_an_untrained_head_has_no_opinion():
     assert head(torch.randn(5, 6)).eq(0).all()
 
 
+def test_a_head_can_start_with_the_frequencies_of_the_labels():
+    head = FeatureHead(6, 3)
+    head.start_with_frequencies(torch.tensor([0] * 15 + [2] * 5))
+    p = head(torch.randn(5, 6)).softmax(-1)
+    torch.testing.assert_close(p[:, 0] / p[:, 2], torch.full((5,), 3.0))
+    assert (p[:, 1] < 0.05).all() and head.classifier.bias.requires_grad
+
+
 def test_the_head_computes_in_float32_under_autocast():
     head, matrix = FeatureHead(6, 3), torch.randn(5, 6)
     torch.nn.init.normal_(head.classifier.weight)

@@ -933,6 +933,21 @@ def test_each_option_of_the_recipe_has_its_effect(folder, tmp_path):
     assert json.loads((tmp_path / "--max-len/adapter/trained.json").read_text())["max_len"] == 16
 
 
+def test_features_of_few_uneven_rows_are_no_worse_than_the_most_frequent_label(folder, tmp_path):
+    rng = random.Random(0)
+    rows = [
+        {"text": " ".join(rng.choices(OTHERS, k=6)) + f" {i}", "label": LABELS[i % 10 > 0]}
+        for i in range(200)
+    ]
+    write_csv(tmp_path / "data.csv", rows)
+    words = ("--data", str(tmp_path / "data.csv"), "--test", str(tmp_path / "data.csv"))
+    words += ("--method", "feature", "--lr", "3e-4", "--epochs", "2")
+    for weights, always in (("none", True), ("balanced", False)):
+        out = tmp_path / weights
+        succeed(*options(folder, out, *words, "--class-weights", weights))
+        assert (metrics(out / "feature")["accuracy"] == 0.9) == always  # there is nothing to learn
+
+
 def test_where_labels_are_uneven_macro_f1_stands_beside_the_accuracy(folder, compared, tmp_path):
     out, printed = compared
     assert "macro F1" in printed  # 14 test rows of one label and 26 of the other
