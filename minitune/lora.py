@@ -15,7 +15,6 @@ through the frozen matrices but computes no gradient of them: a third less work.
 """
 
 import math
-from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -60,29 +59,23 @@ class LoRA(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(R, C) to (R, M · D)."""
+        y = super().forward(x)  # W x + b
+        parts = list(y.chunk(self.maps, dim=1)) if self.maps > 1 else [y]  # (R, D) for each map
         narrow = self.scale * F.linear(self.dropout(x), self.A.flatten(0, 1))  # (R, K · rank)
-        parts = zip(narrow.chunk(len(self.B), dim=1), self.B, strict=True)
-        updates = [F.linear(h, B) for h, B in parts]  # scale · B A x, (R, D) for each of K maps
-        return self._rescale(super().forward(x) + self._in_place(updates, 0.0))
-
-    def _in_place(self, parts: Iterable[Tensor], other: float) -> Tensor:
-        """K tensors (…, D) as (…, M · D), each at the place of its map; `other` for other maps."""
-        places = dict(zip(self.chosen, parts, strict=True))
-        first = places[self.chosen[0]]
-        if self.maps == 1:
-            return first
-        fill = first.new_full((1,), other).expand_as(first)
-        return torch.cat([places.get(k, fill) for k in range(self.maps)], dim=-1)
+        narrow = narrow.chunk(len(self.B), dim=1)
+        for k, h, B in zip(self.chosen, narrow, self.B, strict=True):
+            parts[k] = torch.addmm(parts[k], h, B.T)  # + scale · B A x
+        y = torch.cat(parts, dim=1) if self.maps > 1 else parts[0]
+        return y if self.magnitude is None else self._rescale(y)
 
     def _rescale(self, y: Tensor) -> Tensor:
         """DoRA (Liu et al. 2024): rows of W + scale · B A give directions, their lengths train.
 
         The length that a row has by itself counts as a constant in the backward pass (section 4.3).
         """
-        if self.magnitude is None:
-            return y
-        factors = self._in_place(self.magnitude / self.adapted().norm(dim=2), 1.0)
-        return (y - self.bias) * factors + self.bias
+        factors = self.magnitude.new_ones(self.maps, self.magnitude.size(1))
+        factors[self.chosen] = self.magnitude / self.adapted().norm(dim=2)
+        return (y - self.bias) * factors.flatten() + self.bias
 
     def rows(self) -> Tensor:
         """W of the chosen maps: (K, D, C), in float32."""

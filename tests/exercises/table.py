@@ -403,10 +403,7 @@ F.linear. The merge: self.rows() is W of the chosen maps, (K, D, C), and B @ A h
                 ("super().forward(x)", "F.linear(x, self.weight)"),
             ),
             "The update goes to the first maps: it goes to those in `chosen`.": (
-                (
-                    "self._in_place(updates, 0.0)",
-                    "F.pad(torch.cat(updates, 1), (0, self.out_features - len(updates) * updates[0].size(1)))",
-                ),
+                ("zip(self.chosen, narrow,", "zip(range(len(self.B)), narrow,"),
             ),
             "Dropout is left out: it stands before A.": (("self.dropout(x)", "x"),),
             "Dropout stands before the frozen map too: only A reads its result.": (
