@@ -338,6 +338,21 @@ def test_a_short_run_is_compared_after_as_many_tokens(tmp_path):
     assert expected in page_of(tmp_path).text
 
 
+@pytest.mark.parametrize(
+    "loss, words",
+    [
+        (3.75, "The plateau, shaded, lasts from 0.0396 to 0.358 million tokens"),
+        (3.75, "At the end the loss is 2.93 below the unigram entropy."),
+        (6.60, "At the end the loss is no better than that: train for longer."),
+    ],
+)
+def test_it_says_where_the_plateau_is_and_whether_it_was_left(tmp_path, loss, words):
+    pretrained(tmp_path)
+    metrics = json.loads((tmp_path / "metrics.json").read_text()) | {"loss": loss}
+    write(tmp_path, metrics=metrics)
+    assert words in page_of(tmp_path).text
+
+
 # Files of other times, and damaged ones
 
 

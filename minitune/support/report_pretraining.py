@@ -24,6 +24,7 @@ from minitune.support.runs import Run, read_json
 
 REFERENCE = Path(__file__).parents[2] / "tests" / "benchmarks" / "runs" / "default"
 SAME = {"data": "imdb", "preset": "tiny", "init": None, "vocab_size": 8192}  # as the reference run
+PLATEAU = 0.1  # nats: as near to the unigram entropy a model uses no context
 NEAR = 0.25  # nats: so far runs with these settings differ by chance
 LOGGED = 10  # entries of a log whose mean is "the loss at a step"
 
@@ -45,7 +46,7 @@ def content(settings: dict, metrics: dict, log: list[dict], shown: dict) -> tupl
     )
     parts = [quiet(f"Pretraining on {settings['data']}"), known, curve(settings, metrics, log)]
     if shown:
-        parts += [blanks(log, shown, metrics), nearest(shown)]
+        parts += [blanks(log, shown), nearest(shown)]
     else:
         parts.append(quiet("What the model wrote into blanks was not recorded by this run."))
     return f"Pretraining: {start}", together(*parts)
@@ -81,11 +82,12 @@ def curve(settings: dict, metrics: dict, log: list[dict]) -> Html:
     rows = [(f"{x:.3g}", f"{y:.3f}", f"{math.exp(y):,.0f}") for x, y in checked]
     head = "million tokens", "validation loss", "as unsure as among so many words"
     figures = details("The figures", table("Evaluations", head, rows))
-    words = [tag("p", verdict(settings, metrics, log, reference)), tag("p", about_plateau(span))]
+    about = about_plateau(span, metrics["loss"], unigram)
+    words = tag("p", verdict(settings, log, reference)), tag("p", about)
     return section("Is this loss normal?", *words, chart.draw(), figures)
 
 
-def verdict(settings: dict, metrics: dict, log: list[dict], reference: list[dict]) -> str:
+def verdict(settings: dict, log: list[dict], reference: list[dict]) -> str:
     """The loss beside the reference run's after as many tokens."""
     if any(settings.get(key) != value for key, value in SAME.items()) or not log:
         return (
@@ -105,14 +107,17 @@ def verdict(settings: dict, metrics: dict, log: list[dict], reference: list[dict
     return words + f"That is {mine - other:.2f} worse: see what differs from the default options."
 
 
-def about_plateau(span: tuple[float, float] | None) -> str:
-    """Where the loss stood still."""
-    if span is None:
-        return "There is no plateau: the loss falls past the unigram entropy without a stop."
-    return (
-        f"The plateau, shaded, lasts from {span[0]:.2f} to {span[1]:.2f} million tokens: the model "
-        "knows how frequent words are and does not yet use the words around a blank."
-    )
+def about_plateau(span: tuple[float, float] | None, loss: float, unigram: float) -> str:
+    """Where the loss stood still, and whether it has left that."""
+    words = "There is no plateau."
+    if span:
+        words = (
+            f"The plateau, shaded, lasts from {span[0]:.3g} to {span[1]:.3g} million tokens: the "
+        )
+        words += "model knows how frequent words are and does not yet use the words around a blank."
+    if loss > unigram - PLATEAU:
+        return words + " At the end the loss is no better than that: train for longer."
+    return words + f" At the end the loss is {unigram - loss:.2f} below the unigram entropy."
 
 
 def millions(entry: dict) -> str:
@@ -120,7 +125,7 @@ def millions(entry: dict) -> str:
     return f"{entry['tokens'] / 1e6:.3g}"
 
 
-def blanks(log: list[dict], shown: dict, metrics: dict) -> Html:
+def blanks(log: list[dict], shown: dict) -> Html:
     """What the model wrote into the same blanks from evaluation to evaluation."""
     columns = [("start", shown["start"]["blanks"])]
     columns += [(f"{millions(e)} M", e["blanks"]) for e in log if "blanks" in e]
@@ -137,8 +142,8 @@ def blanks(log: list[dict], shown: dict, metrics: dict) -> Html:
     return section(
         "What was learned when",
         quiet(
-            "At each evaluation of the training the model filled the same ten blanks. As a rule it "
-            "learns frequent words first, then what fits the grammar, then what fits the sense."
+            "At each evaluation of the training the model filled the same ten blanks. Look for the "
+            "order: frequent words, then words that fit the grammar, then words that fit the sense."
         ),
         tag("div", table(caption, head, best), class_="words"),
         details("The three most probable words", tag("div", more, class_="words")),
