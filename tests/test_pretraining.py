@@ -357,7 +357,7 @@ def test_a_run_logs_the_blanks_at_each_evaluation_and_reports_them(pretrain, mon
                 [expected] = fill_blanks(saved, sentence, 3)
                 assert [p for _, p in words] == pytest.approx([p for _, p in expected], abs=2e-4)
     page = (out / "report.html").read_text()
-    assert "What was learned when" in page and f"{evaluated[3]['tokens'] / 1e6:.3g} M" in page
+    assert "What was learned when" in page and f">{evaluated[3]['tokens'] / 1e6:.3g}<" in page
 
 
 def test_a_run_whose_report_fails_is_finished(pretrain, monkeypatch, capsys):

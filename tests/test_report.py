@@ -299,7 +299,7 @@ def test_blanks_stand_under_the_tokens_after_which_they_were_filled(tmp_path):
     entries = [entry for entry in pretrained(tmp_path) if "validation" in entry]
     page = page_of(tmp_path)
     head, *rows = table_of(page, "The most probable word after")
-    tokens = [f"{entry['tokens'] / 1e6:.3g} M" for entry in entries]
+    tokens = [f"{entry['tokens'] / 1e6:.3g}" for entry in entries]
     assert head == ["sentence", "start", *tokens, "end"] and len(entries) == 12
     for i, row in enumerate(rows):
         assert row == [

@@ -59,7 +59,6 @@ def curve(settings: dict, metrics: dict, log: list[dict]) -> Html:
     tokens, losses = [e["tokens"] / 1e6 for e in log], [e["loss"] for e in log]
     last = metrics["tokens"] / 1e6
     checked = [(e["tokens"] / 1e6, e["validation"]["loss"]) for e in log if "validation" in e]
-    checked.append((last, metrics["loss"]))
     every = [metrics["loss"], there["loss"], uniform, *losses, *(e["loss"] for e in reference)]
     title = (
         f"The loss ends at {metrics['loss']:.2f} nats, after {millions(metrics)} million tokens. "
@@ -77,9 +76,12 @@ def curve(settings: dict, metrics: dict, log: list[dict]) -> Html:
     xs, ys = [e["tokens"] / 1e6 for e in reference], [e["loss"] for e in reference]
     chart.line(*smoothed(xs, ys), "reference", "reference run, training, smoothed")
     chart.line(tokens, losses, "single", "this run, training")
-    chart.line(*zip(*checked, strict=True), "mine")
-    chart.dots(*zip(*checked, strict=True), "mine", "this run, validation rows")
+    if checked:
+        chart.line(*zip(*checked, strict=True), "mine")
+        chart.dots(*zip(*checked, strict=True), "mine", "this run, part of the validation rows")
+    chart.dots([last], [metrics["loss"]], "other", "at the end, all validation rows")
     rows = [(f"{x:.3g}", f"{y:.3f}", f"{math.exp(y):,.0f}") for x, y in checked]
+    rows.append(("end, all rows", f"{metrics['loss']:.3f}", f"{math.exp(metrics['loss']):,.0f}"))
     head = "million tokens", "validation loss", "as unsure as among so many words"
     figures = details("The figures", table("Evaluations", head, rows))
     about = about_plateau(span, metrics["loss"], unigram)
@@ -128,7 +130,7 @@ def millions(entry: dict) -> str:
 def blanks(log: list[dict], shown: dict) -> Html:
     """What the model wrote into the same blanks from evaluation to evaluation."""
     columns = [("start", shown["start"]["blanks"])]
-    columns += [(f"{millions(e)} M", e["blanks"]) for e in log if "blanks" in e]
+    columns += [(millions(e), e["blanks"]) for e in log if "blanks" in e]
     columns.append(("end", shown["end"]["blanks"]))
     head = ["sentence", *(name for name, _ in columns)]
     best, several = [], []
