@@ -27,12 +27,12 @@ from pathlib import Path
 from minitune.attention import resolve_backend
 from minitune.checkpoint import load_tokenizer, read_config, weights_hash
 from minitune.classification import Examples, TokenizedTexts
+from minitune.commands.labelling import evaluate_explanations, label_new_reviews
+from minitune.commands.pages import write_page_of_run
 from minitune.data import SPLITS, Dataset, Reviews
 from minitune.finetuning import Experiment, Setup, fine_tune
-from minitune.labelling import evaluate_explanations, label_new_reviews
 from minitune.merging import merge_runs
 from minitune.methods import METHODS, check_options
-from minitune.pages import write_page_of_run
 from minitune.peft_files import read_trained
 from minitune.support.baselines import answer_test_rows
 from minitune.support.cli import (

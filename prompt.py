@@ -36,11 +36,11 @@ from torch import Tensor
 from minitune import checkpoint
 from minitune.attention import resolve_backend
 from minitune.calibration import ClozeClassifier, Ensemble, compare_prompts
+from minitune.commands.labelling import rows_to_label
+from minitune.commands.pages import page_of_prompts
 from minitune.data import Dataset, Reviews, label_index
 from minitune.explain import Question, attention_maps
 from minitune.initialization import NEIGHBOUR_LAYERS, from_scratch, neighbour_offset
-from minitune.labelling import rows_to_label
-from minitune.pages import page_of_prompts
 from minitune.prediction import ExplainedPrediction, explained
 from minitune.prompting import (
     TEMPLATES,

@@ -28,12 +28,10 @@
     probes          what a model has learned: ten blanks, nearest words
     explain         why this label: what each word adds, and how to test that
     prediction      new texts in, labels out
-    labelling       the same from the command line
-    pages           a model in one HTML file, for any browser
-    demos           three lessons on a sentence of yours: python -m minitune.masking "a sentence"
     doctor          whether a machine, a run or a data file is in order
 
-`fast` makes things fast and computes nothing new; `support` is what every such program needs.
+`commands` is what the scripts do besides training; `fast` makes things fast and computes nothing
+new; `support` is what every such program needs.
 """
 
 import os

@@ -211,6 +211,6 @@ def attention(
 
 
 if __name__ == "__main__":
-    from minitune import demos
+    from minitune.commands import demos
 
     demos.run(demos.show_attention)

@@ -53,6 +53,6 @@ def mask_tokens(
 
 
 if __name__ == "__main__":
-    from minitune import demos
+    from minitune.commands import demos
 
     demos.run(demos.show_masking)

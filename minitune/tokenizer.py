@@ -146,6 +146,6 @@ def _alphabet(backend: tokenizers.Tokenizer, texts: list[str]) -> set[str]:
 
 
 if __name__ == "__main__":
-    from minitune import demos
+    from minitune.commands import demos
 
     demos.run(demos.show_tokenizer)

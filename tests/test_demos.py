@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
-from minitune import demos
 from minitune.checkpoint import load_masked_lm
+from minitune.commands import demos
 from minitune.explain import attention_maps
 from minitune.model import BertConfig
 

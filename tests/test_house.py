@@ -9,8 +9,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "minitune"
 # A floor may import from floors below it; within a floor imports make no circle.
 FLOORS = [
-    {"train", "finetune", "prompt", "doctor", "demos"},
-    {"finetuning", "prediction", "labelling", "merging", "pages"},
+    {"train", "finetune", "prompt", "doctor"},
+    {"commands"},
+    {"finetuning", "prediction", "merging"},
     {"checkpoint", "trained", "peft_files", "methods"},
     {"pretraining", "classification", "features", "adapters", "lora", "ia3"}
     | {"prompting", "calibration", "explain", "temperature", "probes"},

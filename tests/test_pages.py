@@ -19,9 +19,9 @@ from minitune.batching import PackedBatch
 from minitune.calibration import Ensemble
 from minitune.checkpoint import load_masked_lm, save_model
 from minitune.classification import TokenizedTexts
+from minitune.commands.pages import page_of_classifier, page_of_prompts
 from minitune.methods import build
 from minitune.model import BertConfig
-from minitune.pages import page_of_classifier, page_of_prompts
 from minitune.prediction import Classifier
 from minitune.prompting import TEMPLATES, FillMask, Prompt
 from minitune.support.cli import run_script

@@ -18,8 +18,8 @@ from torch import nn
 
 from minitune.checkpoint import save_model, weights_hash
 from minitune.classification import TokenizedTexts
+from minitune.commands.labelling import rows_to_label
 from minitune.features import FeatureClassifier
-from minitune.labelling import rows_to_label
 from minitune.methods import build
 from minitune.model import BertConfig, BertForSequenceClassification
 from minitune.prediction import Classifier

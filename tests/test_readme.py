@@ -113,6 +113,8 @@ def quicker(words: list[str], out: Path, tiny) -> list:
         if {"--fill", "--generate", "--look"} & set(words):
             return words
         return [*words, "--words", "negative=bad", "positive=good", "--unlabelled", "8"]
+    if "--page" in words:
+        return [*words, "--model", tiny.fine_tuned, "--page", out.with_suffix(".html")]
     if "finetune.py" in words and {"--predict", "--explain"} & set(words):
         few = ["--evaluate", "2", "--data", tiny.long] if "--evaluate" in words else []
         return [*words, "--model", tiny.fine_tuned, *few]
@@ -129,6 +131,8 @@ def quicker(words: list[str], out: Path, tiny) -> list:
             "--train-examples",
             *sizes,
         ]
+    if "tests.exercises" in words or words[2].startswith("minitune."):
+        return words
     if words[2] in MEASUREMENTS:
         plot = ["--plot", out.with_suffix(".png")] if "--plot" in words else []
         return [*words[:3], *MEASUREMENTS[words[2]].split(), *plot]
@@ -141,6 +145,8 @@ def test_command_runs(command, tmp_path, tiny, monkeypatch, capfd):
     monkeypatch.setattr(minitune.corpus, "CACHE", tmp_path / "cache")
     monkeypatch.setattr(sys, "stdin", io.StringIO((SAMPLES / "reviews.txt").read_text()))
     words = [str(word) for word in quicker(shlex.split(command), tmp_path / "run", tiny)]
+    if "tests.exercises" in words:
+        monkeypatch.chdir(tmp_path)  # where it writes files to fill in
     as_module = words[1] == "-m"
     monkeypatch.setattr(sys, "argv", words[2 if as_module else 1 :])
     try:
@@ -189,7 +195,7 @@ def test_links_lead_to_files_and_headings_that_exist(page):
 
 
 def test_readme_and_package_give_the_same_reading_order():
-    listed = re.findall(r"^\| \[(\w+)\.py\]\(minitune/\w+\.py\)", README.read_text(), re.M)
+    listed = re.findall(r"^\| `(\w+)\.py` \|", README.read_text(), re.M)
     assert listed == re.findall(r"^    (\w+) {2,}\S", minitune.__doc__, re.M)
     lessons = {path.stem for path in (ROOT / "minitune").glob("*.py")} - {"__init__"}
     assert set(listed) == lessons

@@ -11,7 +11,7 @@ import argparse
 
 from minitune.calibration import Ensemble
 from minitune.classification import BEGINNING_SHARE
-from minitune.labelling import latest_run
+from minitune.commands.labelling import latest_run
 from minitune.merging import merge
 from minitune.prediction import Classifier
 from minitune.prompting import MASK, TEXT, Prompt

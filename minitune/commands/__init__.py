@@ -1,0 +1,1 @@
+"""What the scripts do besides training: label and explain new texts, write pages, show lessons."""
