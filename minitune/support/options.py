@@ -74,7 +74,7 @@ def finetune_options() -> Parser:
     add = options.group("what is trained, on what")
     method = "one, or several to be compared in one table"
     add("--method", method, _keys("methods", "METHODS"), ["adapter"], nargs="+")
-    model = "pretrained: minilm, a BERT directory, a hub id; default: the last run of train.py. "
+    model = "minilm, a BERT directory, a hub id; default: the last run of train.py on IMDb. "
     add("--model", model + "With --predict: what a run of finetune.py wrote")
     data = "imdb, rotten_tomatoes, a .csv .tsv .jsonl file, a folder"
     add("--data", data, default="imdb")
@@ -156,7 +156,7 @@ def prompt_options() -> Parser:
     add("--generate", "write N tokens after each TEXT", int_range(1, 10**6), metavar="N")
     add("--explain", "with texts: what each word adds to the answer of one template", bool)
     add = options.group("how a text becomes a query")
-    add("--model", "minilm, a BERT directory, a hub id; default: the last run of train.py")
+    add("--model", "minilm, a BERT directory, a hub id; default: the last run of train.py on IMDb")
     template = "with {text} and [MASK]; several answer together; default: "
     templates = ast.literal_eval(_constant("prompting", "TEMPLATES"))
     template += f"{len(templates)} templates about films"
