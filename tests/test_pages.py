@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from minitune.support.cli import run_script
 from minitune.support.errors import UserError
 from minitune.support.page import check_path, pack, quantise, write_page
 from minitune.support.runtime import Runtime
+from minitune.support.tokenizer_files import SPECIAL_TOKENS
 from minitune.tokenizer import Tokenizer
 from tests.chromium import PROGRAM, Chromium
 
@@ -141,22 +143,34 @@ def test_int8_is_off_by_half_a_step_at_most(columns, fixed_seed):
     assert (scales * unit <= abs(groups).max(1, keepdims=True) / 127 + unit).all()
 
 
+def letter_tokenizer(added=(), **options):
+    """Every letter of UNICODE and TEXTS, and what normalizing may make of it, is a token."""
+    text = "".join([UNICODE, *TEXTS])
+    text += unicodedata.normalize("NFD", text)
+    letters = sorted({*text, *"".join(letter.lower() for letter in text)} - {*" \n"})
+    tokens = [*SPECIAL_TOKENS, *letters, *("##" + letter for letter in letters)]
+    return Tokenizer({token: i for i, token in enumerate(tokens)}, added, **options)
+
+
 @in_node
-def test_token_ids_are_those_of_the_tokenizer(classifier, node, tokenizer):
+def test_token_ids_are_those_of_the_tokenizer(classifier, node):
+    asked = classifier("full")
+    asked.tokenizer = letter_tokenizer()
     texts = [*TEXTS, UNICODE, *UNICODE.split(), "", " \n"]
-    page = page_of_classifier(classifier("full"), "x")
-    assert node(page, [{"encode": text} for text in texts]) == tokenizer.encode(texts)
+    expected = asked.tokenizer.encode(texts)
+    page = page_of_classifier(asked, "x")
+    assert node(page, [{"encode": text} for text in texts]) == expected
+    assert sum(expected, []).count(asked.tokenizer.unk_id) == 2  # the word of over 100 letters
 
 
 @in_node
 @pytest.mark.parametrize("options", [{"lowercase": False}, {"strip_accents": False},
     {"lowercase": False, "strip_accents": True, "handle_chinese_chars": False, "clean_text": False}])  # fmt: skip
-def test_token_ids_with_other_options_and_added_tokens(classifier, node, tokenizer, options):
+def test_token_ids_with_other_options_and_added_tokens(classifier, node, options):
     asked = classifier("full")
     added = [AddedToken("SO-SO", normalized=False), AddedToken("so", normalized=False)]
     added += [AddedToken("Great Film", normalized=True), AddedToken("a.b", normalized=True)]
-    vocab = {token: i for i, token in tokenizer.tokens.items()}
-    asked.tokenizer = Tokenizer(vocab, added, remove_markup=False, **options)
+    asked.tokenizer = letter_tokenizer(added, remove_markup=False, **options)
     texts = [*TEXTS, UNICODE, "SO-SO so-so somesoSO", "a GREAT FILM Great film a.b acb A.B"]
     page = page_of_classifier(asked, "x")
     assert node(page, [{"encode": text} for text in texts]) == asked.tokenizer.encode(texts)
