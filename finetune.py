@@ -36,7 +36,6 @@ from minitune.methods import METHODS, check_options
 from minitune.peft_files import read_trained
 from minitune.support.baselines import answer_test_rows
 from minitune.support.cli import (
-    check_same,
     choose_max_len,
     columns,
     drawing,
@@ -102,7 +101,7 @@ def open_runs(args: argparse.Namespace, stack: contextlib.ExitStack) -> list[Exp
         run = Run.open(directory, args.resume, args.overwrite, mark="experiment")
         experiment = Experiment(method, size, args.seed + k, stack.enter_context(run))
         if settings := experiment.run.settings:
-            check_same(args, settings, MAY_CHANGE, directory)
+            finetune_options().check_same(args, settings, MAY_CHANGE, directory)
             if not settings.keys() >= {"base_hash", "dataset", "soup"}:
                 raise UserError(f"--resume: the settings of the run in {directory} are not whole")
             if settings["experiment"] != experiment.description:

@@ -178,9 +178,10 @@ def pretrain(args: argparse.Namespace, run: Run) -> None:
 
 
 def expectation(args: argparse.Namespace, steps: int) -> str:
-    """Words on the loss to expect after `steps`; none if the recipe is not the default's."""
+    """Words on the loss to expect after `steps`; none where it was not measured."""
     default = train_options().get_default
-    if steps < min(MEASURED) or any(getattr(args, key) != default(key) for key in RECIPE):
+    is_default = all(getattr(args, key) == default(key) for key in RECIPE)
+    if not (is_default and min(MEASURED) <= steps <= max(MEASURED)):
         return ""
     loss = np.interp(math.log(steps), [math.log(n) for n in MEASURED], list(MEASURED.values()))
     return f"; such runs end near a loss of {loss:.1f}"

@@ -12,6 +12,8 @@ from minitune.lora import TARGETS
 from minitune.methods import METHODS
 from minitune.model import PRESETS
 from minitune.prompting import TEMPLATES
+from minitune.support.cli import ADDED, columns, options_to_save
+from minitune.support.errors import UserError
 from minitune.support.options import finetune_options, prompt_options, train_options
 from train import PEAK_LR
 
@@ -51,3 +53,20 @@ def test_help_and_wrong_options_are_answered_without_torch(
     out, err = capsys.readouterr()
     assert out.startswith("usage: ") if status == 0 else err.startswith("error: ")
     assert err.count("\n") == (status == 2)
+
+
+@pytest.mark.parametrize("options", [train_options, finetune_options])
+def test_a_run_without_the_options_of_later_versions_has_their_defaults(monkeypatch, options):
+    saved = options_to_save(options().parse_args(["--max-len", "32"]))
+    older = {key: value for key, value in saved.items() if key not in ADDED}
+    monkeypatch.setattr(sys, "argv", ["script"])
+    assert older != saved == options_to_save(options().resumed(older, set(), "run"))
+    monkeypatch.setattr(sys, "argv", ["script", "--text-column", "review"])
+    with pytest.raises(UserError, match="--text-column review: the run in run has text"):
+        options().resumed(older, set(), "run")
+
+
+def test_one_column_for_text_and_label_is_refused():
+    args = finetune_options().parse_args(["--text-column", "label"])
+    with pytest.raises(UserError, match="--text-column and --label-column are both label"):
+        columns(args)

@@ -15,6 +15,9 @@ from minitune.support.text_files import Columns
 # Options that say what to do in this call, not how a run is computed.
 NOT_SAVED = {"help", "out", "resume", "overwrite", "predict", "explain", "evaluate", "base", "json"}
 NOT_SAVED |= {"merge", "weights", "page", "yes"}
+# Options that runs of earlier versions have not saved. Such a run was computed with their defaults.
+ADDED = {"text_column", "label_column", "class_weights", "lora_targets", "lora_rank", "lora_alpha",
+         "lora_dropout", "rslora", "dora"}  # fmt: skip
 LONGEST_ERROR = 600  # characters; an option may hold a whole book
 
 
@@ -107,8 +110,20 @@ class Parser(argparse.ArgumentParser):
             raise UserError(f"{where}/settings.json is damaged: {error}") from error
         args = self.parse_args(words + sys.argv[1:])
         if saved:
-            check_same(args, saved, may_change, where)
+            self.check_same(args, saved, may_change, where)
         return args
+
+    def check_same(
+        self, args: argparse.Namespace, saved: dict, may_change: set[str], where: object
+    ) -> None:
+        """Raise UserError where an option differs from that of a saved run."""
+        defaults = vars(self.parse_args([]))
+        saved = {key: defaults[key] for key in ADDED & defaults.keys()} | saved
+        for key, value in options_to_save(args).items():
+            other = saved.get(key, "none saved")
+            if key not in may_change and other != value:
+                flag = key.replace("_", "-")
+                raise UserError(f"--{flag} {value}: the run in {where} has {other}")
 
     def error(self, message: str) -> None:
         raise UserError(message)
@@ -119,14 +134,6 @@ def options_to_save(args: argparse.Namespace) -> dict:
     return {key: value for key, value in vars(args).items() if key not in NOT_SAVED}
 
 
-def check_same(args: argparse.Namespace, saved: dict, may_change: set[str], where: object) -> None:
-    """Raise UserError where an option differs from that of a saved run."""
-    for key, value in options_to_save(args).items():
-        other = saved.get(key, "none saved")
-        if key not in may_change and other != value:
-            raise UserError(f"--{key.replace('_', '-')} {value}: the run in {where} has {other}")
-
-
 def add_columns(add: Callable) -> None:
     """The options that say which columns of a table are meant."""
     name = "the column of a .csv, .tsv or .jsonl file that holds the"
@@ -135,7 +142,9 @@ def add_columns(add: Callable) -> None:
 
 
 def columns(args: argparse.Namespace) -> Columns:
-    """The values of these two options."""
+    """The values of these two options. UserError where both name one column."""
+    if args.text_column == args.label_column:
+        raise UserError(f"--text-column and --label-column are both {args.text_column}")
     return Columns(args.text_column, args.label_column)
 
 
