@@ -15,6 +15,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import shutil
 import sys
 import time
@@ -32,6 +33,7 @@ from minitune.attention import resolve_backend
 from minitune.batching import PackedBatch
 from minitune.checkpoint import load_tokenizer, read_config
 from minitune.data import PACKAGED, SPLITS, Dataset, Reviews, Row
+from minitune.methods import METHODS
 from minitune.model import PRESETS, BertForMaskedLM
 from minitune.optimizer import Optimizer
 from minitune.support import cli
@@ -39,7 +41,7 @@ from minitune.support.baselines import evaluate_baselines
 from minitune.support.cli import Parser, run_script
 from minitune.support.errors import UserError, plural
 from minitune.support.model_names import default_model, find_model
-from minitune.support.runs import Run, read_json
+from minitune.support.runs import Run, read_if_there, read_json
 from minitune.support.runtime import Runtime
 from minitune.support.text_files import DEFAULT_COLUMNS, Columns
 
@@ -52,6 +54,7 @@ LOGGED = 10  # entries of a log, of whose losses the mean is taken: single steps
 PLATEAU = 0.1  # nats above which a loss is no better than the unigram entropy
 BEHIND = 0.25  # nats above the reference run that are more than chance
 DEFAULTS = {"data": "imdb", "preset": "tiny", "init": None, "vocab_size": 8192}  # of the reference
+DAMAGED = UserError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError
 LONG = 512  # tokens that the default model reads of a text
 
 
@@ -152,27 +155,36 @@ def _available_memory() -> int | None:
 
 def examine_run(directory: Path) -> Iterator[Finding]:
     """A run of train.py, or those of finetune.py in a directory, from their own logs."""
-    runs = [path.parent for path in sorted(directory.rglob("settings.json"))]
-    for path in runs:
-        settings, log = read_json(path / "settings.json"), Run(path).read_log()
-        losses = [entry for entry in log if "loss" in entry]
-        if not losses:
-            yield Finding(str(path), WRONG, f"{path}: no step is in its log", "start it again")
-            continue
-        metrics = read_json(path / "metrics.json") if (path / "metrics.json").is_file() else {}
-        steps = losses[-1].get("steps", metrics.get("steps"))
-        if metrics:
-            found = f"{path}: finished, {plural(losses[-1]['step'], 'step')}"
-            yield Finding(str(path), GOOD, found)
-        else:
-            found = (
-                f"{path}: stopped, or still at work, at step {losses[-1]['step']:,} of {steps:,}"
-            )
-            yield Finding(str(path), NOTE, found, f"continue it with --resume --out {path}")
-        pretraining = "preset" in settings
-        examine = _examine_pretraining if pretraining else _examine_fine_tuning
-        yield from examine(path, settings, losses, metrics)
-        yield from _examine_validation(path, losses, pretraining)
+    for path in [path.parent for path in sorted(directory.rglob("settings.json"))]:
+        try:
+            yield from _examine_files(path)
+        except DAMAGED as error:
+            what = str(error) if isinstance(error, UserError) else repr(error)
+            yield Finding(str(path), WRONG, f"{path}: damaged: {what}", "start it again")
+
+
+def _examine_files(path: Path) -> Iterator[Finding]:
+    """One run. Any error of DAMAGED where its files hold what no run writes."""
+    settings, log = read_json(path / "settings.json"), Run(path).read_log()
+    losses = [entry for entry in log if "loss" in entry]
+    if not losses:
+        yield Finding(str(path), WRONG, f"{path}: no step is in its log", "start it again")
+        return
+    metrics, step = read_if_there(path / "metrics.json"), losses[-1]["step"]
+    pretraining = "preset" in settings
+    if metrics:
+        yield Finding(str(path), GOOD, f"{path}: finished, {plural(step, 'step')}")
+    else:
+        found = f"{path}: stopped, or still at work, at step {step:,}"
+        if steps := losses[-1].get("steps"):  # logs of earlier versions do not say how many
+            found += f" of {steps:,}"
+        # finetune.py writes to OUT/METHOD, or to folders in it.
+        out = next((p.parent for p in (path, *path.parents) if p.name in METHODS), path)
+        advice = f"continue it with --resume --out {shlex.quote(str(path if pretraining else out))}"
+        yield Finding(str(path), NOTE, found, advice)
+    examine = _examine_pretraining if pretraining else _examine_fine_tuning
+    yield from examine(path, settings, losses, metrics)
+    yield from _examine_validation(path, losses, pretraining)
 
 
 def _examine_pretraining(
@@ -224,7 +236,7 @@ def _examine_fine_tuning(
     if accuracy > share + 0.02:
         yield Finding(str(path), GOOD, found)
     else:
-        advice = "it gives one answer only: look at the labels, then try another --lr or more rows"
+        advice = "no better than that: look at the labels, then try another --lr or more rows"
         yield Finding(str(path), WRONG, found, advice)
 
 
@@ -250,7 +262,7 @@ def _mean_loss(losses: list[dict]) -> float:
 def examine_data(name: str, columns: Columns = DEFAULT_COLUMNS) -> Iterator[Finding]:
     """Rows, labels, duplicates, lengths, unknown tokens; and the accuracy that is to be beaten."""
     try:
-        rows = list(Dataset(name, columns=columns).split_rows())
+        rows = list(Dataset(name, option="data", columns=columns).split_rows())
     except UserError as error:
         if name not in PACKAGED and not Path(name).exists():
             raise  # no such file is no finding
@@ -267,7 +279,7 @@ def examine_data(name: str, columns: Columns = DEFAULT_COLUMNS) -> Iterator[Find
         yield Finding(name, NOTE, found)
         return
     try:
-        reviews = Reviews.load(Dataset(name, columns=columns))
+        reviews = Reviews.load(Dataset(name, option="data", columns=columns))
     except UserError as error:
         advice = "finetune.py cannot use it; train.py can" if None in labels else "add rows"
         yield Finding(name, WRONG, str(error), advice)
@@ -335,7 +347,7 @@ def main() -> None:
     """Examine what is named, or this machine."""
     options = Parser("Say what this machine can do, whether a run is healthy, or data is fit.")
     help = "runs, data files, folders, imdb, rotten_tomatoes; none: this machine"
-    options.add_argument("subjects", nargs="*", metavar="RUN_OR_DATA", help=help)
+    options.add_argument("subjects", nargs="*", type=cli.text, metavar="RUN_OR_DATA", help=help)
     cli.add_columns(options.group("data"))
     options.add_argument("--json", action="store_true", help="one JSON object a finding")
     args: argparse.Namespace = options.parse_args()

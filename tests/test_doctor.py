@@ -79,6 +79,39 @@ def test_an_unfinished_run_can_be_continued(tmp_path):
     assert "--resume" in finding.advice
 
 
+def test_an_unfinished_run_of_fine_tuning_is_continued_in_the_directory_of_its_methods(tmp_path):
+    (tmp_path / "my runs" / "full").mkdir(parents=True)
+    run = write_run(tmp_path / "my runs" / "full" / "64", [6.0])
+    (run / "settings.json").write_text(json.dumps({"experiment": {"method": "full"}}))
+    [finding] = doctor.examine_run(tmp_path)
+    assert finding.advice == f"continue it with --resume --out '{tmp_path}/my runs'"
+
+
+DAMAGED = {
+    "no steps in the log of an earlier version": (doctor.NOTE, {}, {"steps": None}),
+    "no tokens": (doctor.WRONG, {}, {"tokens": "many"}),
+    "a huge loss": (doctor.WRONG, {}, {"loss": 10**400}),
+    "no loss of validation": (doctor.WRONG, {}, {"validation": {}}),
+    "metrics of nothing": (doctor.WRONG, {"method": "full"}, {}),
+    "a log of words": (doctor.WRONG, {}, {"loss": "low"}),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_damaged_run_is_a_finding_and_the_next_one_is_examined(tmp_path, case):
+    kind, metrics, entry = DAMAGED[case]
+    run = write_run(tmp_path / "a", [5.0] * 9, (5.0,) * 9)
+    write_run(tmp_path / "b", [5.0] * 9)
+    if metrics:
+        (run / "settings.json").write_text("{}")
+        (run / "metrics.json").write_text(json.dumps(metrics))
+    lines = [json.loads(line) | entry for line in (run / "log.jsonl").read_text().splitlines()]
+    (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = list(doctor.examine_run(tmp_path))
+    assert kind in [finding.kind for finding in found if finding.subject == str(run)]
+    assert any(finding.subject == str(tmp_path / "b") for finding in found)
+
+
 def test_a_rising_validation_loss_is_overfitting(tmp_path):
     rising = write_run(tmp_path / "rising", [5.0] * 10, (5.0, 4.5, 4.6, 5.2))
     steady = write_run(tmp_path / "steady", [5.0] * 10, (5.0, 4.6, 4.5, 4.55))

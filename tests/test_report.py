@@ -387,6 +387,11 @@ def test_a_page_can_be_written_again_from_the_files(tmp_path, monkeypatch, capsy
         ("answers", {"names": ["bad", "good"], "temperature": 0, "test": {"labels": [0]}}),
         ("report", {"mistakes": [{"row": 10**9}]}),
         ("report", {"mistakes": 3}),
+        (
+            "report",
+            {"mistakes": [{"row": 0, "text": "half of a pair: \ud800", "bag_of_words": ""}]},
+        ),
+        ("answers", {"names": ["bad"], "temperature": 1, "test": {"labels": [], "logits": []}}),
     ],
 )
 def test_damaged_files_are_an_error_of_one_line_and_leave_no_page(tmp_path, name, content):

@@ -6,6 +6,7 @@ It is made from settings.json, log.jsonl and metrics.json; from report.json, whi
 the page shows; and, of a fine-tuning, from answers.json, the logits of validation and test rows.
 """
 
+import shlex
 from pathlib import Path
 
 from minitune.support import report_fine_tuning, report_pretraining
@@ -27,17 +28,18 @@ def write_report(directory: Path) -> None:
             title, body = report_fine_tuning.content(settings, metrics, log, answers, shown)
         else:
             title, body = report_pretraining.content(settings, metrics, log, shown)
-        content = page(title, directory, body)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        content = page(title, directory, body).encode()
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"{directory}: no report of damaged files: {error!r}") from error
-    write_atomically(directory / "report.html", content.encode())
+    write_atomically(directory / "report.html", content)
 
 
 def page(title: str, directory: Path, body: Html) -> str:
     """The whole document."""
     style = Path(__file__).with_name("report.css").read_text()
     again = together("Made from the JSON files in ", tag("code", directory), " by ")
-    again = together(again, tag("code", f"python -m minitune.support.report {directory}"), ".")
+    command = f"python -m minitune.support.report {shlex.quote(str(directory))}"
+    again = together(again, tag("code", command), ".")
     return f"""<!doctype html>
 <html lang="en">
 <head>
