@@ -160,6 +160,8 @@ def fine_tune_all(args: argparse.Namespace, experiments: list[Experiment]) -> No
     runtime.log(f"model: {args.model} ({why}")
     for experiment in experiments:
         check_options(experiment.method, config, args)
+        if experiment.run.directory.resolve() == directory.resolve():
+            raise UserError(f"--overwrite would delete {directory}, which --model names")
         if start and experiment.method != start.method:
             raise UserError(f"{directory} is a run of {start.method}: --method {start.method}")
     tokenizer = load_tokenizer(source, config)

@@ -196,14 +196,9 @@ def load_classifier(directory: Path, attention: str = "sdpa") -> BertForSequence
             raise UserError(f"{directory} is no classifier: fine-tune it first (finetune.py)")
         count = math.prod(weights.shape("classifier.bias"))
         config.id2label = {i: f"LABEL_{i}" for i in range(count)}
-    labels, raw = config.id2label, read_json(path)
-    kind, pooling = raw.get("problem_type"), raw.get("pooling", "cls")
-    if sorted(labels) != list(range(len(labels))) or len(labels) < 2:
-        raise UserError(f"{path}: id2label does not name two labels or more, from 0 on")
-    if not all(labels.values()) or len(set(labels.values())) < len(labels):
-        raise UserError(f"{path}: two labels of id2label have the same name, or one has none")
-    if kind not in (None, "single_label_classification"):
-        raise UserError(f"{path}: problem_type is {kind}; here one label is right")
+    check_labels(config.id2label, path)
+    raw = read_json(path)
+    pooling = raw.get("pooling", "cls")
     if pooling not in list(POOLERS):
         raise UserError(f"{path}: there is no pooling {pooling}")
     temperature = raw.get("softmax_temperature", 1.0)
@@ -213,6 +208,16 @@ def load_classifier(directory: Path, attention: str = "sdpa") -> BertForSequence
     load_bert(model, directory)
     model.temperature = temperature
     return model.eval()
+
+
+def check_labels(labels: dict[int, str], path: Path) -> None:
+    """Raise UserError unless a classifier can have these labels, of the `config.json` at `path`."""
+    if sorted(labels) != list(range(len(labels))) or len(labels) < 2:
+        raise UserError(f"{path}: id2label does not name two labels or more, from 0 on")
+    if not all(labels.values()) or len(set(labels.values())) < len(labels):
+        raise UserError(f"{path}: two labels of id2label have the same name, or one has none")
+    if (kind := read_json(path).get("problem_type")) not in (None, "single_label_classification"):
+        raise UserError(f"{path}: problem_type is {kind}; here one label is right")
 
 
 def load_tokenizer(directory: Path, config: BertConfig, remove_markup: bool = True) -> Tokenizer:

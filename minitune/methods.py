@@ -184,7 +184,7 @@ def load_trained(
     shape = saved.labels, attention, saved.pooling
     try:
         model = build(saved.method, source, *shape, **saved.options)
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{directory}/{saved.file} is damaged: {error!r}") from error
     saved.fill(model, directory)
     model.temperature = saved.temperature

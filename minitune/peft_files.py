@@ -9,7 +9,6 @@ Labels, longest text and the base's hash stand in `auto_mapping`, which peft kee
 read, since `task_type` tells it which class the base has.
 """
 
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from minitune.checkpoint import bert_names, open_weights, read_config, weights_hash
+from minitune.checkpoint import (
+    bert_names,
+    check_labels,
+    open_weights,
+    read_config,
+    weights_hash,
+)
 from minitune.data import MOST_LABELS
 from minitune.ia3 import ScaledKeysAndValues, ScaledUnits
 from minitune.lora import TARGETS, LoRA, scale_of
@@ -130,8 +135,12 @@ class PeftDirectory(Trained):
         method, options = METHODS_OF_PEFT[kind], {}
         try:
             if method == "lora":
+                # Before peft had these two, it computed as without them.
+                config = {"use_rslora": False, "use_dora": False} | config
                 options = {ours: config[theirs] for ours, theirs in SAME_OPTIONS.items()}
                 check_options(**options)
+                if not targets:
+                    raise ValueError("LoRA on no linear map of a layer")
                 options["lora_targets"] = ",".join(sorted(targets, key=TARGETS.index))
             path = config.get("base_model_name_or_path") or ""
             if type(path) is not str or "\0" in path:
@@ -159,6 +168,7 @@ class PeftDirectory(Trained):
             self.labels = config.id2label
             if len(self.labels) != count:
                 self.labels = {k: f"LABEL_{k}" for k in range(min(count, MOST_LABELS))}
+            check_labels(self.labels, source / "config.json")
         return source
 
     @torch.no_grad()
@@ -168,7 +178,8 @@ class PeftDirectory(Trained):
         empty = {name: p for name, p in model.named_parameters() if p.is_meta}
         empty = {name: torch.empty_like(p, device="cpu") for name, p in empty.items()}
         model.load_state_dict(empty, strict=False, assign=True)
-        if has_lora := f"{PREFIX}bert.pooler.dense.lora_A.weight" in weights.names:
+        has_lora = f"{PREFIX}bert.pooler.dense.lora_A.weight" in weights.names
+        if has_lora and self.method == "lora":
             rank, dora = self.options["lora_rank"], self.options["dora"]
             scale = scale_of(rank, self.options["lora_alpha"], self.options["rslora"])
             model.pooler.dense = LoRA(model.pooler.dense, 1, [0], rank, scale, dora=dora)
@@ -178,14 +189,15 @@ class PeftDirectory(Trained):
         for name, tensor in tensors.items():
             if name not in POOLER or POOLER & weights.names.keys():  # else it is the base's
                 tensor.copy_(weights.read(name, tuple(tensor.shape)))
-        if has_lora:  # minitune trains all of the pooler
+        if isinstance(model.pooler.dense, LoRA):  # minitune trains all of the pooler
             model.pooler.dense = model.pooler.dense.merged().requires_grad_(True)
 
 
 def check_options(lora_rank: int, lora_alpha: float, lora_dropout: float, **switches: bool) -> None:
     """Raise ValueError where these are no options of LoRA."""
     numbers = {type(lora_alpha), type(lora_dropout)} <= {int, float}
-    good = type(lora_rank) is int and lora_rank > 0 and numbers and math.isfinite(lora_alpha)
+    # Not NaN, and no more than float32 has room for.
+    good = type(lora_rank) is int and lora_rank > 0 and numbers and abs(lora_alpha) < 1e38
     if not good or not 0 <= lora_dropout < 1 or {*map(type, switches.values())} - {bool}:
         raise ValueError(f"r {lora_rank}, lora_alpha {lora_alpha}, lora_dropout {lora_dropout}")
 

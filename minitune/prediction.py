@@ -185,13 +185,16 @@ def predict_together(
 ) -> list[Prediction]:
     """One prediction a text, by the classifier that `names` has for it, in the order of the texts.
 
-    The texts of one classifier are read together. UserError for a name that none has.
+    The texts of one classifier are read together. UserError for a name that none has, or where
+    there is not one name a text.
     """
+    if len(names) != len(texts):
+        raise UserError(f"{len(texts)} texts and {len(names)} names of classifiers")
     answers = dict.fromkeys(range(len(texts)))
     for name in dict.fromkeys(names):
         if name not in classifiers:
             raise UserError(f"no classifier is named {name}: there are {', '.join(classifiers)}")
-        chosen = [i for i, own in zip(answers, names, strict=True) if own == name]
+        chosen = [i for i, its_name in enumerate(names) if its_name == name]
         predicted = classifiers[name].predict([texts[i] for i in chosen])
         answers |= zip(chosen, predicted, strict=True)
     return list(answers.values())

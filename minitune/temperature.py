@@ -67,8 +67,8 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 
 
 def is_temperature(value: object) -> bool:
-    """Whether a saved value can be one: a positive number."""
-    return type(value) in (int, float) and 0 < value < math.inf
+    """Whether a saved value can be one: a positive number, for which float32 has room."""
+    return type(value) in (int, float) and 0 < value < 1e38
 
 
 def score(logits: Tensor, labels: Tensor) -> dict:

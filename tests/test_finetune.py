@@ -400,6 +400,17 @@ def test_a_run_is_not_trained_on_by_another_method_or_for_other_labels(compared,
     assert not out.exists()
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_run_is_not_overwritten_by_a_training_that_starts_from_it(
+    compared, folder, tmp_path, method
+):
+    shutil.copytree(compared[0] / method, tmp_path / method)
+    words = ["--model", tmp_path / method, "--method", method, "--overwrite"]
+    before = contents(tmp_path)
+    assert_refused(*options(folder, tmp_path, *words), naming="--overwrite would delete")
+    assert contents(tmp_path) == before
+
+
 @pytest.mark.parametrize("method", ["lora", "ia3"])
 def test_a_merged_run_gives_the_answers_of_the_run(compared, folder, tmp_path, method):
     out = tmp_path / "merged"

@@ -265,6 +265,39 @@ def test_what_peft_leaves_out_comes_from_the_base_or_is_an_error(base, tmp_path)
     assert labels == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"id2label": {"0": "a", "1": "b", "2": "b"}}, "the same name"),
+        ({"id2label": {"1": "a", "2": "b", "3": "c"}}, "from 0 on"),
+        ({"problem_type": "multi_label_classification"}, "problem_type"),
+    ],
+)
+def test_labels_of_the_base_that_cannot_be_are_refused(base, tmp_path, config, message):
+    write_adapter(tmp_path / "peft", CASES["query and value"], base)
+    raw = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(raw | config))
+    with pytest.raises(UserError, match=message):
+        Classifier.load(str(tmp_path / "peft"), FP32)
+
+
+def test_of_an_older_peft_which_has_neither_rslora_nor_dora(base, tmp_path):
+    case = CASES["query and value"]
+    config = {key: v for key, v in case["config"].items() if key not in ("use_dora", "use_rslora")}
+    write_adapter(tmp_path / "peft", case | {"config": config}, base)
+    classifier = Classifier.load(str(tmp_path / "peft"), FP32)
+    close(logits(classifier.model), torch.tensor(case["logits"]))
+
+
+def test_a_lora_on_the_pooler_beside_ia3_is_refused(base, tmp_path):
+    tensors = {"base_model.model.bert.pooler.dense.lora_A.weight": [2, 16]}
+    tensors |= {"base_model.model.bert.pooler.dense.lora_B.weight": [16, 2]}
+    case = CASES["ia3"]
+    write_adapter(tmp_path / "peft", case | {"tensors": case["tensors"] | tensors}, base)
+    with pytest.raises(UserError, match="there is no .*pooler.dense.lora"):
+        Classifier.load(str(tmp_path / "peft"), FP32)
+
+
 def test_a_directory_that_names_no_base_needs_one(base, tmp_path):
     write_adapter(tmp_path / "peft", CASES["lora"], "")
     with pytest.raises(UserError, match="--base"):
@@ -299,6 +332,8 @@ DAMAGED = {
     "a rank above the size": ({"r": 17}, None, "rank 17"),
     "alpha is no number": ({"lora_alpha": None}, None, "damaged"),
     "alpha is infinite": ({"lora_alpha": math.inf}, None, "damaged"),
+    "alpha is above all float32": ({"lora_alpha": 10**309}, None, "damaged"),
+    "no LoRA": ({}, without("lora"), "no linear map"),
     "no classifier": ({}, without("classifier"), "classifier.weight is missing"),
     "no B": ({}, without("layer.1.attention.self.query.lora_B"), "lora_B.weight is missing"),
     "only one layer": ({}, without("layer.1"), "is missing"),
@@ -529,3 +564,6 @@ def test_in_one_batch_each_text_may_name_its_own_run(base, tmp_path):
     assert predict_together(classifiers, [], []) == []
     with pytest.raises(UserError, match="no classifier is named other"):
         predict_together(classifiers, ["Fine."], ["other"])
+    for wrong in ([], ["lora", "lora"]):
+        with pytest.raises(UserError, match="1 texts and"):
+            predict_together(classifiers, ["Fine."], wrong)

@@ -494,6 +494,16 @@ DAMAGES = {
         of_json(lambda raw: raw | {"temperature": "hot"}),
         "temperature 'hot'",
     ),
+    "a temperature above all float32": (
+        of_json(lambda raw: raw | {"temperature": 10**400}),
+        "temperature 1000",
+    ),
+    "a head that the method does not train": (
+        of_json(
+            lambda raw: without("adapter_size")(raw) | {"method": "bitfit", "pooling": "layers"}
+        ),
+        "neither pretrained nor trained",
+    ),
     "one label": (of_json(lambda raw: raw | {"labels": ["a"]}), "damaged"),
     "no labels at all": (of_json(lambda raw: raw | {"labels": []}), "damaged"),
     "the same label twice": (of_json(lambda raw: raw | {"labels": ["a", "b", "a"]}), "damaged"),
