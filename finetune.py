@@ -118,6 +118,9 @@ def finished_runs(out: Path, settings: dict) -> list[tuple[dict, dict]]:
         kinds = [type(metrics.get(key)) for key in ("accuracy", "train_examples")]
         if kinds != [float, int] or metrics.get("method") not in list(METHODS):
             raise UserError(f"{file} is damaged: it has no accuracy of a method")
+        same = {key: metrics.get(key) for key in ("method", "train_examples", "seed")}
+        if saved.get("experiment") not in (same, same | {"train_examples": None}):
+            raise UserError(f"{file} is damaged: settings.json beside it has another experiment")
         if all(saved.get(key) == settings[key] for key in SOURCES):
             runs[json.dumps(saved["experiment"])] = saved["experiment"], metrics
     return sorted(runs.values(), key=lambda run: list(METHODS).index(run[1]["method"]))

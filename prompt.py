@@ -158,7 +158,8 @@ def look(args: argparse.Namespace, fill_mask: FillMask, name: str, source: Path)
         raise UserError(f"--look: {len(ids)} tokens are more than the model has positions")
     maps, offsets = {"": attention_maps(bert, ids).cpu().numpy()}, []
     settings = read_json(source / "settings.json") if began_at_random(source) else {}
-    if isinstance(seed := settings.get("seed"), int):  # its first weights follow from it
+    seed = settings.get("seed")  # the first weights follow from it
+    if isinstance(seed, int) and 0 <= seed <= 2**31:
         start = from_scratch(bert.config, seed).bert
         maps = {"before training": attention_maps(start, ids.cpu()).numpy(), "after": maps[""]}
         offsets = [[neighbour_offset(head) for head in range(bert.config.num_attention_heads)]]

@@ -792,6 +792,18 @@ def test_damaged_figures_of_an_earlier_run_are_an_error_before_anything_is_train
     assert contents(tmp_path) == before
 
 
+@pytest.mark.parametrize("experiment", [None, {"method": "feature"}, {"method": "full"}, "feature"])
+def test_settings_that_do_not_fit_the_figures_beside_them_are_an_error(
+    folder, tmp_path, experiment
+):
+    succeed(*options(folder, tmp_path, "--method", "feature", "--epochs", "1"))
+    settings = tmp_path / "feature" / "settings.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"experiment": experiment}))
+    words = options(folder, tmp_path, "--method", "adapter", "--epochs", "1")
+    assert_refused(*words, naming=tmp_path / "feature" / "metrics.json")
+    assert not (tmp_path / "adapter").exists()
+
+
 def test_a_seed_gives_the_same_bits_alone_and_among_others_and_another_gives_others(
     folder, tmp_path
 ):
