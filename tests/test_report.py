@@ -343,7 +343,7 @@ def test_a_short_run_is_compared_after_as_many_tokens(tmp_path):
     [
         (3.75, "The plateau, shaded, lasts from 0.0396 to 0.358 million tokens"),
         (3.75, "At the end the loss is 2.93 below the unigram entropy."),
-        (6.60, "At the end the loss is no better than that: train for longer."),
+        (6.60, "The loss ends no better than by frequency alone: train for longer."),
     ],
 )
 def test_it_says_where_the_plateau_is_and_whether_it_was_left(tmp_path, loss, words):
@@ -415,3 +415,4 @@ def test_ticks_are_round_and_inside(low, high):
 
 def test_ticks_of_a_logarithmic_axis():
     assert log_ticks(0.04, 16.5) == [0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10]
+    assert log_ticks(7e-5, 16.5) == [0.0001, 0.001, 0.01, 0.1, 1, 10]  # more have no room

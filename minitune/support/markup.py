@@ -80,9 +80,10 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times the powers of ten in a range."""
+    """1, 2 and 5 times the powers of ten in a range; of more than three powers, these alone."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    values = (round(k * 10.0**power, 10) for power in powers for k in (1, 2, 5))
+    multiples = (1, 2, 5) if high / low <= 1000 else (1,)
+    values = (round(k * 10.0**power, 10) for power in powers for k in multiples)
     return [value for value in values if low <= value <= high]
 
 

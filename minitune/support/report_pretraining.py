@@ -118,7 +118,7 @@ def about_plateau(span: tuple[float, float] | None, loss: float, unigram: float)
         )
         words += "model knows how frequent words are and does not yet use the words around a blank."
     if loss > unigram - PLATEAU:
-        return words + " At the end the loss is no better than that: train for longer."
+        return words + " The loss ends no better than by frequency alone: train for longer."
     return words + f" At the end the loss is {unigram - loss:.2f} below the unigram entropy."
 
 
