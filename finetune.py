@@ -150,7 +150,7 @@ def fine_tune_all(args: argparse.Namespace, experiments: list[Experiment]) -> No
     runtime = Runtime.start(args.device, args.precision, args.threads)
 
     # 1. A pretrained model.
-    why = "as asked"
+    why = "given by --model"
     if args.model is None:
         args.model, why = default_model()
     directory = source = find_model(args.model)
@@ -159,8 +159,8 @@ def fine_tune_all(args: argparse.Namespace, experiments: list[Experiment]) -> No
     elif args.base:
         raise UserError(f"--base goes with --predict or --merge: {directory} is a whole model")
     config = read_config(source)
-    why += f"), {config.num_hidden_layers} layers of {config.hidden_size}"
-    runtime.log(f"model: {args.model} ({why}")
+    size = f"{config.num_hidden_layers} layers of {config.hidden_size}"
+    runtime.log(f"model: {args.model} ({why}), {size}")
     for experiment in experiments:
         check_options(experiment.method, config, args)
         if experiment.run.directory.resolve() == directory.resolve():

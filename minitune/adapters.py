@@ -2,8 +2,8 @@
 
 The pretrained network is frozen. Inside each sublayer of each layer stands an adapter: down to a
 few units, a nonlinearity, up again, and a skip connection around it. It begins as almost the
-identity, so training starts from what the pretrained network computes. Trained are the adapters,
-the LayerNorms of the layers, and the classifier; nothing else. No trained tensor lies below the
+identity, so training starts from what the pretrained network computes. The adapters, the LayerNorms
+of the layers and the classifier are trained, and nothing else. No trained tensor lies below the
 first adapter, so the backward pass stops there, and frozen matrices need no gradient.
 """
 

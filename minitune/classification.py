@@ -74,11 +74,11 @@ class Examples:
         return Examples(self.inputs.select(indices), self.labels[torch.from_numpy(indices)])
 
     def batches(self, batch_tokens: int) -> list["Examples"]:
-        """All examples once, sorted by length, in batches of at most so many tokens."""
+        """All examples once, sorted by length, in batches of at most this many tokens."""
         return [self.select(rows) for rows in sorted_batches(self.inputs.lengths, batch_tokens)]
 
     def split(self, parts: int) -> list["Examples"]:
-        """At most so many shares, about equal in examples; none is empty."""
+        """At most this many shares, about equal in examples; none is empty."""
         shares = np.array_split(np.arange(len(self)), min(parts, len(self)))
         return [self.select(share) for share in shares]
 

@@ -110,7 +110,7 @@ def fine_tune(experiment: Experiment, setup: Setup) -> dict:
     total = sum(p.numel() for p in model.parameters())
     runtime.log(f"trains {count:,} of {total:,} parameters: {in_short(names)}")
     candidates, cost = train(learner, examples, recipe, experiment, setup, started)
-    answers, labels = {}, setup.reviews.names  # the test rows are read here, and only this once
+    answers, labels = {}, setup.reviews.names  # the only place where test rows are scored
     for split in ("validation", "test"):
         rows, shape = examples[split], (len(labels), recipe["batch_tokens"])
         answers[split] = logits_of(learner, rows, *shape, runtime), rows.labels
@@ -144,7 +144,7 @@ def fine_tune(experiment: Experiment, setup: Setup) -> dict:
 def choose_rows(experiment: Experiment, setup: Setup) -> dict[str, Examples]:
     """The rows of each split.
 
-    Where few train, equally few choose the best epoch: in practice there would be no more labels.
+    --train-examples N cuts the validation rows to N too: whoever has N labels has no more.
     """
     examples = dict(setup.examples)
     if experiment.train_examples:
@@ -225,10 +225,10 @@ def train(
     candidates.sort(key=lambda candidate: task.score(candidate[0]), reverse=True)
     best, weights = candidates[0]
     learner.load_state_dict(weights, strict=False)
-    origin = "the average of {average_of} trainings"
+    origin = f"the average of {best['average_of']} trainings"
     if best["average_of"] == 1:
-        origin = "epoch {best_epoch} of training {best_training}"
-    runtime.log(f"best: {origin}, validation accuracy {{accuracy:.2%}}".format(**best))
+        origin = f"epoch {best['best_epoch']} of training {best['best_training']}"
+    runtime.log(f"best: {origin}, validation accuracy {best['accuracy']:.2%}")
     return [metrics for metrics, _ in candidates], cost
 
 

@@ -2,8 +2,8 @@
 In-Context Learning"): a vector that multiplies keys, one for values, one for feed-forward units.
 
 The pretrained network is frozen. In each layer three vectors are trained, which start at 1, so
-training starts from what the pretrained network computes. With them train the pooler and the
-classifier, which read [CLS]. After training the vectors can be multiplied into the matrices.
+training starts from what the pretrained network computes. The pooler and the classifier, which read
+[CLS], are trained too. After training the vectors can be multiplied into the matrices.
 """
 
 import torch
@@ -17,6 +17,7 @@ class ScaledKeysAndValues(nn.Linear):
     """The linear map to queries, keys and values, with keys and values multiplied by vectors."""
 
     def __init__(self, linear: nn.Linear):
+        # "meta" takes no memory: weight and bias are replaced below.
         super().__init__(linear.in_features, linear.out_features, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
         self.keys = nn.Parameter(torch.ones(linear.out_features // 3))
@@ -32,6 +33,7 @@ class ScaledKeysAndValues(nn.Linear):
     @torch.no_grad()
     def merged(self) -> nn.Linear:
         """One linear map that computes the same."""
+        # "meta" takes no memory: weight and bias are replaced below.
         linear = nn.Linear(self.in_features, self.out_features, device="meta")
         linear.weight = nn.Parameter(self.weight.float() * self.scale()[:, None])
         linear.bias = nn.Parameter(self.bias.float() * self.scale())
@@ -42,6 +44,7 @@ class ScaledUnits(nn.Linear):
     """The linear map from the feed-forward units, each of which is multiplied by a number."""
 
     def __init__(self, linear: nn.Linear):
+        # "meta" takes no memory: weight and bias are replaced below.
         super().__init__(linear.in_features, linear.out_features, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
         self.units = nn.Parameter(torch.ones(linear.in_features))
@@ -52,6 +55,7 @@ class ScaledUnits(nn.Linear):
     @torch.no_grad()
     def merged(self) -> nn.Linear:
         """One linear map that computes the same."""
+        # "meta" takes no memory: weight and bias are replaced below.
         linear = nn.Linear(self.in_features, self.out_features, device="meta")
         linear.weight = nn.Parameter(self.weight.float() * self.units)
         linear.bias = self.bias

@@ -10,7 +10,7 @@ at random and B at zero, so training starts from what the pretrained network com
 zero, neither would get a gradient.) With alpha / r, one learning rate suits several ranks. After
 training, W + (alpha / r) B A can take the place of W, and the network is as fast as before.
 
-Trained are A and B, and the pooler and the classifier, which read [CLS]. The backward pass goes
+A and B are trained, and the pooler and the classifier, which read [CLS]. The backward pass goes
 through the frozen matrices but computes no gradient of them: a third less work.
 """
 
@@ -37,31 +37,32 @@ TARGETS = [target for targets in LINEAR_MAPS.values() for target in targets]
 
 
 class LoRA(nn.Linear):
-    """A frozen linear map with A and B beside it; or M maps of one size, K of them with A and B.
+    """A frozen linear map with A and B beside it; or several maps of one size, computed as one.
 
-    Weight and bias are those of `linear`. `chosen` numbers the K maps, which have C inputs and D
-    outputs each.
+    Weight and bias are those of `linear`, which computes `maps` maps. `chosen` has the numbers of
+    those that get A and B. Shapes below: each map has `inputs` inputs and `outputs` outputs.
     """
 
     def __init__(
         self, linear: nn.Linear, maps: int, chosen: list[int], rank: int, scale: float,
         dropout: float = 0.0, dora: bool = False,
     ):  # fmt: skip
+        # "meta" takes no memory: weight and bias are replaced below.
         super().__init__(linear.in_features, linear.out_features, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
         self.maps, self.chosen, self.scale = maps, chosen, scale
         self.dropout = ByteDropout(dropout)
-        K, C, D = len(chosen), linear.in_features, linear.out_features // maps
-        self.A = nn.Parameter((2 * torch.rand(K, rank, C) - 1) / math.sqrt(C))
-        self.B = nn.Parameter(torch.zeros(K, D, rank))
-        # DoRA only: the lengths of the rows of W, (K, D).
+        inputs, outputs = linear.in_features, linear.out_features // maps
+        self.A = nn.Parameter((2 * torch.rand(len(chosen), rank, inputs) - 1) / math.sqrt(inputs))
+        self.B = nn.Parameter(torch.zeros(len(chosen), outputs, rank))
+        # DoRA only: the lengths of the rows of W, (chosen, outputs).
         self.magnitude = nn.Parameter(self.rows().norm(dim=2)) if dora else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """(R, C) to (R, M · D)."""
+        """(R, inputs) to (R, maps · outputs)."""
         y = super().forward(x)  # W x + b
-        parts = list(y.chunk(self.maps, dim=1)) if self.maps > 1 else [y]  # (R, D) for each map
-        narrow = self.scale * F.linear(self.dropout(x), self.A.flatten(0, 1))  # (R, K · rank)
+        parts = list(y.chunk(self.maps, dim=1)) if self.maps > 1 else [y]  # (R, outputs) each
+        narrow = self.scale * F.linear(self.dropout(x), self.A.flatten(0, 1))  # (R, chosen · rank)
         narrow = narrow.chunk(len(self.B), dim=1)
         for k, h, B in zip(self.chosen, narrow, self.B, strict=True):
             parts[k] = torch.addmm(parts[k], h, B.T)  # + scale · B A x
@@ -78,12 +79,12 @@ class LoRA(nn.Linear):
         return (y - self.bias) * factors.flatten() + self.bias
 
     def rows(self) -> Tensor:
-        """W of the chosen maps: (K, D, C), in float32."""
+        """W of the chosen maps: (chosen, outputs, inputs), in float32."""
         return self.weight.detach().float().unflatten(0, (self.maps, -1))[self.chosen]
 
     @torch.no_grad()
     def adapted(self) -> Tensor:
-        """W + scale · B A of the chosen maps: (K, D, C), in float32."""
+        """W + scale · B A of the chosen maps: (chosen, outputs, inputs), in float32."""
         with torch.autocast(self.weight.device.type, enabled=False):
             return self.rows() + self.scale * (self.B @ self.A)
 
@@ -93,6 +94,7 @@ class LoRA(nn.Linear):
         weight = self.adapted()
         if self.magnitude is not None:
             weight *= (self.magnitude / weight.norm(dim=2))[:, :, None]
+        # "meta" takes no memory: weight and bias are replaced below.
         linear = nn.Linear(self.in_features, self.out_features, device="meta")
         linear.weight, linear.bias = nn.Parameter(self.weight.float().clone()), self.bias
         linear.weight.unflatten(0, (self.maps, -1))[self.chosen] = weight

@@ -18,6 +18,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -50,10 +51,14 @@ class Method:
     optimizer: str = "adamw"  # "muon": for the matrices of the layers, and AdamW for the rest
     adamw: float = 1.0  # the peak rate of AdamW beside Muon, in multiples of lr
     lowest_layer: float = 1.0  # the rate of the lowest layer, in multiples of the highest's
-    pooling: str = "cls"  # hidden states to one vector: a key of model.POOLERS, or "layers"
+    # Hidden states to one vector: a key of model.POOLERS, or "layers". "cls" has BERT's pooler,
+    # which some pretrained models lack; a method that does not train it needs "mean". Peft's
+    # directories know "cls" only.
+    pooling: str = "cls"
     insert: Callable[..., None] = lambda bert: None  # puts new modules into the encoder
     options: tuple[str, ...] = ()  # of the command line, that `insert` takes
     pretrained: bool = True  # False: all weights start at random
+    trains_words: bool = False  # the word vectors too
 
     def recipe(self, args: argparse.Namespace, train: Examples, size: int, source: Path) -> dict:
         """The numbers of a training: those in `args`, else what suits these training rows.
@@ -70,8 +75,8 @@ class Method:
         lr = args.lr or self.lr(size)
         # A word's vector moves only at steps that read the word. After a random start and a short
         # pretraining it is far from its place, and gets a larger rate.
-        all_of_ours = self.trained is all_parameters and began_at_random(source)
-        embeddings = 5.0 if all_of_ours or not self.pretrained else 1.0
+        far = began_at_random(source) or not self.pretrained
+        embeddings = 5.0 if self.trains_words and far else 1.0
         rates = {"embeddings": embeddings, "lowest_layer": self.lowest_layer}
         recipe = {"optimizer": self.optimizer, "epochs": epochs, "batch_tokens": batch_tokens}
         return recipe | {"lr": lr, "adamw_lr": self.adamw * lr, "lr_multipliers": rates}
@@ -140,32 +145,39 @@ METHODS = {
     ),
     "full": Method(
         "all parameters",
-        trained=all_parameters,
+        trained=all_parameters, trains_words=True,
         # That is 0.7 from layer to layer in a network of four, 0.8 in one of six.
         lr=for_all_parameters, lowest_layer=1 / 3,
     ),
     "scratch": Method(
         "all parameters, from random weights: what pretraining was worth",
-        trained=all_parameters, pretrained=False,
+        trained=all_parameters, trains_words=True, pretrained=False,
         lr=for_all_parameters,
     ),
 }  # fmt: skip
 
 
 def build(
-    method: str, source: Path, labels: dict[int, str], attention="sdpa", pooling="", **options
+    method: str,
+    source: Path,
+    labels: dict[int, str],
+    attention: str = "sdpa",
+    *,
+    saved_pooling: str | None = None,
+    **options: Any,
 ) -> BertForSequenceClassification | FeatureClassifier:
     """The model of a method on the pretrained weights in `source`; what does not train is frozen.
 
-    `options` are those of the method. For a saved model `pooling` is the one saved, and what is new
-    takes no memory ("meta") until it is filled; else it is empty, and the method's is used.
+    `options` are those of the method. `saved_pooling` is for a saved model, which may have another
+    pooling than the method has today; what is new then takes no memory ("meta") until it is filled.
     """
     row = METHODS[method]
-    reads_layers = (pooling or row.pooling) == FeatureClassifier.pooling
-    pooler = "cls" if reads_layers else pooling or row.pooling
+    pooling = saved_pooling or row.pooling
+    reads_layers = pooling == FeatureClassifier.pooling
+    pooler = "cls" if reads_layers else pooling
     model, new = load_for_classification(source, labels, attention, pooler, row.pretrained)
     pretrained = set(all_parameters(model)) - set(new)
-    with torch.device("meta" if pooling else "cpu"):
+    with torch.device("meta" if saved_pooling else "cpu"):
         if reads_layers:
             model = FeatureClassifier(model.bert, len(labels))
         row.insert(model.bert, **options)
@@ -173,7 +185,8 @@ def build(
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
         if name not in trained | pretrained:
-            raise ValueError(f"{method}: {name} is neither pretrained nor trained")
+            hint = "train it, or choose a pooling without weights, 'mean'"
+            raise ValueError(f"{method}: {name} is neither pretrained nor trained: {hint}")
     return model
 
 
@@ -181,9 +194,9 @@ def load_trained(
     saved: Trained, directory: Path, source: Path, attention: str
 ) -> BertForSequenceClassification | FeatureClassifier:
     """The model of a run that saved what it trained, on the pretrained weights in `source`."""
-    shape = saved.labels, attention, saved.pooling
+    how = {"saved_pooling": saved.pooling, **saved.options}
     try:
-        model = build(saved.method, source, *shape, **saved.options)
+        model = build(saved.method, source, saved.labels, attention, **how)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{directory}/{saved.file} is damaged: {error!r}") from error
     saved.fill(model, directory)

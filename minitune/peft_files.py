@@ -124,8 +124,7 @@ class PeftDirectory(Trained):
                 f"{path}: peft_type is {kind}; minitune has {', '.join(METHODS_OF_PEFT)}"
             )
         for key, value in config.items():
-            good = value in INITIAL[key] if key in INITIAL else key in WITHOUT_EFFECT or not value
-            if not good:
+            if not is_computed(key, value):
                 raise UserError(f"{path}: minitune has no {key}, which is {str(value)[:80]}")
         names = TensorFile(directory / WEIGHTS, CONFIG).names
         found = {name: FORM.fullmatch(name) for name in names}
@@ -191,6 +190,14 @@ class PeftDirectory(Trained):
                 tensor.copy_(weights.read(name, tuple(tensor.shape)))
         if isinstance(model.pooler.dense, LoRA):  # minitune trains all of the pooler
             model.pooler.dense = model.pooler.dense.merged().requires_grad_(True)
+
+
+def is_computed(key: str, value: object) -> bool:
+    """Whether minitune computes what this field of adapter_config.json asks for."""
+    if key in INITIAL:  # other values would mean another base
+        return value in INITIAL[key]
+    # What is false, null or empty asks for nothing.
+    return key in WITHOUT_EFFECT or not value
 
 
 def check_options(lora_rank: int, lora_alpha: float, lora_dropout: float, **switches: bool) -> None:

@@ -270,7 +270,7 @@ def compared(folder, tmp_path_factory):
 
 def test_it_prints_one_table_of_all_methods_and_three_to_beat(compared, folder):
     out, printed = compared
-    assert printed.startswith(f"model: {folder / 'base'} (as asked)")
+    assert printed.startswith(f"model: {folder / 'base'} (given by --model)")
     rows = [line.split() for line in table(printed)]
     assert [row[0] for row in rows] == ["majority", "nb-svm", "scratch", *METHODS]
     assert {row[1] for row in rows} == {"228"}  # of 240; 5% choose the best epoch

@@ -390,10 +390,11 @@ LayerNorms.""",
         "minitune/lora.py, its first lines; Hu et al. 2022, section 4.1",
         (Lesson("minitune.lora:LoRA.forward"), Lesson("minitune.lora:LoRA.adapted")),
         """\
-What the frozen map gives is super().forward(x). A is (K, rank, C) and B (K, D, rank), for K of the
-M maps that stand side by side in the weight, (M · D, C): self.chosen numbers them. So chunk the
-result in self.maps parts, and to part self.chosen[i] add scale · B[i] (A[i] dropout(x)), each by
-F.linear. The merge: self.rows() is W of the chosen maps, (K, D, C), and B @ A has that shape.""",
+What the frozen map gives is super().forward(x). The weight, (maps · outputs, inputs), is that of
+several maps, one below the other; A, (chosen, rank, inputs), and B, (chosen, outputs, rank), are for
+those that self.chosen numbers. So chunk the result in self.maps parts, and to part self.chosen[i]
+add scale · B[i] (A[i] dropout(x)), each by F.linear. The merge: self.rows() is W of the chosen maps,
+(chosen, outputs, inputs), and B @ A has that shape.""",
         {
             "The update lacks the scale alpha / r.": (("self.scale * F.linear", "F.linear"),),
             "The frozen map's own result, W x + b, is missing.": (
