@@ -165,26 +165,25 @@ def examine_run(directory: Path) -> Iterator[Finding]:
 
 def _examine_files(path: Path) -> Iterator[Finding]:
     """One run. Any error of DAMAGED where its files hold what no run writes."""
-    settings, log = read_json(path / "settings.json"), Run(path).read_log()
-    losses = [entry for entry in log if "loss" in entry]
-    if not losses:
-        yield Finding(str(path), WRONG, f"{path}: no step is in its log", "start it again")
-        return
-    metrics, step = read_if_there(path / "metrics.json"), losses[-1]["step"]
+    settings, losses = read_json(path / "settings.json"), Run(path).read_log()
+    metrics, step = read_if_there(path / "metrics.json"), losses[-1]["step"] if losses else 0
     pretraining = "preset" in settings
     if metrics:
         yield Finding(str(path), GOOD, f"{path}: finished, {plural(step, 'step')}")
     else:
         found = f"{path}: stopped, or still at work, at step {step:,}"
-        if steps := losses[-1].get("steps"):  # logs of earlier versions do not say how many
+        if steps := losses and losses[-1].get("steps"):  # logs of earlier versions have no steps
             found += f" of {steps:,}"
         # finetune.py writes to OUT/METHOD, or to folders in it.
         out = next((p.parent for p in (path, *path.parents) if p.name in METHODS), path)
         advice = f"continue it with --resume --out {shlex.quote(str(path if pretraining else out))}"
         yield Finding(str(path), NOTE, found, advice)
-    examine = _examine_pretraining if pretraining else _examine_fine_tuning
-    yield from examine(path, settings, losses, metrics)
-    yield from _examine_validation(path, losses, pretraining)
+    if losses:
+        examine = _examine_pretraining if pretraining else _examine_fine_tuning
+        yield from examine(path, settings, losses, metrics)
+        yield from _examine_validation(path, losses, pretraining)
+    elif metrics:
+        yield Finding(str(path), WRONG, f"{path}: no step is in its log", "start it again")
 
 
 def _examine_pretraining(

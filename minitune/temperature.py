@@ -23,7 +23,7 @@ from minitune.support.results import macro_f1
 from minitune.support.runs import write_atomically
 from minitune.support.runtime import Runtime
 
-HIGHEST = 20.0  # temperature that is looked for; the lowest is 1 / HIGHEST
+HIGHEST = 20.0  # the highest temperature that is tried; the lowest is 1 / HIGHEST
 
 
 @torch.no_grad()
@@ -46,8 +46,9 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """The T for which softmax(logits / T) has the smallest mean loss; logits (N, L), labels (N,).
 
     As a function of 1 / T the loss is convex, so its minimum is where its slope is zero. Where all
-    rows are right, there is none: the loss falls as long as T does. T stays 1 then, since such rows
-    do not show how often the model is wrong.
+    rows are right, there is none: the loss falls as long as T does. Where more are wrong than by
+    chance, it falls as long as T rises. T stays 1 then, and wherever the minimum is not between
+    1 / HIGHEST and HIGHEST: such rows do not show how sure the model may be.
     """
     logits = logits.double()
     right = logits.gather(1, labels[:, None]).squeeze(1)

@@ -87,6 +87,16 @@ def test_an_unfinished_run_of_fine_tuning_is_continued_in_the_directory_of_its_m
     assert finding.advice == f"continue it with --resume --out '{tmp_path}/my runs'"
 
 
+def test_a_run_that_has_logged_no_step_can_be_continued_until_it_is_finished(tmp_path):
+    run = write_run(tmp_path / "run", [])
+    [finding] = doctor.examine_run(run)
+    assert "at step 0" in finding.found and "--resume" in finding.advice
+    (run / "log.jsonl").unlink()
+    assert [finding] == list(doctor.examine_run(run))
+    (run / "metrics.json").write_text(json.dumps({"steps": 10}))
+    assert len(findings(doctor.examine_run(run), doctor.WRONG)) == 1
+
+
 DAMAGED = {
     "no steps in the log of an earlier version": (doctor.NOTE, {}, {"steps": None}),
     "no tokens": (doctor.WRONG, {}, {"tokens": "many"}),

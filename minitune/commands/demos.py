@@ -58,7 +58,7 @@ def show_masking(sentence: str, tokenizer: Tokenizer, source: Path) -> None:
     """A few draws of what is masked, by tokens and by whole words; and the shares in many draws."""
     tokens, generator = _tokens(sentence, tokenizer), torch.Generator().manual_seed(0)
     if len(tokens) < 6:
-        raise UserError("of a sentence with less than four tokens, 15% is none: give a longer one")
+        raise UserError("15% of fewer than four tokens is none: give a longer sentence")
     fates = Counter()  # of the tokens that are to be guessed
     for whole_word in (False, True):
         print(f"15% of the tokens are to be guessed{', in whole words' * whole_word}:")
