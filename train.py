@@ -181,6 +181,7 @@ def expectation(args: argparse.Namespace, steps: int) -> str:
     """Words on the loss to expect after `steps`; none where it was not measured."""
     default = train_options().get_default
     is_default = all(getattr(args, key) == default(key) for key in RECIPE)
+    is_default &= args.max_len in (None, 512)  # the default is 512 once a model is chosen
     if not (is_default and min(MEASURED) <= steps <= max(MEASURED)):
         return ""
     loss = np.interp(math.log(steps), [math.log(n) for n in MEASURED], list(MEASURED.values()))

@@ -393,5 +393,8 @@ def test_a_plan_says_what_the_default_recipe_comes_to_and_no_other():
     assert train.MEASURED[3350] < between < train.MEASURED[1578]
     for steps in (100, 20_000):  # nobody has measured that
         assert not train.expectation(parse([]), steps)
-    for other in (["--data", "mine.txt"], ["--lr", "0.1"], ["--preset", "small"]):
+    assert train.expectation(parse(["--max-len", "512"]), 4148)  # what the default comes to
+    for other in (
+        ["--data", "mine.txt"], ["--lr", "0.1"], ["--preset", "small"], ["--max-len", "64"]
+    ):  # fmt: skip
         assert not train.expectation(parse(other), 4148)

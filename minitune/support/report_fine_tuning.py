@@ -226,7 +226,7 @@ def unsure(p: np.ndarray, labels: np.ndarray) -> Html:
     head = ["answered", "rows", "lowest probability", "accuracy"]
     return section(
         "If unsure reviews are left out",
-        quiet("Where a person reads what the model is unsure of, the rest is right more often."),
+        quiet("If a person reads the unsure reviews, the rest should be right more often."),
         chart.draw(),
         table("The surest rows alone", head, rows),
     )
