@@ -71,6 +71,9 @@ def merge_runs(args: argparse.Namespace) -> None:
     weights = args.weights or [1 / len(args.merge)] * len(args.merge)
     if len(weights) != len(args.merge):
         raise UserError(f"--weights: {len(weights)} for {len(args.merge)} runs")
+    for folder in args.out.resolve().parents:  # all in a run is taken for its own
+        if (folder / "settings.json").is_file():
+            raise UserError(f"--out {args.out} lies inside the run {folder}")
     with Run.open(args.out, resume=False, overwrite=args.overwrite, mark="merged") as run:
         classifiers, source = load_to_merge(args.merge, args.base)
         first = classifiers[0]

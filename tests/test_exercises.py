@@ -94,6 +94,12 @@ def test_a_mistake_in_a_file_is_named(capsys):
     assert hint == "a hint: python -m tests.exercises hint 2"
 
 
+def test_a_mistake_that_would_have_been_seen_before_is_not_named():
+    seen = [(words, value is not True and value) for words, value in checks.right(named("lora"))]
+    said = checks.verdict(named("lora"), seen)  # not that the merge lacks the scale
+    assert said == ["the merged map computes the same: that is not so"]
+
+
 def test_a_mistake_that_is_not_known_is_described(capsys):
     write(named("packed"), {"reference": "return v[: len(q)] + 1"})
     assert grade.check(named("packed")) == 1

@@ -426,6 +426,9 @@ def test_a_merged_run_gives_the_answers_of_the_run(compared, folder, tmp_path, m
     assert config["architectures"] == ["BertForSequenceClassification"]
     assert_refused("--merge", out, "--out", tmp_path / "again", naming="holds no LoRA")
     assert_refused("--merge", compared[0] / method, "--out", out, naming="--overwrite")
+    inside = compared[0] / method / "merged"
+    assert_refused("--merge", compared[0] / method, "--out", inside, naming="inside the run")
+    assert not inside.exists()
     assert not (tmp_path / "again").exists()
 
 

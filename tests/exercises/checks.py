@@ -142,7 +142,8 @@ def verdict(exercise: Exercise, seen: Seen) -> list[str]:
     (words, value), (_, good) = seen[first], expected[first]
     agree: dict[str, int] = {}  # how much else is as with this mistake
     for mistake, theirs in with_mistakes(exercise).items():
-        if len(theirs) > first and same(theirs[first][1], value):
+        until_here = zip(seen[: first + 1], theirs, strict=False)
+        if len(theirs) > first and all(same(a, b) for (_, a), (_, b) in until_here):
             agree[mistake] = sum(same(a, b) for (_, a), (_, b) in zip(seen, theirs, strict=False))
     return [*([max(agree, key=agree.get)] if agree else []), f"{words}: {difference(value, good)}"]
 
