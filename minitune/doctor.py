@@ -265,7 +265,9 @@ def examine_data(name: str, columns: Columns = DEFAULT_COLUMNS) -> Iterator[Find
     except UserError as error:
         if name not in PACKAGED and not Path(name).exists():
             raise  # no such file is no finding
-        yield Finding(name, WRONG, str(error), "put that row right, or take it out")
+        is_other = "no column named" in str(error)
+        advice = "name it by --text-column or --label-column" if is_other else "put that right"
+        yield Finding(name, WRONG, str(error), advice)
         return
     counts = Counter(row.split for row in rows)
     parts = ", ".join(f"{counts[split]:,} {split}" for split in SPLITS)

@@ -154,6 +154,15 @@ def test_a_text_in_train_and_test_is_wrong_and_one_twice_in_train_a_note(tmp_pat
     )
 
 
+def test_columns_of_other_names_are_to_be_named(tmp_path):
+    (tmp_path / "rows.csv").write_text("Text,Label\ngood,1\n")
+    [finding] = doctor.examine_data(str(tmp_path / "rows.csv"))
+    assert finding.kind == doctor.WRONG and "--text-column" in finding.advice
+    (tmp_path / "rows.csv").write_text("text,label\n,1\n")
+    [finding] = doctor.examine_data(str(tmp_path / "rows.csv"))
+    assert finding.kind == doctor.WRONG and finding.advice == "put that right"
+
+
 def test_uneven_labels_are_a_note(tmp_path):
     rows = [(text + " again" * (i // 2), "good") for i, (text, _) in enumerate(ROWS)]
     data = write_table(tmp_path / "rows.tsv", [*ROWS[::2], *rows, *[(f"{t}.", n) for t, n in rows]])

@@ -119,7 +119,7 @@ def make_row(where: str, cells: Cells, columns: Columns = DEFAULT_COLUMNS) -> Ro
     elif None in values:
         problem = "more cells than columns; a text with a delimiter in it needs quotes"
     elif text and not isinstance(text, str):
-        problem = f"the column {columns.text} holds a {type(text).__name__}, not a string"
+        problem = f"the column {columns.text} holds {str(text)[:40]}, not a string"
     elif not text or not text.strip():
         problem = f"the column {columns.text} is empty"
     elif "\0" in text:
