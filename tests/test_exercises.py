@@ -71,6 +71,13 @@ def test_an_empty_file_is_not_written_yet(exercise, capsys):
     assert capsys.readouterr().out.strip().endswith(": not written yet")
 
 
+def test_all_files_are_made_though_nobody_reads_the_list():
+    words = f"set -o pipefail; {sys.executable} -m tests.exercises | true"
+    done = subprocess.run(["bash", "-c", words], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert all(exercise.file.is_file() for exercise in EXERCISES)
+
+
 @each_exercise
 def test_three_mistakes_at_least_are_known(exercise):
     assert len(exercise.mistakes) >= 3

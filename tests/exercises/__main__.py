@@ -7,6 +7,7 @@ python -m tests.exercises hint 2
 python -m tests.exercises answer 2    the lesson's own lines
 """
 
+import os
 import subprocess
 import sys
 
@@ -46,11 +47,12 @@ def chosen(words: list[str]) -> Exercise:
 
 def show_list() -> None:
     """The exercises, in reading order; makes the files that are not there."""
-    print(__doc__.splitlines()[0])
     for exercise in EXERCISES:
         if not exercise.file.exists():
             FOLDER.mkdir(parents=True, exist_ok=True)
             exercise.file.write_text(exercise.text())
+    print(__doc__.splitlines()[0])
+    for exercise in EXERCISES:
         bodies = " and ".join(lesson.name for lesson in exercise.lessons)
         print(f"{exercise.number:>2}  {exercise.title}")
         print(f"      read   {exercise.read}")
@@ -73,7 +75,11 @@ def run(command: str, exercise: Exercise) -> int:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main(sys.argv[1:]))
+        status = main(sys.argv[1:])
+        sys.stdout.flush()
+        sys.exit(status)
+    except BrokenPipeError:  # the reader, `head` for example, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (UserError, OSError) as error:  # an OSError: a folder that cannot be written
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
