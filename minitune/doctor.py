@@ -269,6 +269,9 @@ def examine_data(name: str, columns: Columns = DEFAULT_COLUMNS) -> Iterator[Find
         advice = "name it by --text-column or --label-column" if is_other else "put that right"
         yield Finding(name, WRONG, str(error), advice)
         return
+    if not rows:
+        yield Finding(name, WRONG, f"{name} holds no text", "add rows")
+        return
     counts = Counter(row.split for row in rows)
     parts = ", ".join(f"{counts[split]:,} {split}" for split in SPLITS)
     yield Finding(name, GOOD, f"{name}: {plural(len(rows), 'row')} ({parts})")

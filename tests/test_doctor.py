@@ -163,6 +163,13 @@ def test_columns_of_other_names_are_to_be_named(tmp_path):
     assert finding.kind == doctor.WRONG and finding.advice == "put that right"
 
 
+@pytest.mark.parametrize("content", ["", "text,label\n", "\n"])
+def test_a_file_without_rows_is_wrong(tmp_path, content):
+    (tmp_path / "rows.csv").write_text(content)
+    [finding] = doctor.examine_data(str(tmp_path / "rows.csv"))
+    assert finding.kind == doctor.WRONG and "holds no text" in finding.found
+
+
 def test_uneven_labels_are_a_note(tmp_path):
     rows = [(text + " again" * (i // 2), "good") for i, (text, _) in enumerate(ROWS)]
     data = write_table(tmp_path / "rows.tsv", [*ROWS[::2], *rows, *[(f"{t}.", n) for t, n in rows]])
