@@ -333,8 +333,8 @@ def _examine_tokens(name: str, rows: list[Row]) -> Iterator[Finding]:
             lengths.append(len(ids))
             unknown += ids.count(tokenizer.unk_id)
     share, cut = unknown / max(sum(lengths), 1), sum(length > LONG - 2 for length in lengths)
-    middle, longest = int(np.median(lengths)), max(lengths)
-    found = f"{name}: {middle:,} tokens in the middle, {longest:,} at most (tokenizer of {model})"
+    middle = plural(int(np.median(lengths)), "token")
+    found = f"{name}: {middle} in the middle, {max(lengths):,} at most (tokenizer of {model})"
     yield Finding(name, GOOD, found)
     if cut:
         found = f"{name}: {cut / len(rows):.1%} of the texts have more than {LONG} tokens"
