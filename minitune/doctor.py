@@ -350,6 +350,7 @@ def _examine_tokens(name: str, rows: list[Row]) -> Iterator[Finding]:
 def main() -> None:
     """Examine what is named, or this machine."""
     options = Parser("Say what this machine can do, whether a run is healthy, or data is fit.")
+    options.prog = "python -m minitune.doctor"
     help = "runs, data files, folders, imdb, rotten_tomatoes; none: this machine"
     options.add_argument("subjects", nargs="*", type=cli.text, metavar="RUN_OR_DATA", help=help)
     cli.add_columns(options.group("data"))

@@ -31,6 +31,7 @@ def run(demo: Callable[[str, Tokenizer, Path], None]) -> None:
 
     def main() -> None:
         options = cli.Parser(demo.__doc__)
+        options.prog = f"python -m minitune.{demo.__name__.removeprefix('show_')}"
         options.add_argument("sentence", nargs="+", type=cli.text)
         sentence = " ".join(options.parse_args().sentence)
         name, why = default_model()

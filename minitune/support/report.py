@@ -66,6 +66,7 @@ def page(title: str, directory: Path, body: Html) -> str:
 def main() -> None:
     """Write the report of each directory that is named."""
     options = Parser("Write report.html of finished runs again, from their JSON files.")
+    options.prog = "python -m minitune.support.report"
     options.add_argument("runs", help="their directories", nargs="+", type=path, metavar="RUN")
     for directory in options.parse_args().runs:
         write_report(directory)
