@@ -88,14 +88,14 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def thinned(xs: Sequence[float], ys: Sequence[float], most: int) -> tuple[list, list]:
-    """At most so many points: the means of blocks of neighbours."""
+    """Fewer points, `most` of them or less: the means of blocks of neighbours."""
     size = -(-len(xs) // most)
     blocks = [slice(i, i + size) for i in range(0, len(xs), size or 1)]
     return tuple([sum(v[b]) / len(v[b]) for b in blocks] for v in (list(xs), list(ys)))
 
 
 def smoothed(xs: list[float], ys: list[float], width: int = 5) -> tuple[list, list]:
-    """Each value with its neighbours, so many on each side: their mean."""
+    """Each value becomes the mean of it and its neighbours on both sides."""
     return xs, [fmean(ys[max(0, i - width) : i + width + 1]) for i in range(len(ys))]
 
 

@@ -82,7 +82,7 @@ def curve(settings: dict, metrics: dict, log: list[dict]) -> Html:
     chart.dots([last], [metrics["loss"]], "other", "at the end, all validation rows")
     rows = [(f"{x:.3g}", f"{y:.3f}", f"{math.exp(y):,.0f}") for x, y in checked]
     rows.append(("end, all rows", f"{metrics['loss']:.3f}", f"{math.exp(metrics['loss']):,.0f}"))
-    head = "million tokens", "validation loss", "as unsure as among so many words"
+    head = "million tokens", "validation loss", "as unsure as among this many words"
     figures = details("The figures", table("Evaluations", head, rows))
     about = about_plateau(span, metrics["loss"], unigram)
     words = tag("p", verdict(settings, log, reference)), tag("p", about)
@@ -139,7 +139,7 @@ def blanks(log: list[dict], shown: dict) -> Html:
         sentence = sentence.replace("[MASK]", "____")
         best.append([sentence, *(written(each[:1]) for each in words)])
         several.append([sentence, *(tag("td", *map(in_words, each)) for each in words)])
-    caption = "The most probable word after so many million tokens, and its probability"
+    caption = "The most probable word, and its probability, after this many million tokens"
     more = table("The most probable words", head, several)
     return section(
         "What was learned when",
