@@ -298,7 +298,7 @@ def test_the_mistakes_are_the_rows_with_the_least_probability_of_the_right_label
 def test_blanks_stand_under_the_tokens_after_which_they_were_filled(tmp_path):
     entries = [entry for entry in pretrained(tmp_path) if "validation" in entry]
     page = page_of(tmp_path)
-    head, *rows = table_of(page, "The most probable word after")
+    head, *rows = table_of(page, "The most probable word, and its probability")
     tokens = [f"{entry['tokens'] / 1e6:.3g}" for entry in entries]
     assert head == ["sentence", "start", *tokens, "end"] and len(entries) == 12
     for i, row in enumerate(rows):
