@@ -49,7 +49,7 @@ PEAK_LR = {"muon": 0.01, "adamw": 0.001}
 # (tests/benchmarks/LOG.md).
 RECIPE = ("data", "preset", "init", "vocab_size", "mask_rate", "whole_word", "summary_weight",
           "batch_tokens", "optimizer", "lr", "adamw_lr", "weight_decay")  # fmt: skip
-MEASURED = {851: 4.67, 1578: 4.20, 3350: 3.87, 4148: 3.75, 9046: 3.36}
+MEASURED = {1404: 4.34, 1578: 4.20, 3350: 3.87, 4148: 3.75, 9046: 3.36}
 FEW_STEPS = 200  # where a run is planned by time
 TOO_FEW = "warning: so few steps teach next to nothing; take more --minutes or a smaller --preset"
 # Options that may differ when a run is resumed.
