@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 
 import numpy as np
 import torch
@@ -41,19 +41,15 @@ from minitune.support.baselines import evaluate_baselines
 from minitune.support.cli import Parser, run_script
 from minitune.support.errors import UserError, plural
 from minitune.support.model_names import default_model, find_model
+from minitune.support.reference import NEAR, PLATEAU, REFERENCE, is_comparable, last_loss, until
 from minitune.support.runs import Run, read_if_there, read_json
 from minitune.support.runtime import Runtime
 from minitune.support.text_files import DEFAULT_COLUMNS, Columns
 
-REFERENCE = Path(__file__).parents[1] / "tests" / "benchmarks" / "runs" / "default"
 GOOD, NOTE, WRONG = "good", "note", "wrong"
 PROBE_SECONDS, PROBE_TOKENS, MASK_RATE = 12, 4096, 0.15  # a batch and a mask rate as in train.py
 MINUTES = 17  # of `python train.py`
 MEMORY, DISK = 3e9, 1e9  # bytes that the default run needs, and some more
-LOGGED = 10  # entries of a log, of whose losses the mean is taken: single steps differ by chance
-PLATEAU = 0.1  # nats above which a loss is no better than the unigram entropy
-BEHIND = 0.25  # nats above the reference run that are more than chance
-DEFAULTS = {"data": "imdb", "preset": "tiny", "init": None, "vocab_size": 8192}  # of the reference
 DAMAGED = UserError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError
 LONG = 512  # tokens that the default model reads of a text
 
@@ -192,17 +188,17 @@ def _examine_pretraining(
     """Its loss beside that of the reference run at the same number of tokens."""
     reference = Run(REFERENCE).read_log()
     unigram = metrics.get("unigram_loss", read_json(REFERENCE / "metrics.json")["unigram_loss"])
-    last, tokens, step = _mean_loss(losses), losses[-1]["tokens"], losses[-1]["step"]
+    last, tokens, step = last_loss(losses), losses[-1]["tokens"], losses[-1]["step"]
     found = f"{path}: loss {last:.2f} after {plural(step, 'step')}"
-    if any(settings.get(key) != value for key, value in DEFAULTS.items()):
+    if not is_comparable(settings):
         found += "; the reference run had other data or another model"
         yield Finding(str(path), NOTE, found, "compare it with the unigram entropy it printed")
     elif tokens > reference[-1]["tokens"]:
         yield Finding(str(path), GOOD, f"{found}; the reference run ended earlier")
     else:
-        there = _mean_loss([entry for entry in reference if entry["tokens"] <= tokens] or reference)
+        there = last_loss(until(tokens, reference))
         found += f"; the reference run had {there:.2f} after as many tokens"
-        if last > there + BEHIND:
+        if last > there + NEAR:
             rates = {key: settings.get(key) for key in ("lr", "adamw_lr", "batch_tokens")}
             given = ", ".join(f"{key} {value}" for key, value in rates.items())
             advice = f"what differs from the defaults? ({given})"
@@ -252,10 +248,6 @@ def _examine_validation(path: Path, losses: list[dict], pretraining: bool) -> It
             "more text, or fewer --minutes" if pretraining else "the best epoch is what is kept"
         )
         yield Finding(str(path), NOTE, found, advice)
-
-
-def _mean_loss(losses: list[dict]) -> float:
-    return mean(entry["loss"] for entry in losses[-LOGGED:])
 
 
 def examine_data(name: str, columns: Columns = DEFAULT_COLUMNS) -> Iterator[Finding]:

@@ -10,6 +10,7 @@ import torch
 
 from minitune import doctor
 from minitune.support.cli import run_script
+from minitune.support.reference import REFERENCE, SETTINGS
 from minitune.support.runtime import Runtime
 
 SAMPLES = Path(__file__).parents[1] / "data" / "samples"
@@ -22,7 +23,7 @@ def findings(of, kind):
 def write_run(directory: Path, losses: list[float], validation: tuple = (), **settings) -> Path:
     """A run of train.py: a loss every 10 steps of 4,000 tokens."""
     directory.mkdir()
-    (directory / "settings.json").write_text(json.dumps(doctor.DEFAULTS | settings))
+    (directory / "settings.json").write_text(json.dumps(SETTINGS | settings))
     entries = [
         {"step": 10 * i, "steps": 1000, "loss": loss, "tokens": 40_000 * i, "seconds": float(i)}
         for i, loss in enumerate(losses, start=1)
@@ -46,7 +47,7 @@ ROWS = [
 
 
 def test_the_reference_run_is_healthy(tmp_path):
-    shutil.copytree(doctor.REFERENCE, tmp_path / "run")
+    shutil.copytree(REFERENCE, tmp_path / "run")
     found = list(doctor.examine_run(tmp_path / "run"))
     assert {finding.kind for finding in found} == {doctor.GOOD}
     assert "finished, 4,148 steps" in found[0].found
@@ -62,7 +63,7 @@ def test_a_run_behind_the_reference_run_is_told_by_how_much(tmp_path):
     run = write_run(tmp_path / "run", [6.2] * 80, lr=1e-5)
     [found] = findings(doctor.examine_run(run), doctor.WRONG)
     assert "loss 6.20 after 800 steps" in found
-    lines = (doctor.REFERENCE / "log.jsonl").read_text().splitlines()
+    lines = (REFERENCE / "log.jsonl").read_text().splitlines()
     reference = [json.loads(line) for line in lines]
     before = [entry["loss"] for entry in reference if entry["tokens"] <= 3_200_000][-10:]
     assert f"the reference run had {sum(before) / 10:.2f} after as many tokens" in found
@@ -192,7 +193,7 @@ def test_an_empty_text_is_wrong_and_no_label_a_note(tmp_path):
 
 
 def test_a_slow_machine_is_told_how_many_minutes_it_needs(monkeypatch):
-    metrics = json.loads((doctor.REFERENCE / "metrics.json").read_text())
+    metrics = json.loads((REFERENCE / "metrics.json").read_text())
     monkeypatch.setattr(doctor, "measure_speed", lambda _: metrics["tokens_per_second"] / 4)
     [slow] = [f for f in doctor.examine_machine(Runtime.start("cpu")) if "tokens/s" in f.found]
     assert slow.kind == doctor.NOTE and "--minutes 68" in slow.advice

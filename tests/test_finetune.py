@@ -252,7 +252,7 @@ def table(out: str) -> list[str]:
 
 
 def rows_of_networks(out: str) -> list[str]:
-    """Those whose figures are kept in runs; the others are measured anew."""
+    """Those whose figures are kept in runs; the others are measured again."""
     return [line for line in table(out) if line.split()[0] in TRAINED]
 
 
@@ -1231,7 +1231,7 @@ def test_a_finished_command_only_prints_its_table_again(compared):
     again = succeed("--resume", "--out", out)
     assert rows_of_networks(again.out) == rows_of_networks(printed)
     after = contents(out)
-    for name in ("compare.json", "compare.png"):  # these are made anew
+    for name in ("compare.json", "compare.png"):  # these are made again
         assert before.pop(name) and after.pop(name)
     assert after == before
 

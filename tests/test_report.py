@@ -12,9 +12,9 @@ from minitune.support import report
 from minitune.support.baselines import answer_test_rows
 from minitune.support.errors import UserError
 from minitune.support.markup import Html, log_ticks, tag, ticks, together
+from minitune.support.reference import REFERENCE
 from minitune.support.report import write_report
 from minitune.support.report_fine_tuning import record_mistakes
-from minitune.support.report_pretraining import REFERENCE
 
 EVIL = "<script>alert(1)</script> & \"'><img src=x onerror=alert(2)>"
 TAGS = {

@@ -9,6 +9,7 @@ from statistics import median
 import matplotlib
 import numpy as np
 
+from minitune.support.reference import PLATEAU
 from minitune.support.results import in_bytes, in_percent, in_seconds
 from minitune.support.runs import write_atomically
 
@@ -77,7 +78,7 @@ def plot_pretraining(
 
 
 def plateau(
-    minutes: list[float], losses: list[float], unigram: float, margin: float = 0.1
+    minutes: list[float], losses: list[float], unigram: float, margin: float = PLATEAU
 ) -> tuple[float, float] | None:
     """The longest time with the loss within `margin` nats of the unigram entropy, or None.
 

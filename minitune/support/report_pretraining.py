@@ -1,8 +1,6 @@
 """What the report of a pretraining shows: its loss beside the reference run's, blanks, words."""
 
 import math
-from pathlib import Path
-from statistics import mean
 
 from minitune.support.errors import plural
 from minitune.support.markup import (
@@ -19,14 +17,9 @@ from minitune.support.markup import (
     together,
 )
 from minitune.support.plots import plateau
+from minitune.support.reference import NEAR, PLATEAU, REFERENCE, is_comparable, last_loss, until
 from minitune.support.results import in_seconds
 from minitune.support.runs import Run, read_json
-
-REFERENCE = Path(__file__).parents[2] / "tests" / "benchmarks" / "runs" / "default"
-SAME = {"data": "imdb", "preset": "tiny", "init": None, "vocab_size": 8192}  # as the reference run
-PLATEAU = 0.1  # nats: as near to the unigram entropy a model uses no context
-NEAR = 0.25  # nats: so far runs with these settings differ by chance
-LOGGED = 10  # entries of a log whose mean is "the loss at a step"
 
 
 def content(settings: dict, metrics: dict, log: list[dict], shown: dict) -> tuple[str, Html]:
@@ -91,15 +84,14 @@ def curve(settings: dict, metrics: dict, log: list[dict]) -> Html:
 
 def verdict(settings: dict, log: list[dict], reference: list[dict]) -> str:
     """The loss beside the reference run's after as many tokens."""
-    if any(settings.get(key) != value for key, value in SAME.items()) or not log:
+    if not is_comparable(settings) or not log:
         return (
             "The reference run had other data or another model (tiny, on imdb), so its losses are "
             "no measure of this run. The two lines across are: below the lower one, the model uses "
             "the words around a blank."
         )
-    tokens = log[-1]["tokens"]
-    before = [e for e in reference if e["tokens"] <= tokens] or reference[:1]
-    mine, other = (mean(e["loss"] for e in entries[-LOGGED:]) for entries in (log, before))
+    before = until(log[-1]["tokens"], reference)
+    mine, other = last_loss(log), last_loss(before)
     words = (
         f"In its last steps the training loss was {mine:.2f}. The reference run had {other:.2f} "
     )

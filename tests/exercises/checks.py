@@ -45,7 +45,7 @@ def written_functions(exercise: Exercise) -> Functions:
 
 
 def lessons_own(exercise: Exercise, edits: Edits = ()) -> Functions:
-    """The lesson's own functions; with edits, the one that they are for is made anew."""
+    """The lesson's own functions; with edits, the one that they are for is made from the changed lines."""
     functions = {}
     for lesson in exercise.lessons:
         functions[lesson.path] = get(importlib.import_module(lesson.module), lesson.name)
