@@ -5,6 +5,7 @@ So the names of presets, methods and the like are read from the source of their 
 """
 
 import ast
+import functools
 from pathlib import Path
 
 from minitune.support.cli import (
@@ -19,6 +20,7 @@ from minitune.support.cli import (
 LESSONS = Path(__file__).parents[1]
 
 
+@functools.cache  # options are made several times in a script
 def _constant(lesson: str, name: str) -> ast.expr:
     """What a lesson assigns to a name at its top level, as it is written there."""
     for statement in ast.parse((LESSONS / f"{lesson}.py").read_text(encoding="utf-8")).body:

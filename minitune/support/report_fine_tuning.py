@@ -164,10 +164,8 @@ def reliability(logits: np.ndarray, labels: np.ndarray, answers: dict) -> Html:
         chart.line(xs, ys, kind)
         chart.dots(xs, ys, kind, f"{name}, temperature {t:.2f}")
         error = expected_calibration_error(p, labels)
-        loss = -np.log(np.maximum(p[np.arange(len(labels)), labels], 1e-300)).mean()
-        losses.append(
-            (name, f"{t:.3f}", f"{error:.4f}", f"{loss:.4f}", f"{validation_loss(answers, t):.4f}")
-        )
+        test, validation = (mean_loss(answers[split], t) for split in ("test", "validation"))
+        losses.append((name, f"{t:.3f}", f"{error:.4f}", f"{test:.4f}", f"{validation:.4f}"))
         rows += [
             (f"{name}, from {low:.0%}", f"{n:,}", f"{x:.1%}", f"{y:.1%}") for low, n, x, y in bins
         ]
@@ -193,9 +191,9 @@ def reliability(logits: np.ndarray, labels: np.ndarray, answers: dict) -> Html:
     )
 
 
-def validation_loss(answers: dict, temperature: float) -> float:
-    """Of the validation rows at this temperature, in nats."""
-    logits, labels = (np.array(answers["validation"][key]) for key in ("logits", "labels"))
+def mean_loss(rows: dict, temperature: float) -> float:
+    """Of the rows of a split in answers.json at this temperature, in nats."""
+    logits, labels = (np.array(rows[key]) for key in ("logits", "labels"))
     p = probabilities(logits, temperature)[np.arange(len(labels)), labels]
     return float(-np.log(np.maximum(p, 1e-300)).mean())
 
