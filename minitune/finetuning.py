@@ -21,7 +21,7 @@ from minitune.checkpoint import save_model
 from minitune.classification import Classification, Examples
 from minitune.data import Reviews
 from minitune.features import FeatureClassifier, Features, extract
-from minitune.methods import METHODS, build, in_words, load_trained
+from minitune.methods import METHODS, build, describe_recipe, load_trained
 from minitune.optimizer import LRMultipliers, Optimizer
 from minitune.peft_files import METHODS_OF_PEFT, PeftDirectory
 from minitune.support.model_names import find_model
@@ -108,7 +108,7 @@ def fine_tune(experiment: Experiment, setup: Setup) -> dict:
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     count = sum(model.get_parameter(name).numel() for name in names)
     total = sum(p.numel() for p in model.parameters())
-    runtime.log(f"trains {count:,} of {total:,} parameters: {in_short(names)}")
+    runtime.log(f"trains {count:,} of {total:,} parameters: {group_names(names)}")
     candidates, cost = train(learner, examples, recipe, experiment, setup, started)
     answers, labels = {}, setup.reviews.names  # the only place where test rows are scored
     for split in ("validation", "test"):
@@ -202,7 +202,7 @@ def train(
         trainer = Trainer(learner, optimizer, task, part, runtime, seed=seed, **options)
         trainer.steps, trainer.started = task.steps, started
         name = f"training {k + 1} of {args.soup}: " if args.soup > 1 else ""
-        runtime.log(f"{name}{task.steps:,} steps, {in_words(recipe, task.unit)}")
+        runtime.log(f"{name}{task.steps:,} steps, {describe_recipe(recipe, task.unit)}")
         if checkpoint := part.load():
             trainer.restore(checkpoint)
             runtime.log(f"resumed at step {trainer.step:,} of {trainer.steps:,}")
@@ -259,7 +259,7 @@ def save(model: nn.Module, experiment: Experiment, setup: Setup) -> Path:
     return saved.save(model, directory)
 
 
-def in_short(names: Iterable[str]) -> str:
+def group_names(names: Iterable[str]) -> str:
     """Parameter names in a line: those of all layers as one, weight and bias as one."""
     short = [re.sub(r"\.\d+\.", ".*.", name) for name in names]
     return ", ".join(dict.fromkeys(re.sub(r"\.(weight|bias)$", "", name) for name in short))

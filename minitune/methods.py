@@ -82,7 +82,7 @@ class Method:
         return recipe | {"lr": lr, "adamw_lr": self.adamw * lr, "lr_multipliers": rates}
 
 
-def in_words(recipe: dict, unit: str) -> str:
+def describe_recipe(recipe: dict, unit: str) -> str:
     """The numbers of a training; `unit` is that of a batch's size."""
     words = "{epochs} epochs, at most {batch_tokens:,} {unit} a step, {optimizer} at {lr:.2g}"
     words = words.format(unit=unit, **recipe).replace("1 epochs,", "1 epoch,")

@@ -16,7 +16,7 @@ from minitune.checkpoint import load_for_classification, save_model, weights_has
 from minitune.classification import Classification, Examples, TokenizedTexts
 from minitune.fast.layers import ByteDropout, pad_rows
 from minitune.features import Features, feature_size
-from minitune.finetuning import in_short
+from minitune.finetuning import group_names
 from minitune.lora import TARGETS
 from minitune.methods import METHODS, build
 from minitune.model import PRESETS, BertConfig, BertForMaskedLM, BertForSequenceClassification
@@ -258,7 +258,7 @@ def test_a_method_trains_exactly_these_parameters(base, method):
 
 def test_the_printed_list_names_each_kind_once(base):
     model = new_model(base)
-    assert in_short(adapter_parameters(model)).split(", ") == [
+    assert group_names(adapter_parameters(model)).split(", ") == [
         "classifier",
         "bert.layers.*.attention_adapter.down",
         "bert.layers.*.attention_adapter.up",

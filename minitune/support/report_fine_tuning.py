@@ -19,11 +19,16 @@ from minitune.support.markup import (
     together,
 )
 from minitune.support.plots import in_short
-from minitune.support.results import expected_calibration_error, in_percent, in_seconds, interval
+from minitune.support.results import (
+    calibration_bins,
+    expected_calibration_error,
+    in_percent,
+    in_seconds,
+    interval,
+)
 from minitune.support.runs import read_if_there, write_json
 
 MISTAKES, LONGEST = 20, 600  # how many are shown, and characters of each
-BINS = 10  # of probabilities
 MOST_COLUMNS = 12  # labels of a whole confusion table
 
 
@@ -130,17 +135,6 @@ def ratio(part: int, whole: int) -> str:
     return f"{part / whole:.1%}" if whole else "–"
 
 
-def in_bins(p: np.ndarray, labels: np.ndarray) -> list[tuple[float, int, float, float]]:
-    """(lower end, answers, mean probability, share that is right) of each bin that has answers."""
-    confidence, right = p.max(1), p.argmax(1) == labels
-    bin_of = np.minimum((confidence * BINS).astype(int), BINS - 1)
-    found = []
-    for k in np.unique(bin_of).tolist():
-        inside = bin_of == k
-        found.append((k / BINS, int(inside.sum()), confidence[inside].mean(), right[inside].mean()))
-    return found
-
-
 def reliability(logits: np.ndarray, labels: np.ndarray, answers: dict) -> Html:
     """How often answers of a probability are right, before temperature scaling and after."""
     temperature = answers["temperature"]
@@ -159,7 +153,7 @@ def reliability(logits: np.ndarray, labels: np.ndarray, answers: dict) -> Html:
     rows, losses = [], []
     for name, t, kind in (("before", 1.0, "other"), ("after", temperature, "mine")):
         p = probabilities(logits, t)
-        bins = in_bins(p, labels)
+        bins = calibration_bins(p, labels)
         xs, ys = [x for *_, x, _ in bins], [y for *_, y in bins]
         chart.line(xs, ys, kind)
         chart.dots(xs, ys, kind, f"{name}, temperature {t:.2f}")

@@ -130,7 +130,7 @@ def blanks(log: list[dict], shown: dict) -> Html:
         words = [answers[i] for _, answers in columns]
         sentence = sentence.replace("[MASK]", "____")
         best.append([sentence, *(written(each[:1]) for each in words)])
-        several.append([sentence, *(tag("td", *map(in_words, each)) for each in words)])
+        several.append([sentence, *(tag("td", *map(with_share, each)) for each in words)])
     caption = "The most probable word, and its probability, after this many million tokens"
     more = table("The most probable words", head, several)
     return section(
@@ -151,7 +151,7 @@ def written(words: list[list]) -> Html:
     return cell("–")
 
 
-def in_words(pair: list) -> Html:
+def with_share(pair: list) -> Html:
     """A word and its probability."""
     return tag("div", f"{pair[0]} {pair[1]:.0%}")
 

@@ -22,19 +22,31 @@ def interval(accuracy: float, n: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, min(center - half, accuracy)), min(1.0, max(center + half, accuracy))
 
 
-def expected_calibration_error(
+def calibration_bins(
     probabilities: np.ndarray, labels: np.ndarray, bins: int = 10
-) -> float:
-    """How far the probability of an answer is from how often such answers are right, on average.
+) -> list[tuple[float, int, float, float]]:
+    """Answers in bins by their probability; `probabilities` (N, L), `labels` (N,).
 
-    `probabilities` (N, L), `labels` (N,). Answers are put into bins by their probability; the error
-    is the mean of |accuracy - mean probability| over the bins, weighted by their numbers of answers
-    (Guo et al. 2017, "On Calibration of Modern Neural Networks").
+    For each bin that has answers: (lower end, answers, mean probability, share that is right).
     """
     probabilities = np.asarray(probabilities, dtype=np.float64)
     confidence, right = probabilities.max(1), probabilities.argmax(1) == np.asarray(labels)
     bin_of = np.minimum((confidence * bins).astype(int), bins - 1)
-    return float(np.abs(np.bincount(bin_of, weights=right - confidence)).sum() / len(confidence))
+    found = []
+    for k in np.unique(bin_of).tolist():
+        inside = bin_of == k
+        found.append((k / bins, int(inside.sum()), confidence[inside].mean(), right[inside].mean()))
+    return found
+
+
+def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray) -> float:
+    """How far the probability of an answer is from how often such answers are right, on average.
+
+    The mean of |accuracy - mean probability| over the bins, weighted by their numbers of answers
+    (Guo et al. 2017, "On Calibration of Modern Neural Networks").
+    """
+    bins = calibration_bins(probabilities, labels)
+    return float(sum(n * abs(right - mean) for _, n, mean, right in bins) / len(labels))
 
 
 def macro_f1(labels: Sequence[int], answers: Sequence[int]) -> float:
