@@ -61,13 +61,19 @@ class LoRA(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """(R, inputs) to (R, maps · outputs)."""
         y = super().forward(x)  # W x + b
-        parts = list(y.chunk(self.maps, dim=1)) if self.maps > 1 else [y]  # (R, outputs) each
-        narrow = self.scale * F.linear(self.dropout(x), self.A.flatten(0, 1))  # (R, chosen · rank)
-        narrow = narrow.chunk(len(self.B), dim=1)
-        for k, h, B in zip(self.chosen, narrow, self.B, strict=True):
-            parts[k] = torch.addmm(parts[k], h, B.T)  # + scale · B A x
-        y = torch.cat(parts, dim=1) if self.maps > 1 else parts[0]
+        narrow = F.linear(self.dropout(x), self.A.flatten(0, 1))  # (R, chosen · rank)
+        y = y.addmm_(narrow, self._wide_B().to(y.dtype))  # + scale · B A x
         return y if self.magnitude is None else self._rescale(y)
+
+    def _wide_B(self) -> Tensor:
+        """scale · B of all chosen maps: (chosen · rank, maps · outputs).
+
+        Elsewhere it is zero, so one multiplication gives each map what its own B gives.
+        """
+        chosen, outputs, rank = self.B.shape
+        wide = self.B.new_zeros(chosen, rank, self.maps, outputs)
+        wide[range(chosen), :, self.chosen] = self.scale * self.B.mT
+        return wide.flatten(2).flatten(0, 1)
 
     def _rescale(self, y: Tensor) -> Tensor:
         """DoRA (Liu et al. 2024): rows of W + scale · B A give directions, their lengths train.
