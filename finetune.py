@@ -32,7 +32,7 @@ from minitune.commands.pages import write_page_of_run
 from minitune.data import SPLITS, Dataset, Reviews
 from minitune.finetuning import Experiment, Setup, fine_tune
 from minitune.merging import merge_runs
-from minitune.methods import METHODS, check_options
+from minitune.methods import METHODS, check_options, keep_options
 from minitune.peft_files import read_trained
 from minitune.support.baselines import answer_test_rows
 from minitune.support.cli import (
@@ -167,6 +167,8 @@ def fine_tune_all(args: argparse.Namespace, experiments: list[Experiment]) -> No
             raise UserError(f"--overwrite would delete {directory}, which --model names")
         if start and experiment.method != start.method:
             raise UserError(f"{directory} is a run of {start.method}: --method {start.method}")
+    if start:
+        keep_options(start, directory, args)
     tokenizer = load_tokenizer(source, config)
     attention = resolve_backend(args.attention, runtime.device, runtime.dtype, config.head_size)
     args.max_len = choose_max_len(args.max_len, config.max_position_embeddings, args.batch_tokens)

@@ -51,8 +51,6 @@ class Setup:
 
     def options(self, method: str) -> dict:
         """The options of a method."""
-        if self.start:
-            return self.start.options
         return {name: getattr(self.args, name) for name in METHODS[method].options}
 
     def build(self, method: str) -> nn.Module:

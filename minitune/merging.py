@@ -2,15 +2,16 @@
 
     python finetune.py --merge runs/finetune/lora --out runs/merged
     python finetune.py --merge runs/one runs/other --weights 0.5 0.5 --out runs/sum
+    python finetune.py --merge runs/one runs/other --weights 1 -0.5 --out runs/less
 
 The result is a plain BERT classifier, which loads anywhere and is as fast as its base. What a run
 changed in each weight of the base is its task vector. Several runs are merged by adding the
 weighted sum of their task vectors to the base (Ilharco et al. 2023, "Editing Models with Task
-Arithmetic"). A weight that the base does not have, such as the classifier's, counts as zero there.
+Arithmetic"); a negative weight takes away what a run has learned. A weight that the base does not
+have, such as the classifier's, counts as zero there.
 """
 
 import argparse
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -47,8 +48,8 @@ def add_task_vectors(
     return total
 
 
-def load_to_merge(names: list[str], base: str | None) -> tuple[list[Classifier], Path]:
-    """The runs and the directory of their base, or a UserError where they cannot be merged."""
+def load_to_merge(names: list[str], base: str | None) -> list[Classifier]:
+    """The runs, which have one base; or a UserError where they cannot be merged."""
     runtime, classifiers = Runtime.start("cpu", "fp32"), []
     for name in names:
         directory = find_model(name)
@@ -57,13 +58,12 @@ def load_to_merge(names: list[str], base: str | None) -> tuple[list[Classifier],
             raise UserError(f"--merge {name}: it holds no LoRA and no (IA)³ of a base model")
         if trained.method not in METHODS_OF_PEFT.values():
             raise UserError(f"--merge {name}: {trained.method} cannot be merged; lora and ia3 can")
-        source = trained.find_base(directory, base)
         classifiers.append(Classifier.load(name, runtime, base=base))
         if classifiers[-1].base_hash != classifiers[0].base_hash:
             raise UserError(f"--merge {name} was trained on another base model than {names[0]}")
         if classifiers[-1].labels != classifiers[0].labels:
             raise UserError(f"--merge {name} has other labels than {names[0]}")
-    return classifiers, source
+    return classifiers
 
 
 def merge_runs(args: argparse.Namespace) -> None:
@@ -71,13 +71,13 @@ def merge_runs(args: argparse.Namespace) -> None:
     weights = args.weights or [1 / len(args.merge)] * len(args.merge)
     if len(weights) != len(args.merge):
         raise UserError(f"--weights: {len(weights)} for {len(args.merge)} runs")
-    for folder in args.out.resolve().parents:  # all in a run is taken for its own
-        if (folder / "settings.json").is_file():
-            raise UserError(f"--out {args.out} lies inside the run {folder}")
+    for folder in args.out.resolve().parents:  # all in there is taken for a part of these runs
+        if (folder / "settings.json").is_file() or (folder / "compare.json").is_file():
+            raise UserError(f"--out {args.out} lies inside {folder}, which holds runs")
     with Run.open(args.out, resume=False, overwrite=args.overwrite, mark="merged") as run:
-        classifiers, source = load_to_merge(args.merge, args.base)
+        classifiers = load_to_merge(args.merge, args.base)
         first = classifiers[0]
-        plain, new = load_for_classification(source, first.labels)
+        plain, new = load_for_classification(first.source, first.labels)
         base = {name: p for name, p in plain.state_dict().items() if name not in new}
         for classifier in classifiers:
             merge(classifier.model)

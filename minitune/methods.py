@@ -32,6 +32,7 @@ from minitune.lora import insert_lora, lora_parameters
 from minitune.model import Bert, BertConfig, BertForSequenceClassification
 from minitune.support.errors import UserError
 from minitune.support.model_names import began_at_random
+from minitune.support.options import finetune_options
 from minitune.trained import Trained
 
 MOST_TOKENS = 4096  # in a batch
@@ -209,3 +210,18 @@ def check_options(method: str, config: BertConfig, args: argparse.Namespace) -> 
     options = {name: getattr(args, name) for name in METHODS[method].options}
     with torch.device("meta"):  # without memory
         METHODS[method].insert(Bert(config), **options)
+
+
+def keep_options(saved: Trained, directory: Path, args: argparse.Namespace) -> None:
+    """Give `args` the options of a run that is trained on: its modules have the sizes they have.
+
+    Raises UserError where `args` asks for others; a default asks for nothing.
+    """
+    defaults = vars(finetune_options().parse_args([]))
+    for name in METHODS[saved.method].options:
+        value, default = getattr(args, name), defaults[name]
+        has = saved.options.get(name, default)
+        if value not in (has, default):
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} {value}: the run in {directory} has {has}")
+        setattr(args, name, has)

@@ -10,6 +10,7 @@ the pretrained base model that it belongs to (trained.py). A Classifier is loade
 import reprlib
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -78,11 +79,15 @@ class Classifier:
         max_len: int,
         runtime: Runtime,
         base_hash: str = "",
+        source: Path | None = None,
     ):
-        """`base_hash`: of the pretrained base model; empty where all weights were trained."""
+        """`source`: the directory of the pretrained weights, or of all; `base_hash`: of the former.
+
+        `base_hash` is empty where all weights were trained.
+        """
         self.model = model.eval().to(runtime.device)
         self.tokenizer, self.labels, self.max_len = tokenizer, labels, max_len
-        self.runtime, self.base_hash = runtime, base_hash
+        self.runtime, self.base_hash, self.source = runtime, base_hash, source
 
     @classmethod
     def load(
@@ -119,7 +124,7 @@ class Classifier:
         # Where minitune trained on a base, without markup; else the files of the model say.
         remove_markup = trained is not None and not trained.foreign
         tokenizer = load_tokenizer(source, config, remove_markup)
-        return cls(model, tokenizer, labels, max_len, runtime, base_hash)
+        return cls(model, tokenizer, labels, max_len, runtime, base_hash, source)
 
     def predict(self, texts: list[str], batch_tokens: int | None = None) -> list[Prediction]:
         """One prediction a text, in the order of the texts, `batch_tokens` read at a time."""

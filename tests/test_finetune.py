@@ -377,7 +377,7 @@ def test_lora_and_ia3_leave_a_directory_of_peft(compared, folder, method):
 def test_a_run_can_be_trained_on(compared, folder, tmp_path, method):
     start, out = compared[0] / method, tmp_path / "out"
     words = ["--model", start, "--method", method, "--epochs", "1", "--lr", "1e-12"]
-    succeed(*options(folder, out, *words, "--lora-rank", "3", "--adapter-size", "3"))
+    succeed(*options(folder, out, *words))
     assert metrics(out / method)["validation_accuracy"] == metrics(start)["validation_accuracy"]
     before, after = weights(start), weights(out / method)
     assert before.keys() == after.keys()
@@ -385,6 +385,25 @@ def test_a_run_can_be_trained_on(compared, folder, tmp_path, method):
         torch.testing.assert_close(after[name], before[name], rtol=1e-5, atol=1e-6)
     one, other = (answers("A superb film", "--model", run) for run in (start, out / method))
     assert one[0]["probabilities"] == pytest.approx(other[0]["probabilities"], abs=1e-5)
+
+
+def test_a_run_that_is_trained_on_keeps_its_size_and_its_settings_say_so(
+    compared, folder, tmp_path
+):
+    start = tmp_path / "start" / "lora"
+    words = ["--method", "lora", "--epochs", "1", "--lora-rank", "3", "--rslora"]
+    succeed(*options(folder, tmp_path / "start", *words))
+    words = ["--model", start, "--method", "lora", "--epochs", "1"]
+    succeed(*options(folder, tmp_path / "on", *words))
+    settings = json.loads((tmp_path / "on" / "lora" / "settings.json").read_text())
+    config = json.loads((tmp_path / "on" / "lora" / "adapter_config.json").read_text())
+    assert settings["lora_rank"] == config["r"] == 3
+    assert settings["rslora"] is config["use_rslora"] is True
+    out = tmp_path / "refused"
+    assert_refused(*options(folder, out, *words, "--lora-rank", "2"), naming="has 3")
+    words = ["--model", compared[0] / "adapter", "--method", "adapter", "--adapter-size", "3"]
+    assert_refused(*options(folder, out, *words), naming="--adapter-size 3")
+    assert not out.exists()
 
 
 def test_a_run_is_not_trained_on_by_another_method_or_for_other_labels(compared, folder, tmp_path):
@@ -424,11 +443,19 @@ def test_a_merged_run_gives_the_answers_of_the_run(compared, folder, tmp_path, m
         assert one == other
     config = json.loads((out / "config.json").read_text())
     assert config["architectures"] == ["BertForSequenceClassification"]
+    run, nothing = str(compared[0] / method), tmp_path / "nothing"
+    succeed("--merge", run, run, "--weights", "1", "-1", "--out", nothing)
+    base, left = weights(folder / "base"), weights(nothing)
+    for name in base.keys() & left.keys():  # a run less itself leaves the base
+        torch.testing.assert_close(left[name], base[name], rtol=0, atol=1e-6)
+    assert not left["classifier.weight"].any()
     assert_refused("--merge", out, "--out", tmp_path / "again", naming="holds no LoRA")
     assert_refused("--merge", compared[0] / method, "--out", out, naming="--overwrite")
     inside = compared[0] / method / "merged"
-    assert_refused("--merge", compared[0] / method, "--out", inside, naming="inside the run")
-    assert not inside.exists()
+    assert_refused("--merge", compared[0] / method, "--out", inside, naming="lies inside")
+    beside = compared[0] / "merged"  # where the next finetune.py would find what is no run of it
+    assert_refused("--merge", compared[0] / method, "--out", beside, naming="which holds runs")
+    assert not inside.exists() and not beside.exists()
     assert not (tmp_path / "again").exists()
 
 

@@ -471,7 +471,7 @@ def test_task_vectors_are_added_with_their_weights(base, tmp_path):
         saved(tmp_path / name, case, base)
         merge_runs(options(tmp_path / name, out=tmp_path / f"{name}, merged"))
     merge_runs(
-        options(tmp_path / "one", tmp_path / "two", out=tmp_path / "sum", weights=[0.7, 0.1])
+        options(tmp_path / "one", tmp_path / "two", out=tmp_path / "sum", weights=[0.7, -0.1])
     )
     start, one, two, total = (
         load_file(tmp_path / name / "model.safetensors")
@@ -481,7 +481,7 @@ def test_task_vectors_are_added_with_their_weights(base, tmp_path):
         a, b, zero = one[name].double(), two[name].double(), start[name].double()
         if name.startswith("classifier."):
             zero = torch.zeros_like(zero)
-        close(tensor.double(), zero + 0.7 * (a - zero) + 0.1 * (b - zero), tolerance=1e-6)
+        close(tensor.double(), zero + 0.7 * (a - zero) - 0.1 * (b - zero), tolerance=1e-6)
     merge_runs(options(tmp_path / "one", tmp_path / "two", out=tmp_path / "mean"))
     mean = load_file(tmp_path / "mean" / "model.safetensors")
     for name, tensor in mean.items():

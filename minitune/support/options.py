@@ -135,7 +135,7 @@ def finetune_options() -> Parser:
     add(
         "--weights",
         "of each run in the sum of their changes; default: equal shares",
-        float_range(0, 100, above=False),
+        float_range(-100, 100, above=False),
         nargs="+",
         metavar="W",
     )
