@@ -58,7 +58,7 @@ class Examples:
     """Inputs and their labels: a whole split, or the few of a batch."""
 
     inputs: TokenizedTexts  # or features.Features, vectors with the same methods
-    labels: Tensor  # (N,) int64, indices into id2label
+    labels: Tensor  # (N,) int64, indices into id2label; or (N, L), a probability of each label
 
     def __len__(self) -> int:
         """N, how many predictions the loss is a mean over."""
@@ -103,10 +103,11 @@ class Classification:
         """`class_weights`: "balanced" lets all labels count alike in the loss, rare ones too."""
         self.train, self.validation = train, validation
         self.batch_tokens, self.seed, self.unit = batch_tokens, seed, train.inputs.unit
-        counts = torch.bincount(train.labels)  # (L,)
-        # Their mean over the rows is 1, so that the learning rate keeps its meaning.
-        balanced = len(train) / (counts.count_nonzero() * counts.clamp_min(1))
-        self.weights = balanced if class_weights == "balanced" else None
+        self.weights = None
+        if class_weights == "balanced":
+            counts = torch.bincount(train.labels)  # (L,)
+            # Their mean over the rows is 1, so that the learning rate keeps its meaning.
+            self.weights = len(train) / (counts.count_nonzero() * counts.clamp_min(1))
         shares = torch.bincount(validation.labels) / len(validation)
         entropy = -(shares[shares > 0] * shares[shares > 0].log()).sum()
         self.baseline = f"always the same answer: accuracy {shares.max():.3f}, loss {entropy:.3f}"

@@ -142,13 +142,16 @@ def fine_tune(experiment: Experiment, setup: Setup) -> dict:
 def choose_rows(experiment: Experiment, setup: Setup) -> dict[str, Examples]:
     """The rows of each split.
 
-    --train-examples N cuts the validation rows to N too: whoever has N labels has no more.
+    With --train-examples N at most N / 2 validation rows choose the epoch: whoever has few labels
+    to train on has no thousand to choose by (Perez et al. 2021, "True Few-Shot Learning with
+    Language Models").
     """
     examples = dict(setup.examples)
     if experiment.train_examples:
-        for split in ("train", "validation"):
-            few = min(experiment.train_examples, len(examples[split]))
-            rows = setup.reviews.balanced_subset(split, few, experiment.seed)
+        few = {"train": experiment.train_examples, "validation": experiment.train_examples // 2}
+        for split, count in few.items():
+            count = min(count, len(examples[split]))
+            rows = setup.reviews.balanced_subset(split, count, experiment.seed)
             examples[split] = examples[split].select(rows)
     return examples
 

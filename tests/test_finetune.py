@@ -658,7 +658,7 @@ def few_labels(folder, tmp_path_factory):
     return out, succeed(*options(folder, out, "--method", "feature", *sizes)).out
 
 
-def test_few_labels_choose_the_rows_that_train_and_as_few_that_validate(few_labels, folder):
+def test_few_labels_choose_the_rows_that_train_and_half_as_many_that_validate(few_labels, folder):
     out, printed = few_labels
     rows, means = rows_of(folder), []
     for path, size, seed in (
@@ -666,7 +666,8 @@ def test_few_labels_choose_the_rows_that_train_and_as_few_that_validate(few_labe
     ):  # fmt: skip
         directory = out / "feature" / path
         assert (metrics(directory)["train_examples"], metrics(directory)["seed"]) == (size, seed)
-        chosen = {split: few(rows[split], size, seed) for split in ("train", "validation")}
+        counts = {"train": size, "validation": size // 2}
+        chosen = {split: few(rows[split], count, seed) for split, count in counts.items()}
         assert_figures(directory, chosen | {"test": rows["test"]})
         # The head's mean is that of the features of the rows that it learned from.
         model = Classifier.load(str(directory), CPU)

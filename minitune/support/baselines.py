@@ -55,12 +55,15 @@ class NBSVM:
         self.seen = np.bincount(labels, minlength=num_labels) > 0
         return self
 
+    def scores(self, texts: list[str]) -> np.ndarray:
+        """(N, num_labels): how far each text is on the side of each label."""
+        matrix = self._matrix(texts)
+        return np.stack([matrix.times(weights) for weights in self.weights], axis=1)
+
     def predict(self, texts: list[str]) -> np.ndarray:
         """The label of each text. A text without any known word gets its label from the biases."""
-        matrix = self._matrix(texts)
-        scores = np.stack([matrix.times(weights) for weights in self.weights], axis=1)
         # A label without a training text is never the answer.
-        return np.where(self.seen, scores, -np.inf).argmax(axis=1)
+        return np.where(self.seen, self.scores(texts), -np.inf).argmax(axis=1)
 
     def _matrix(self, texts: list[str], learn: bool = False) -> Matrix:
         """A row for each text: 1 where it has a feature, else 0. The last column (bias) is 1.

@@ -85,7 +85,8 @@ def finetune_options() -> Parser:
     add_columns(add)
     few = "train on N rows only; several N draw accuracy against the number of labels"
     add("--train-examples", few, int_range(2, 10**9), nargs="+", metavar="N")
-    add("--seeds", "train with N seeds, from --seed on", int_range(1, 100), 1, metavar="N")
+    seeds = "train with N seeds, from --seed on; with --train-examples each draws its rows"
+    add("--seeds", seeds, int_range(1, 100), 1, metavar="N")
     add("--out", "each method writes to OUT/METHOD", path, Path("runs/finetune"))
     add("--resume", "continue the runs in --out", bool)
     add("--overwrite", "replace the runs in --out", bool)
