@@ -244,6 +244,18 @@ def test_balanced_weights_are_those_of_the_training_rows(examples):
     assert minimised.item() == pytest.approx(weighted, rel=1e-6)
 
 
+def test_labels_may_be_probabilities(examples):
+    model, probabilities = classifier(), torch.tensor([[0.9, 0.1], [0.25, 0.75], [0.0, 1.0]])
+    train = Examples(examples.inputs.select(np.array([0, 1, 2])), probabilities)
+    task = Classification(train, examples, batch_tokens=60, epochs=1, seed=0)
+    inputs, labels = train.to(CPU.device)
+    with torch.no_grad():
+        logs = model(*inputs).double().log_softmax(-1)
+        minimised, reported = task.loss(model, inputs, labels)
+    by_hand = -(probabilities.double() * logs).sum().item()
+    assert minimised.item() == reported.item() == pytest.approx(by_hand, rel=1e-6)
+
+
 def classifier(**options):
     torch.manual_seed(0)
     sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24} | options
