@@ -32,7 +32,7 @@ from minitune.commands.pages import write_page_of_run
 from minitune.data import SPLITS, Dataset, Reviews
 from minitune.finetuning import Experiment, Setup, fine_tune
 from minitune.merging import merge_runs
-from minitune.methods import METHODS, check_options, keep_options
+from minitune.methods import METHODS, build, check_options, keep_options, options_of
 from minitune.peft_files import read_trained
 from minitune.support.baselines import answer_test_rows
 from minitune.support.cli import (
@@ -154,7 +154,10 @@ def fine_tune_all(args: argparse.Namespace, experiments: list[Experiment]) -> No
     if args.model is None:
         args.model, why = default_model()
     directory = source = find_model(args.model)
-    if start := read_trained(directory):
+    start = read_trained(directory)
+    if start and start.is_whole:  # a run of prompt is a pretrained model, too
+        start = None
+    if start:
         source = start.find_base(directory, args.base)
     elif args.base:
         raise UserError(f"--base goes with --predict or --merge: {directory} is a whole model")
@@ -184,6 +187,8 @@ def fine_tune_all(args: argparse.Namespace, experiments: list[Experiment]) -> No
         raise UserError(f"{directory} has the labels {', '.join(start.labels.values())}")
     for experiment in experiments:  # too many rows are an error now, not after the first run
         reviews.balanced_subset("train", experiment.train_examples or 0, experiment.seed)
+        if experiment.method == "prompt" and start is None:  # so is a base that fills no blanks
+            build("prompt", source, reviews.names, **options_of("prompt", args))
     examples = {}
     for split in SPLITS:
         sequences = TokenizedTexts(reviews.texts[split], tokenizer, args.max_len)

@@ -35,21 +35,23 @@ from torch import Tensor
 
 from minitune import checkpoint
 from minitune.attention import resolve_backend
-from minitune.calibration import ClozeClassifier, Ensemble, compare_prompts
+from minitune.calibration import Ensemble, compare_prompts
+from minitune.cloze import ClozeClassifier, OneTemplate
 from minitune.commands.labelling import rows_to_label
 from minitune.commands.pages import page_of_prompts
-from minitune.data import Dataset, Reviews, label_index
+from minitune.data import Dataset, Reviews
 from minitune.explain import Question, attention_maps
 from minitune.initialization import NEIGHBOUR_LAYERS, from_scratch, neighbour_offset
 from minitune.prediction import ExplainedPrediction, explained
 from minitune.prompting import (
     TEMPLATES,
-    WORDS,
     FillMask,
     Prompt,
     fill_blanks,
     generate,
     in_words,
+    match_labels,
+    read_words,
     with_blanks,
 )
 from minitune.support import cli
@@ -80,28 +82,16 @@ def read_arguments() -> argparse.Namespace:
     if args.explain and (args.generate or not args.texts):
         raise UserError("--explain goes with texts")
     if args.explain and len(args.template) > 1:
-        if args.template != TEMPLATES:
+        if args.template != list(TEMPLATES):
             raise UserError("--explain takes one --template")
-        args.template = TEMPLATES[:1]
+        args.template = list(TEMPLATES[:1])
     args.out = args.out or Path("runs/attention.png" if args.look else "runs/prompt")
     if args.look and (args.out.suffix != ".png" or args.out.is_dir()):
         raise UserError(f"--out {args.out}: --look writes a picture, NAME.png")
-    args.words = read_words(args.words) if args.words else WORDS
+    args.words = read_words(args.words)
     if args.page:
         check_path(args.page)
     return args
-
-
-def read_words(arguments: list[str]) -> dict[str, list[str]]:
-    """`negative=bad,dull` and so on as {label: words}."""
-    words: dict[str, list[str]] = {}
-    for argument in arguments:
-        label, _, listed = argument.partition("=")
-        several = [word.strip() for word in listed.split(",") if word.strip()]
-        if not (label.strip() and several):
-            raise UserError(f"--words {argument}: should be LABEL=WORD or LABEL=WORD,WORD")
-        words.setdefault(label.strip(), []).extend(several)
-    return words
 
 
 def main() -> None:
@@ -211,9 +201,12 @@ def explain_answer(ensemble: Ensemble, text: str) -> ExplainedPrediction:
     if set(ids) <= set(tokenizer.special_ids.tolist()):
         raise UserError(f"{reprlib.repr(text)}: it has no word that the model knows")
     query = prompt.query(ids, [tokenizer.mask_id])
-    model = ClozeClassifier(prompt, ensemble.biases[0], *query.positions)
+    how = [prompt.template], prompt.verbalizer, prompt.max_len
+    model = ClozeClassifier(prompt.fill_mask.model, tokenizer, *how)
+    model.offsets[0] = ensemble.biases[0]
+    first = OneTemplate(model.to(prompt.fill_mask.runtime.device), 0, *query.positions)
     budget = prompt.fill_mask.batch_tokens
-    question = Question(model, tokenizer, query.ids, ensemble.names, budget)
+    question = Question(first, tokenizer, query.ids, ensemble.names, budget)
     return explained(text, len(ids) > prompt.room, question, ensemble.names)
 
 
@@ -234,12 +227,7 @@ def demonstrate(args: argparse.Namespace, prompts: list[Prompt], reviews: Review
 
 def matching_labels(prompt: Prompt, reviews: Reviews, source: str) -> Tensor:
     """For each label of the data the index of the prompt's label with that name or number."""
-    names = prompt.verbalizer.names
-    matches = [label_index(name, names, numbers_too=True) for name in reviews.names.values()]
-    if None in matches:
-        words = f"none of --words: {', '.join(names.values())}"
-        raise UserError(f"{source}: the label {reviews.names[matches.index(None)]} is {words}")
-    return torch.tensor(matches)
+    return torch.tensor(match_labels(reviews.names, prompt.verbalizer.names, source))
 
 
 def evaluate(args: argparse.Namespace, prompts: list[Prompt], model: str) -> None:

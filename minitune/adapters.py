@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minitune.model import Bert, BertForSequenceClassification
+from minitune.model import Bert
 
 
 class Adapter(nn.Module):
@@ -38,7 +38,7 @@ def insert_adapters(bert: Bert, adapter_size: int) -> None:
         layer.feed_forward_adapter = Adapter(bert.config.hidden_size, adapter_size)
 
 
-def adapter_parameters(model: BertForSequenceClassification) -> list[str]:
+def adapter_parameters(model: nn.Module) -> list[str]:
     """The names of what is trained with adapters; all other parameters are frozen."""
     parts = ("attention_adapter", "attention_norm", "feed_forward_adapter", "feed_forward_norm")
     layers = range(len(model.bert.layers))
@@ -48,9 +48,9 @@ def adapter_parameters(model: BertForSequenceClassification) -> list[str]:
 
 
 def parameters_of(model: nn.Module, modules: Iterable[str]) -> list[str]:
-    """The names of all parameters of these modules, each given by its path in the model."""
-    return [
-        f"{path}.{name}"
-        for path in modules
-        for name, _ in model.get_submodule(path).named_parameters()
-    ]
+    """The names of all parameters of these modules, each given by its path in the model.
+
+    A module that is not there has none: a cloze needs no classifier (cloze.py).
+    """
+    names = [name for name, _ in model.named_parameters()]
+    return [name for path in modules for name in names if name.startswith(f"{path}.")]

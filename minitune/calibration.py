@@ -20,9 +20,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from minitune.batching import PackedBatch
 from minitune.prompting import Prompt, in_words
 from minitune.support.answers import Prediction
 from minitune.support.errors import UserError
@@ -131,29 +130,6 @@ class Ensemble:
             label, truncated = max(by_name, key=by_name.get), len(tokens) > room
             answers.append(PromptPrediction(text, label, by_name, truncated, dict(likely)))
         return answers
-
-
-class ClozeClassifier(nn.Module):
-    """A calibrated prompt as a model whose answers explain.py can ask about, in float32.
-
-    From queries of one length, with the blank at one position, to log-probabilities (B, L) that are
-    not normalised. Raises UserError where a word of the verbalizer has several tokens.
-    """
-
-    def __init__(self, prompt: Prompt, bias: Tensor, position: int):
-        super().__init__()
-        self.bert, self.head = prompt.fill_mask.model.bert, prompt.fill_mask.model.head
-        if max(map(len, prompt.verbalizer.ids)) > 1:
-            raise UserError("--explain needs words of one token, as the tokenizer splits them")
-        device = self.head.bias.device
-        self.words = torch.tensor(prompt.verbalizer.ids, device=device).squeeze(1)  # (W,)
-        self.mean, self.bias = prompt.verbalizer.mean.to(device), bias.to(device)
-        self.position = position
-
-    def forward(self, batch: PackedBatch) -> Tensor:
-        hidden = self.bert(batch, batch.cls_positions + self.position)  # (B, C)
-        logs = self.head(hidden, self.bert.embeddings.word.weight).log_softmax(-1)
-        return logs[:, self.words] @ self.mean + self.bias
 
 
 def compare_prompts(

@@ -25,14 +25,21 @@ class TokenizedTexts:
     """Texts as token ids with [CLS] and [SEP], at most `max_len` each.
 
     A longer text keeps its beginning and its end, where reviewers say what they think (Sun et al.
-    2019, "How to Fine-Tune BERT for Text Classification?", section 5.3.1).
+    2019, "How to Fine-Tune BERT for Text Classification?", section 5.3.1); `beginning` is the share
+    of the first.
     """
 
     unit = "tokens"  # of the lengths
 
-    def __init__(self, texts: Sequence[str], tokenizer: Tokenizer, max_len: int):
+    def __init__(
+        self,
+        texts: Sequence[str],
+        tokenizer: Tokenizer,
+        max_len: int,
+        beginning: float = BEGINNING_SHARE,
+    ):
         room = max_len - 2
-        head = round(BEGINNING_SHARE * room)
+        head = round(beginning * room)
         self.ids, self.truncated = [], []
         for ids in tokenizer.encode(list(texts)):
             self.truncated.append(len(ids) > room)
@@ -99,8 +106,13 @@ class Classification:
         epochs: int,
         seed: int,
         class_weights: str = "none",
+        start_counts: bool = False,
     ):
-        """`class_weights`: "balanced" lets all labels count alike in the loss, rare ones too."""
+        """`class_weights`: "balanced" lets all labels count alike in the loss, rare ones too.
+
+        `start_counts`: the weights before the first step may be the best.
+        """
+        self.start_counts = start_counts
         self.train, self.validation = train, validation
         self.batch_tokens, self.seed, self.unit = batch_tokens, seed, train.inputs.unit
         self.weights = None

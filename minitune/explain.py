@@ -209,12 +209,13 @@ def rollout(question: Question) -> Tensor:
 
     In a layer half of a token stays, by the residual sum, and half comes from the tokens that it
     attends to, as the mean over heads says; layers multiply. It has no sign. The classifier reads
-    [CLS], or by `mean` and `layers` pooling all tokens alike.
+    [CLS], or the blank of a cloze, or by `mean` and `layers` pooling all tokens alike.
     """
     reached = torch.eye(len(question.ids), device=question.ids.device)
     for weights in attention_maps(question.model.bert, question.ids).mean(1):
         reached = 0.5 * (reached + weights @ reached)
-    read = reached[0] if question.model.pooling == "cls" else reached.mean(0)
+    reads = {"cls": reached[0], "cloze": reached[getattr(question.model, "position", 0)]}
+    read = reads.get(question.model.pooling, reached.mean(0))
     return question.sum_of_words(read)
 
 

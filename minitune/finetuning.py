@@ -14,14 +14,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from minitune.checkpoint import save_model
-from minitune.classification import Classification, Examples
-from minitune.data import Reviews
+from minitune.checkpoint import save_model, weights_hash
+from minitune.classification import Classification, Examples, TokenizedTexts
+from minitune.cloze import UNLABELLED, ClozeClassifier
+from minitune.data import SPLITS, Reviews
 from minitune.features import FeatureClassifier, Features, extract
-from minitune.methods import METHODS, build, describe_recipe, load_trained
+from minitune.methods import METHODS, build, describe_recipe, load_trained, options_of
 from minitune.optimizer import LRMultipliers, Optimizer
 from minitune.peft_files import METHODS_OF_PEFT, PeftDirectory
 from minitune.support.model_names import find_model
@@ -51,7 +53,7 @@ class Setup:
 
     def options(self, method: str) -> dict:
         """The options of a method."""
-        return {name: getattr(self.args, name) for name in METHODS[method].options}
+        return options_of(method, self.args)
 
     def build(self, method: str) -> nn.Module:
         """The model of a method, on the device, before training."""
@@ -63,6 +65,14 @@ class Setup:
             model = build(method, self.source, self.reviews.names, self.attention, **options)
         self.runtime.cast_frozen(model.bert)
         return model.to(self.runtime.device)
+
+    def read(self, model: ClozeClassifier) -> dict[str, Examples]:
+        """The rows of each split as this model reads them: the ends of the texts."""
+        how, examples = (self.tokenizer, model.max_len, model.beginning), {}
+        for split in SPLITS:
+            texts = TokenizedTexts(self.reviews.texts[split], *how)
+            examples[split] = Examples(texts, self.reviews.labels[split])
+        return examples
 
 
 @dataclass
@@ -97,7 +107,12 @@ def fine_tune(experiment: Experiment, setup: Setup) -> dict:
         run.start(setup.settings | {"experiment": experiment.description})
     runtime.barrier()  # the directory is there
 
-    learner, examples, reading = model, choose_rows(experiment, setup), None
+    examples = setup.examples
+    if isinstance(model, ClozeClassifier):
+        examples = setup.read(model)
+        if setup.start is None:
+            model.calibrate(choose_unlabelled(examples["train"].inputs, args.seed), runtime)
+    learner, examples, reading = model, choose_rows(experiment, setup, examples), None
     if isinstance(model, FeatureClassifier):  # each text is read once, and the head alone trains
         learner, (examples, reading) = model.head, read_features(model, examples, run, runtime)
         if setup.start is None and args.class_weights == "none":  # else all labels count alike
@@ -139,14 +154,22 @@ def fine_tune(experiment: Experiment, setup: Setup) -> dict:
     return metrics
 
 
-def choose_rows(experiment: Experiment, setup: Setup) -> dict[str, Examples]:
+def choose_unlabelled(texts: TokenizedTexts, seed: int) -> TokenizedTexts:
+    """Some of these texts, drawn at random: the same as prompt.py draws."""
+    order = np.random.default_rng(seed).permutation(len(texts.lengths))
+    return texts.select(order[:UNLABELLED])
+
+
+def choose_rows(
+    experiment: Experiment, setup: Setup, examples: dict[str, Examples]
+) -> dict[str, Examples]:
     """The rows of each split.
 
     With --train-examples N at most N / 2 validation rows choose the epoch: whoever has few labels
     to train on has no thousand to choose by (Perez et al. 2021, "True Few-Shot Learning with
     Language Models").
     """
-    examples = dict(setup.examples)
+    examples = dict(examples)
     if experiment.train_examples:
         few = {"train": experiment.train_examples, "validation": experiment.train_examples // 2}
         for split, count in few.items():
@@ -191,6 +214,7 @@ def train(
     options = {"accumulate": args.accumulate, "save_minutes": args.save_minutes, "warmup": 0.1}
     plan = {key: recipe[key] for key in ("batch_tokens", "epochs")}
     plan["class_weights"] = args.class_weights
+    plan["start_counts"] = isinstance(learner, ClozeClassifier)
     start, log, candidates = copy.deepcopy(learner.state_dict()), [], []  # (metrics, weights)
     cost = {"steps": 0, "tokens": 0, "seconds": 0.0, "earlier_seconds": 0.0}
     for k in range(args.soup):
@@ -208,7 +232,7 @@ def train(
             trainer.restore(checkpoint)
             runtime.log(f"resumed at step {trainer.step:,} of {trainer.steps:,}")
         metrics = trainer.train() | {"average_of": 1, "best_training": k + 1}
-        metrics["best_epoch"] = task.epoch_ends.index(trainer.best_step) + 1
+        metrics["best_epoch"] = [0, *task.epoch_ends].index(trainer.best_step)
         candidates.append((metrics, trainer.best_weights))
         cost = {key: value + getattr(trainer, key) for key, value in cost.items()}
         log += [{"training": k + 1} | entry for entry in part.read_log()]
@@ -249,15 +273,25 @@ def average(trainings: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 def save(model: nn.Module, experiment: Experiment, setup: Setup) -> Path:
     """Write the whole model if all of it was trained, else what was; returns the path."""
     directory, method, args = experiment.run.directory, experiment.method, setup.args
+    base, base_hash = str(setup.source) if setup.start else args.model, setup.settings["base_hash"]
+    options, max_len, written = setup.options(method), args.max_len, None
+    is_cloze = isinstance(model, ClozeClassifier)
+    if is_cloze:
+        max_len = model.max_len
+        options.pop("cloze_len", None)
     if all(p.requires_grad for p in model.parameters()):
-        save_model(model, setup.tokenizer, directory)
-        return directory / "model.safetensors"
-    base = str(setup.source) if setup.start else args.model
-    base = args.max_len, base, setup.settings["base_hash"]
+        save_model(model.masked_lm() if is_cloze else model, setup.tokenizer, directory)
+        written = directory / "model.safetensors"
+        if not is_cloze:
+            return written
+        base, base_hash = str(directory), weights_hash(directory)
+        options["train"] = None
+        model.requires_grad_(False)
     layout = PeftDirectory if method in METHODS_OF_PEFT.values() else Trained
-    saved = layout(method, model.pooling, setup.options(method), setup.reviews.names, *base)
+    saved = layout(method, model.pooling, options, setup.reviews.names, max_len, base, base_hash)
     saved.temperature = model.temperature
-    return saved.save(model, directory)
+    path = saved.save(model, directory)
+    return written or path
 
 
 def group_names(names: Iterable[str]) -> str:

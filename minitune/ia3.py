@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from minitune.adapters import parameters_of
-from minitune.model import Bert, BertForSequenceClassification
+from minitune.model import Bert
 
 
 class ScaledKeysAndValues(nn.Linear):
@@ -69,7 +69,7 @@ def insert_ia3(bert: Bert) -> None:
         layer.feed_forward.down = ScaledUnits(layer.feed_forward.down)
 
 
-def ia3_parameters(model: BertForSequenceClassification) -> list[str]:
+def ia3_parameters(model: nn.Module) -> list[str]:
     """The names of what is trained with (IA)³; all other parameters are frozen."""
     vectors = ("attention.qkv.keys", "attention.qkv.values", "feed_forward.down.units")
     layers = range(len(model.bert.layers))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from minitune.adapters import parameters_of
 from minitune.fast.layers import ByteDropout
-from minitune.model import Bert, BertForSequenceClassification
+from minitune.model import Bert
 from minitune.support.errors import UserError
 
 # The linear maps of a layer: the module that computes them, and how BERT calls them. Query, key and
@@ -136,7 +136,7 @@ def insert_lora(
                 layer.set_submodule(path, LoRA(layer.get_submodule(path), *sizes))
 
 
-def lora_parameters(model: BertForSequenceClassification) -> list[str]:
+def lora_parameters(model: nn.Module) -> list[str]:
     """The names of what is trained with LoRA; all other parameters are frozen."""
     maps = {name: module for name, module in model.named_modules() if isinstance(module, LoRA)}
     new = [f"{name}.{x}" for name, lora in maps.items() for x in ("A", "B", "magnitude")

@@ -11,7 +11,8 @@ the picture. A layer, and what trains where (`full` and `scratch`: all of it; `f
     f = linear(u)                       lora                     adapter: a bottleneck behind it
     x = LayerNorm(x + f)                                         adapter
 
-`bitfit` trains the bias of each linear map and of each LayerNorm.
+`bitfit` trains the bias of each linear map and of each LayerNorm. `prompt` has no classifier but
+the head of pretraining, and trains all, or with --train what another method does.
 """
 
 import argparse
@@ -24,12 +25,15 @@ import torch
 from torch import nn
 
 from minitune.adapters import adapter_parameters, insert_adapters, parameters_of
-from minitune.checkpoint import load_for_classification
+from minitune.checkpoint import load_for_classification, load_masked_lm, load_tokenizer
 from minitune.classification import Examples
+from minitune.cloze import CLOZE_LEN, ClozeClassifier
 from minitune.features import FeatureClassifier
 from minitune.ia3 import ia3_parameters, insert_ia3
 from minitune.lora import insert_lora, lora_parameters
 from minitune.model import Bert, BertConfig, BertForSequenceClassification
+from minitune.prompting import Template, Verbalizer, match_labels, read_words
+from minitune.support.cli import choose_max_len
 from minitune.support.errors import UserError
 from minitune.support.model_names import began_at_random
 from minitune.support.options import finetune_options
@@ -54,7 +58,7 @@ class Method:
     lowest_layer: float = 1.0  # the rate of the lowest layer, in multiples of the highest's
     # Hidden states to one vector: a key of model.POOLERS, or "layers". "cls" has BERT's pooler,
     # which some pretrained models lack; a method that does not train it needs "mean". Peft's
-    # directories know "cls" only.
+    # directories know "cls" only. "cloze": the hidden state at the blank of a template.
     pooling: str = "cls"
     insert: Callable[..., None] = lambda bert: None  # puts new modules into the encoder
     options: tuple[str, ...] = ()  # of the command line, that `insert` takes
@@ -100,10 +104,10 @@ def all_parameters(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_parameters()]
 
 
-def biases_and_classifier(model: BertForSequenceClassification) -> list[str]:
+def biases_and_classifier(model: nn.Module) -> list[str]:
     """The names of all biases, and of the classifier's weight (Ben Zaken et al. 2022, "BitFit")."""
-    biases = [name for name in all_parameters(model) if name.endswith(".bias")]
-    return ["classifier.weight", *biases]
+    ends = ("classifier.weight", ".bias")
+    return [name for name in all_parameters(model) if name.endswith(ends)]
 
 
 def for_all_parameters(hidden_size: int) -> float:
@@ -155,7 +159,26 @@ METHODS = {
         trained=all_parameters, trains_words=True, pretrained=False,
         lr=for_all_parameters,
     ),
+    "prompt": Method(
+        "the pretrained head fills the blank of a cloze, and learns to fill it with a label's word",
+        trained=all_parameters, trains_words=True, pooling="cloze",
+        options=("train", "template", "words", "cloze_len"),
+        lr=for_all_parameters, lowest_layer=1 / 3,
+    ),
 }  # fmt: skip
+
+
+# What trains in a run of `prompt` whose weights were all trained: they are its own base.
+NOTHING = Method("nothing", trained=lambda model: [], lr=lambda _: 0.0)
+
+
+def options_of(method: str, args: argparse.Namespace) -> dict:
+    """The options of a method, by their names; for `prompt` also those of what --train names."""
+    names = METHODS[method].options
+    options = {name: getattr(args, name) for name in names}
+    if "train" in names:
+        options |= options_of(args.train, args)
+    return options
 
 
 def build(
@@ -175,8 +198,13 @@ def build(
     row = METHODS[method]
     pooling = saved_pooling or row.pooling
     reads_layers = pooling == FeatureClassifier.pooling
-    pooler = "cls" if reads_layers else pooling
-    model, new = load_for_classification(source, labels, attention, pooler, row.pretrained)
+    if pooling == ClozeClassifier.pooling:
+        row = METHODS[part] if (part := options.pop("train")) else NOTHING
+        cloze = {name: options.pop(name) for name in ("template", "words", "cloze_len")}
+        model, new = build_cloze(source, labels, attention, **cloze), []
+    else:
+        pooler = "cls" if reads_layers else pooling
+        model, new = load_for_classification(source, labels, attention, pooler, row.pretrained)
     pretrained = set(all_parameters(model)) - set(new)
     with torch.device("meta" if saved_pooling else "cpu"):
         if reads_layers:
@@ -191,12 +219,42 @@ def build(
     return model
 
 
+def build_cloze(
+    source: Path,
+    labels: dict[int, str],
+    attention: str,
+    template: list[str],
+    words: list[str],
+    cloze_len: int | None,
+) -> ClozeClassifier:
+    """The masked language model in `source` with templates, and `words` as --words has them.
+
+    Raises UserError where it has no head, a label has no words, or a cloze does not fit.
+    """
+    model, has_head = load_masked_lm(source, attention)
+    if not has_head:
+        way_out = "python train.py --init MODEL gives it one"
+        raise UserError(f"--method prompt: {source} has no masked-LM head; {way_out}")
+    tokenizer, listed = load_tokenizer(source, model.config), read_words(words)
+    chosen = match_labels(labels, dict(enumerate(listed)), "--method prompt")
+    several = list(listed.values())
+    of_labels = {name: several[i] for name, i in zip(labels.values(), chosen, strict=True)}
+    positions = model.config.max_position_embeddings
+    max_len = choose_max_len(cloze_len, positions, default=CLOZE_LEN, option="--cloze-len")
+    templates = [Template(sentence, tokenizer) for sentence in template]
+    return ClozeClassifier(model, tokenizer, templates, Verbalizer(of_labels, tokenizer), max_len)
+
+
 def load_trained(
     saved: Trained, directory: Path, source: Path, attention: str
 ) -> BertForSequenceClassification | FeatureClassifier:
     """The model of a run that saved what it trained, on the pretrained weights in `source`."""
     how = {"saved_pooling": saved.pooling, **saved.options}
     try:
+        if saved.pooling == ClozeClassifier.pooling:
+            how["cloze_len"] = saved.max_len
+            if not isinstance(how["template"], list) or not isinstance(how["words"], list):
+                raise ValueError("templates and words are lists")
         model = build(saved.method, source, saved.labels, attention, **how)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{directory}/{saved.file} is damaged: {error!r}") from error
@@ -207,9 +265,10 @@ def load_trained(
 
 def check_options(method: str, config: BertConfig, args: argparse.Namespace) -> None:
     """Raise UserError where the options of a method do not suit the sizes of a model."""
-    options = {name: getattr(args, name) for name in METHODS[method].options}
+    if METHODS[method].pooling == ClozeClassifier.pooling:
+        method = args.train
     with torch.device("meta"):  # without memory
-        METHODS[method].insert(Bert(config), **options)
+        METHODS[method].insert(Bert(config), **options_of(method, args))
 
 
 def keep_options(saved: Trained, directory: Path, args: argparse.Namespace) -> None:
@@ -218,7 +277,7 @@ def keep_options(saved: Trained, directory: Path, args: argparse.Namespace) -> N
     Raises UserError where `args` asks for others; a default asks for nothing.
     """
     defaults = vars(finetune_options().parse_args([]))
-    for name in METHODS[saved.method].options:
+    for name in defaults.keys() & {*METHODS[saved.method].options, *saved.options}:
         value, default = getattr(args, name), defaults[name]
         has = saved.options.get(name, default)
         if value not in (has, default):

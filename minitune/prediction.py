@@ -19,7 +19,8 @@ from torch import nn
 from minitune.attention import resolve_backend
 from minitune.batching import reading_tokens, sorted_batches
 from minitune.checkpoint import check_max_len, load_classifier, load_tokenizer, read_config
-from minitune.classification import TokenizedTexts
+from minitune.classification import BEGINNING_SHARE, TokenizedTexts
+from minitune.cloze import ClozeClassifier, OneTemplate
 from minitune.explain import Explanation, Question, explain
 from minitune.methods import load_trained
 from minitune.peft_files import read_trained
@@ -128,7 +129,7 @@ class Classifier:
 
     def predict(self, texts: list[str], batch_tokens: int | None = None) -> list[Prediction]:
         """One prediction a text, in the order of the texts, `batch_tokens` read at a time."""
-        sequences = TokenizedTexts(texts, self.tokenizer, self.max_len)
+        sequences = self.read(texts)
         logits = torch.empty(len(texts), len(self.labels))
         budget = batch_tokens or reading_tokens(self.runtime.device)
         # One context for all batches: autocast converts the weights once and keeps them until it
@@ -148,13 +149,25 @@ class Classifier:
             answers.append(Prediction(text, self.labels[label], by_name, truncated))
         return answers
 
+    def read(self, texts: list[str]) -> TokenizedTexts:
+        """The texts as the model reads them."""
+        beginning = getattr(self.model, "beginning", BEGINNING_SHARE)
+        return TokenizedTexts(texts, self.tokenizer, self.max_len, beginning)
+
     def question(self, ids: np.ndarray, batch_tokens: int | None = None) -> Question:
-        """Why does the text of these ids have its label? UserError if no word of it is known."""
-        return Question(self.model, self.tokenizer, ids.tolist(), self.labels, batch_tokens)
+        """Why does the text of these ids have its label? UserError if no word of it is known.
+
+        Of a run of `prompt` the first template is asked.
+        """
+        model, ids = self.model, ids.tolist()
+        if isinstance(model, ClozeClassifier):
+            ids, position = model.cloze(ids[1:-1], 0)
+            model = OneTemplate(model, 0, position)
+        return Question(model, self.tokenizer, ids, self.labels, batch_tokens)
 
     def explain(self, text: str, batch_tokens: int | None = None) -> ExplainedPrediction:
         """The prediction for a text, and what each of its words adds to it, in float32."""
-        inputs = TokenizedTexts([text], self.tokenizer, self.max_len)
+        inputs = self.read([text])
         try:
             question = self.question(inputs.ids[0], batch_tokens)
         except UserError as error:

@@ -68,6 +68,7 @@ class MaskedLanguageModelling:
     """Guess the masked tokens of a corpus. As a task it has what training.py lists."""
 
     unit, evaluations = "tokens", EVALUATIONS  # the latter for support/plan.py
+    start_counts = False
     score = None  # the last weights are kept: the learning rate has fallen to zero there
 
     def __init__(

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minitune.batching import PackedBatch, reading_tokens, sorted_batches
+from minitune.data import label_index
 from minitune.model import BertForMaskedLM
 from minitune.support.errors import UserError
 from minitune.support.runtime import Runtime
@@ -112,6 +113,7 @@ class Template:
         for part in (TEXT, MASK):
             if sentence.count(part) != 1:
                 raise UserError(f"the template {sentence!r} must hold {part} once")
+        self.sentence = sentence
         parts = tokenizer.encode(re.split(r"\{text\}|\[MASK\]", sentence))
         self.before, self.between, self.after = parts
         self.text_first = sentence.index(TEXT) < sentence.index(MASK)
@@ -123,6 +125,40 @@ class Template:
             start = len(self.before) + len(text) + len(self.between)
             return [*self.before, *text, *self.between, *blank, *self.after], start
         return [*self.before, *blank, *self.between, *text, *self.after], len(self.before)
+
+    def room(self, max_len: int, blank: int) -> int:
+        """How many tokens of a text fit beside [CLS], [SEP], the template and a blank.
+
+        `blank` is its number of tokens, `max_len` that of the query. UserError if none fits.
+        """
+        if (room := max_len - 2 - self.length - blank) < 1:
+            problem = f"the template {self.sentence!r} leaves no room for a text"
+            raise UserError(f"{problem} in {max_len} tokens")
+        return room
+
+
+def read_words(arguments: list[str]) -> dict[str, list[str]]:
+    """`negative=bad,dull` and so on as {label: words}."""
+    words: dict[str, list[str]] = {}
+    for argument in arguments:
+        label, _, listed = argument.partition("=")
+        several = [word.strip() for word in listed.split(",") if word.strip()]
+        if not (label.strip() and several):
+            raise UserError(f"--words {argument}: should be LABEL=WORD or LABEL=WORD,WORD")
+        words.setdefault(label.strip(), []).extend(several)
+    return words
+
+
+def match_labels(names: dict[int, str], of_words: dict[int, str], source: str) -> list[int]:
+    """For each label of `source`, by its name, the index of that label among `of_words`.
+
+    Names that are numbers count the labels of `of_words`. Raises UserError where one is missing.
+    """
+    matches = [label_index(name, of_words, numbers_too=True) for name in names.values()]
+    if None in matches:
+        known = f"none of --words: {', '.join(of_words.values())}"
+        raise UserError(f"{source}: the label {names[matches.index(None)]} is {known}")
+    return matches
 
 
 class Verbalizer:
@@ -169,11 +205,7 @@ class Prompt:
         self.sentence, self.fill_mask, self.max_len = sentence, fill_mask, max_len
         self.template = Template(sentence, fill_mask.tokenizer)
         self.verbalizer = Verbalizer(words, fill_mask.tokenizer)
-        # How many tokens of a text fit beside [CLS], [SEP], the template and the longest word.
-        self.room = max_len - 2 - self.template.length - max(map(len, self.verbalizer.ids))
-        if self.room < 1:
-            problem = f"the template {sentence!r} leaves no room for a text"
-            raise UserError(f"{problem} in {max_len} tokens")
+        self.room = self.template.room(max_len, max(map(len, self.verbalizer.ids)))
         self.demonstrations: list[int] = []
 
     def demonstrate(self, texts: list[list[int]], labels: list[int]) -> None:

@@ -1,7 +1,7 @@
 """The part of a mostly frozen model that a method trained, on disk, and whose part it is.
 
     trained.json          method, pooling, options, label names, longest text, base model
-    trained.safetensors   the parameters that trained
+    trained.safetensors   the parameters that trained, and what was measured
 
 The base model is not copied: it is found by its path, and known by the SHA-256 of its weights.
 """
@@ -23,8 +23,9 @@ from minitune.temperature import is_temperature
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     """What a run changed, by name: parameters that train, and buffers, which it measured."""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return dict(model.named_buffers()) | trained
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    tensors = model.state_dict(keep_vars=True).items()
+    return {name: tensor for name, tensor in tensors if name not in frozen}
 
 
 @dataclass
@@ -71,7 +72,8 @@ class Trained:
             options = raw  # what is left are the options of the method
             if not method or not pooling or "\0" in method + pooling:
                 raise ValueError("a name is empty")
-            if not all(type(value) is int and 0 < value <= 10_000 for value in options.values()):
+            sizes = [] if pooling == "cloze" else options.values()
+            if not all(type(value) is int and 0 < value <= 10_000 for value in sizes):
                 raise ValueError(f"options {options}")
             return cls(method, pooling, options, **cls.parse_context(context))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -96,6 +98,11 @@ class Trained:
         fields = {"labels": dict(enumerate(names)), "max_len": max_len, "base": path}
         fields |= {"base_hash": base_hash, "relative_base": relative}
         return fields | {"temperature": temperature}
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all weights were trained, so that the run is its own base."""
+        return self.relative_base == "."
 
     def find_base(self, directory: Path, named: str | None = None) -> Path:
         """The directory of the base model, if its weights still are the same.

@@ -14,6 +14,7 @@ Classification, which has
     validation_batches(quick)   all validation rows; if `quick`, a part of them is enough
     score(metrics)              the weights with the highest score are kept; a task whose `score` is
                                 None keeps the last ones
+    start_counts                whether the weights before the first step may have the highest score
     unit, baseline              what `tokens` below counts, and losses to compare with, as text
 
 and in its batches, MaskedBatch or Examples, which have
@@ -91,10 +92,12 @@ class Trainer:
         or gradient are NaN or infinite.
         """
         if self.runtime.is_main:
-            self.run.rewind_log(self.step)
+            self.run.rewind_log(self.step or -1)  # the start is evaluated again
         options = {"total": self.steps, "initial": self.step, "unit": "step"}
         with catch_signals(self.signals), self.runtime.progress(**options) as bar:
             self.model.train()
+            if self.step == 0 and self.task.start_counts:
+                self._log_start()
             batches = self.task.batches(self.step)
             while self.step < self.steps:
                 batch, started = next(batches), time.monotonic()
@@ -112,7 +115,7 @@ class Trainer:
                 bar.total = self.steps
                 bar.set_postfix_str(f"loss {loss:.3f} ({self.task.baseline})")
                 bar.update()
-            if self.best_step:
+            if self.has_best:
                 self.model.load_state_dict(self.best_weights, strict=False)
                 final = {"loss": self.best_loss, "accuracy": self.best_accuracy}
             else:
@@ -172,7 +175,7 @@ class Trainer:
             entry["validation"] = metrics = self.evaluate(quick=True)
             entry |= self.observe()
             score, best = self.task.score, {"loss": self.best_loss, "accuracy": self.best_accuracy}
-            if score and (not self.best_step or score(metrics) > score(best)):
+            if score and (not self.has_best or score(metrics) > score(best)):
                 self.best_step, self.best_weights = self.step, self._copy_weights()
                 self.best_loss, self.best_accuracy = metrics["loss"], metrics["accuracy"]
             if silence > REPORT_EVERY or self.step == self.steps:
@@ -182,6 +185,21 @@ class Trainer:
         due = evaluated or self.step % LOG_EVERY == 0 or self.step == self.steps
         if due and self.runtime.is_main:
             self.run.log(entry)
+
+    def _log_start(self) -> None:
+        """Evaluate the weights before the first step: until then they are the best."""
+        metrics = self.evaluate(quick=True)
+        self.best_loss, self.best_accuracy = metrics["loss"], metrics["accuracy"]
+        values = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
+        self.runtime.log(f"step {0:>6,} of {self.steps:,}   validation {values}")
+        if self.runtime.is_main:
+            entry = {"step": 0, "steps": self.steps, "loss": metrics["loss"], "tokens": 0}
+            self.run.log(entry | {"gradient_norm": None, "seconds": 0.0, "validation": metrics})
+
+    @property
+    def has_best(self) -> bool:
+        """Whether some weights were evaluated, so that there are best ones."""
+        return bool(self.best_step or self.task.start_counts)
 
     def _report(self, rows: str, metrics: dict) -> None:
         """Print a line: what was measured on which rows, the speed, and the time that is left."""
@@ -266,6 +284,8 @@ class Trainer:
             return False
         if steps != (self.steps or steps) or (step and not others["seconds"]):
             return False
+        if not best_step and self.task.start_counts:
+            return True
         evaluated = range(1, int(step) + 1) if self.task.score else ()
         return best_step in ([s for s in evaluated if self.task.evaluation_due(s, steps)] or [0])
 

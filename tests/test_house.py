@@ -14,7 +14,7 @@ FLOORS = [
     {"finetuning", "prediction", "merging"},
     {"checkpoint", "trained", "peft_files", "methods"},
     {"pretraining", "classification", "features", "adapters", "lora", "ia3"}
-    | {"prompting", "calibration", "explain", "temperature", "probes"},
+    | {"prompting", "calibration", "cloze", "explain", "temperature", "probes"},
     {"model", "attention", "initialization", "optimizer", "training"},
     {"masking", "tokenizer", "corpus", "data"},
     {"fast", "support"},

@@ -35,7 +35,7 @@ def test_choices_are_what_the_lessons_have():
 
 def test_defaults_are_what_the_lessons_have():
     assert finetune_options().get_default("lora_targets") == ",".join(TARGETS)
-    assert prompt_options().get_default("template") == TEMPLATES
+    assert prompt_options().get_default("template") == list(TEMPLATES)
 
 
 @pytest.mark.parametrize(

@@ -280,6 +280,7 @@ class Toy:
     """Three classes of random rows; 120 validation rows in 24 batches."""
 
     unit, baseline, evaluations, score = "rows", "chance", 12, None
+    start_counts = False
 
     def __init__(self, clock=None):
         self.clock, self.read = clock, 0

@@ -13,7 +13,6 @@ from statistics import mean
 
 import torch
 
-from minitune.classification import TokenizedTexts
 from minitune.data import Dataset, label_index
 from minitune.explain import HIDDEN_WORDS, deletion_test, explain, words_of
 from minitune.prediction import Classifier
@@ -30,7 +29,8 @@ def label_new_reviews(args: argparse.Namespace) -> None:
     """`finetune.py --predict`, from its options to the last answer."""
     classifier = _load(args)
     rows = rows_to_label(args.predict, "--predict", classifier.labels, columns(args))
-    cut = f"had more than {classifier.max_len} tokens: their two ends were read"
+    ends = "ends" if classifier.model.pooling == "cloze" else "two ends"
+    cut = f"had more than {classifier.max_len} tokens: their {ends} were read"
     predict = functools.partial(classifier.predict, batch_tokens=args.batch_tokens)
     if args.explain:  # one after the other
         each = functools.partial(classifier.explain, batch_tokens=args.batch_tokens)
@@ -43,7 +43,7 @@ def evaluate_explanations(args: argparse.Namespace) -> None:
     classifier, generator = _load(args), torch.Generator().manual_seed(args.seed)
     dataset = Dataset(args.data, args.test, columns=columns(args))
     texts = [row.text for row in dataset.rows("test")]
-    inputs = TokenizedTexts(texts, classifier.tokenizer, classifier.max_len)
+    inputs = classifier.read(texts)
     chosen, found, tests = [], [], []
     for i in torch.randperm(len(texts), generator=generator).tolist():
         words, _ = words_of(torch.from_numpy(inputs.ids[i]).long(), classifier.tokenizer)

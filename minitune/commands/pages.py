@@ -16,6 +16,7 @@ from minitune.merging import merge
 from minitune.prediction import Classifier
 from minitune.prompting import MASK, TEXT, Prompt
 from minitune.support.answers import say
+from minitune.support.errors import UserError
 from minitune.support.page import check_path, make_page, write_page
 from minitune.support.runtime import Runtime
 
@@ -25,6 +26,8 @@ def write_page_of_run(args: argparse.Namespace) -> None:
     check_path(args.page)
     name = latest_run(args.out) if args.model is None else args.model
     classifier = Classifier.load(name, Runtime.start("cpu", "fp32", args.threads), base=args.base)
+    if classifier.model.pooling == "cloze":
+        raise UserError(f"--page: {name} is a run of prompt, which a page does not compute yet")
     say(f"model: {name}; labels: {', '.join(classifier.labels.values())}")
     print(write_page(args.page, page_of_classifier(classifier, name), args.yes))
 

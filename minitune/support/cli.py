@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ NOT_SAVED = {"help", "out", "resume", "overwrite", "predict", "explain", "evalua
 NOT_SAVED |= {"merge", "weights", "page", "yes"}
 # Options that runs of earlier versions have not saved. Such a run was computed with their defaults.
 ADDED = {"text_column", "label_column", "class_weights", "lora_targets", "lora_rank", "lora_alpha",
-         "lora_dropout", "rslora", "dora"}  # fmt: skip
+         "lora_dropout", "rslora", "dora", "train", "template", "words", "cloze_len"}  # fmt: skip
 LONGEST_ERROR = 600  # characters; an option may hold a whole book
 
 
@@ -101,7 +102,7 @@ class Parser(argparse.ArgumentParser):
             if value is True:
                 words.append(flag)
             elif isinstance(value, list):  # an item that begins with - would be an option
-                words += [flag, *(str(item).replace("-", "~") for item in value)]
+                words += [flag, *(re.sub("^-", "~", str(item)) for item in value)]
             else:
                 words.append(f"{flag}={value}")
         try:
@@ -148,17 +149,24 @@ def columns(args: argparse.Namespace) -> Columns:
     return Columns(args.text_column, args.label_column)
 
 
-def choose_max_len(given: int | None, positions: int, batch_tokens: int | None = None) -> int:
-    """The most tokens of a text: what is given, else 512 or what model and batch have room for.
+def choose_max_len(
+    given: int | None,
+    positions: int,
+    batch_tokens: int | None = None,
+    default: int = 512,
+    option: str = "--max-len",
+) -> int:
+    """The most tokens of a text: what is given by `option`, else what there is room for.
 
-    Raises UserError where a batch or the model has no room for what is given.
+    That is `default`, or what model and batch have. Raises UserError where they have no room for
+    what is given.
     """
     if given is None:
-        return min(512, positions, batch_tokens or 512)
+        return min(default, positions, batch_tokens or default)
     if batch_tokens and batch_tokens < given:
-        raise UserError(f"--batch-tokens {batch_tokens} is less than one text of --max-len")
+        raise UserError(f"--batch-tokens {batch_tokens} is less than one text of {option}")
     if given > positions:
-        raise UserError(f"--max-len {given}: the model has {positions} positions")
+        raise UserError(f"{option} {given}: the model has {positions} positions")
     return given
 
 

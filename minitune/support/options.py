@@ -6,6 +6,7 @@ So the names of presets, methods and the like are read from the source of their 
 
 import ast
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 from minitune.support.cli import (
@@ -17,6 +18,7 @@ from minitune.support.cli import (
     text,
 )
 
+UNPROMPTED = ("feature", "scratch", "prompt")  # methods that --train cannot name
 LESSONS = Path(__file__).parents[1]
 
 
@@ -105,6 +107,11 @@ def finetune_options() -> Parser:
     add("--lora-dropout", "on what A reads", float_range(0, 0.9, above=False), "0")
     add("--rslora", "multiply B A by alpha / sqrt(rank)", bool)
     add("--dora", "train the lengths of the matrices' rows apart from their directions", bool)
+    parts = [name for name in _keys("methods", "METHODS") if name not in UNPROMPTED]
+    add("--train", "what --method prompt trains", parts, "full")
+    _add_cloze(add)
+    cloze_len = "tokens of a cloze; of a longer text the end is read; default: 128"
+    add("--cloze-len", cloze_len, int_range(8, 10**6))
     max_len = "tokens of a text; longer ones keep their ends; default: 512, if there is room"
     add("--max-len", max_len, int_range(8, 10**6))
     add("--batch-tokens", "tokens in a step, all processes together", int_range(8, 10**7))
@@ -160,12 +167,7 @@ def prompt_options() -> Parser:
     add("--explain", "with texts: what each word adds to the answer of one template", bool)
     add = options.group("how a text becomes a query")
     add("--model", "minilm, a BERT directory, a hub id; default: the last run of train.py on IMDb")
-    template = "with {text} and [MASK]; several answer together; default: "
-    templates = ast.literal_eval(_constant("prompting", "TEMPLATES"))
-    template += f"{len(templates)} templates about films"
-    add("--template", template, default=templates, nargs="+", metavar="SENTENCE")
-    words = "the words of each label; where data has numbers, 0 is the first label"
-    add("--words", words, nargs="+", metavar="LABEL=WORD,WORD")
+    _add_cloze(add)
     calibrate = "without labels; default: the best on validation rows"
     add("--calibrate", calibrate, _keys("calibration", "CALIBRATIONS"), "prior")
     add("--data", "its train rows are for --calibrate prior and --shots", default="imdb")
@@ -187,6 +189,19 @@ def prompt_options() -> Parser:
     add("--out", out, path)
     _add_machine_options(options)
     return options
+
+
+def _add_cloze(add: Callable) -> None:
+    """The options about templates and words."""
+    template = "with {text} and [MASK]; several answer together; default: "
+    templates = list(ast.literal_eval(_constant("prompting", "TEMPLATES")))
+    template += f"{len(templates)} templates about films"
+    add("--template", template, default=templates, nargs="+", metavar="SENTENCE")
+    words = "the words of each label; where data has numbers, 0 is the first label; default: "
+    listed = ast.literal_eval(_constant("prompting", "WORDS"))
+    default = [f"{label}={','.join(several)}" for label, several in listed.items()]
+    words += "six for negative and six for positive"
+    add("--words", words, default=default, nargs="+", metavar="LABEL=WORD,WORD")
 
 
 def _add_machine_options(parser: Parser) -> None:

@@ -27,7 +27,7 @@ ACCURACY = "test accuracy (%), with its 95% interval"
 COLOURS = {
     "majority": "#bdbdbd", "nb-svm": "#969696", "scratch": "#fdae6b", "feature": "#9ecae1",
     "bitfit": "#66c2a4", "ia3": "#238b45", "lora": "#807dba", "adapter": "#3182bd",
-    "full": "#08306b",
+    "full": "#08306b", "prompt": "#e6550d",
     "none": "#bdbdbd", "contextual": "#9ecae1", "pmi": "#fdae6b", "prior": "#08306b",
 }  # fmt: skip
 
