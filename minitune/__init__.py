@@ -25,6 +25,7 @@
     merging         LoRA folded into the weights; several added up: task arithmetic
     prompting       asking a masked language model with a template
     calibration     why a prompt's answers lean to one side, and how to correct that
+    cloze           fine-tuning a prompt, which keeps what it knows without labels
     probes          what a model has learned: ten blanks, nearest words
     explain         why this label: what each word adds, and how to test that
     prediction      new texts in, labels out

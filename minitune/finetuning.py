@@ -11,7 +11,7 @@ import json
 import re
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +50,7 @@ class Setup:
     examples: dict[str, Examples]  # by split
     runtime: Runtime
     attention: str  # the backend
+    ends: dict[str, Examples] = field(default_factory=dict)  # `examples` as a cloze has them
 
     def options(self, method: str) -> dict:
         """The options of a method."""
@@ -68,11 +69,11 @@ class Setup:
 
     def read(self, model: ClozeClassifier) -> dict[str, Examples]:
         """The rows of each split as this model reads them: the ends of the texts."""
-        how, examples = (self.tokenizer, model.max_len, model.beginning), {}
-        for split in SPLITS:
+        how = self.tokenizer, model.max_len, model.beginning
+        for split in SPLITS if not self.ends else ():
             texts = TokenizedTexts(self.reviews.texts[split], *how)
-            examples[split] = Examples(texts, self.reviews.labels[split])
-        return examples
+            self.ends[split] = Examples(texts, self.reviews.labels[split])
+        return self.ends
 
 
 @dataclass
