@@ -25,6 +25,7 @@ from collections import Counter
 from pathlib import Path
 
 from minitune.attention import resolve_backend
+from minitune.bag_of_words import add_bag, ensemble_figures
 from minitune.checkpoint import load_tokenizer, read_config, weights_hash
 from minitune.classification import Examples, TokenizedTexts
 from minitune.commands.labelling import evaluate_explanations, label_new_reviews
@@ -34,7 +35,7 @@ from minitune.finetuning import Experiment, Setup, fine_tune
 from minitune.merging import merge_runs
 from minitune.methods import METHODS, build, check_options, keep_options, options_of
 from minitune.peft_files import read_trained
-from minitune.support.baselines import answer_test_rows
+from minitune.support.baselines import NBSVM, answer_test_rows
 from minitune.support.cli import (
     choose_max_len,
     columns,
@@ -51,7 +52,7 @@ from minitune.support.runtime import Runtime, return_freed_memory
 UNEVEN = 1.5  # times the rows of the rarest label; where one has more, the table has macro F1
 
 # On resume these may differ from the saved settings; the others must be the same.
-MAY_CHANGE = {"method", "seed", "seeds", "train_examples", "lr",
+MAY_CHANGE = {"method", "bag", "seed", "seeds", "train_examples", "lr",
               "device", "threads", "precision", "attention", "save_minutes"}  # fmt: skip
 
 
@@ -110,8 +111,8 @@ def open_runs(args: argparse.Namespace, stack: contextlib.ExitStack) -> list[Exp
     return experiments
 
 
-def finished_runs(out: Path, settings: dict) -> list[tuple[dict, dict]]:
-    """(experiment, metrics) of all runs in --out, earlier ones too, on this base model and data."""
+def finished_runs(out: Path, settings: dict) -> list[tuple[Path, dict, dict]]:
+    """(directory, experiment, metrics) of all runs in --out on this base model and data."""
     runs = {}
     for file in sorted(out.rglob("metrics.json")):
         metrics, saved = read_json(file), read_json(file.with_name("settings.json"))
@@ -122,8 +123,8 @@ def finished_runs(out: Path, settings: dict) -> list[tuple[dict, dict]]:
         if saved.get("experiment") not in (same, same | {"train_examples": None}):
             raise UserError(f"{file} is damaged: settings.json beside it has another experiment")
         if all(saved.get(key) == settings[key] for key in SOURCES):
-            runs[json.dumps(saved["experiment"])] = saved["experiment"], metrics
-    return sorted(runs.values(), key=lambda run: list(METHODS).index(run[1]["method"]))
+            runs[json.dumps(saved["experiment"])] = file.parent, saved["experiment"], metrics
+    return sorted(runs.values(), key=lambda run: list(METHODS).index(run[2]["method"]))
 
 
 def main() -> None:
@@ -219,16 +220,21 @@ def fine_tune_all(args: argparse.Namespace, experiments: list[Experiment]) -> No
     if not runtime.is_main:
         return
     runs = finished_runs(args.out, settings)
-    results = [metrics for _, metrics in runs]
+    results = [metrics for *_, metrics in runs]
     # With all rows nothing in the baselines depends on a seed.
-    choices = ((one["train_examples"], one["train_examples"] and one["seed"]) for one, _ in runs)
+    choices = ((one["train_examples"], one["train_examples"] and one["seed"]) for _, one, _ in runs)
     baselines = {}
     for size, seed in dict.fromkeys(choices):
         chosen = reviews.balanced_subset("train", size, seed) if size else None
-        found = answer_test_rows(reviews.texts, reviews.labels, len(reviews.names), chosen)
-        results += [row | {"seed": seed} for row, _ in found]
-        baselines[size, seed] = found
-    order = list(dict.fromkeys(["majority", "nb-svm", "scratch", *METHODS]))
+        rows, model = (reviews.texts, reviews.labels, len(reviews.names), chosen), NBSVM()
+        baselines[size, seed] = answer_test_rows(*rows, model)
+        results += [row | {"seed": seed} for row, _ in baselines[size, seed]]
+        for experiment in experiments if args.bag else []:
+            if (size, seed) == (experiment.train_examples, size and experiment.seed):
+                add_bag(experiment.run.directory, model, reviews, size, experiment.seed)
+    results += [row for directory, *_ in runs for row in ensemble_figures(directory)]
+    order = dict.fromkeys(["majority", "nb-svm", "scratch", *METHODS])
+    order = [name for method in order for name in (method, f"{method} + bag")]
     test_rows = len(reviews.texts["test"])
     rows = summarise(results, test_rows, order)
     counts = Counter(reviews.labels["test"].tolist()).values()

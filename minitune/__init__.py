@@ -17,6 +17,7 @@
     lora            low-rank changes beside frozen matrices
     ia3             trained vectors that multiply inside a frozen network
     temperature     probabilities that can be taken at their word
+    bag_of_words    a network and a bag of words that answer together
     methods         every method as a row of one table
     finetuning      one method, from pretrained weights to test accuracy
     checkpoint      a model on disk, as a Hugging Face BERT

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from minitune.attention import resolve_backend
+from minitune.bag_of_words import Bag
 from minitune.batching import reading_tokens, sorted_batches
 from minitune.checkpoint import check_max_len, load_classifier, load_tokenizer, read_config
 from minitune.classification import BEGINNING_SHARE, TokenizedTexts
@@ -81,14 +82,15 @@ class Classifier:
         runtime: Runtime,
         base_hash: str = "",
         source: Path | None = None,
+        bag: Bag | None = None,
     ):
         """`source`: the directory of the pretrained weights, or of all; `base_hash`: of the former.
 
-        `base_hash` is empty where all weights were trained.
+        `base_hash` is empty where all weights were trained. `bag` answers together with the model.
         """
         self.model = model.eval().to(runtime.device)
         self.tokenizer, self.labels, self.max_len = tokenizer, labels, max_len
-        self.runtime, self.base_hash, self.source = runtime, base_hash, source
+        self.runtime, self.base_hash, self.source, self.bag = runtime, base_hash, source, bag
 
     @classmethod
     def load(
@@ -125,7 +127,8 @@ class Classifier:
         # Where minitune trained on a base, without markup; else the files of the model say.
         remove_markup = trained is not None and not trained.foreign
         tokenizer = load_tokenizer(source, config, remove_markup)
-        return cls(model, tokenizer, labels, max_len, runtime, base_hash, source)
+        bag = Bag.load(directory, len(labels))
+        return cls(model, tokenizer, labels, max_len, runtime, base_hash, source, bag)
 
     def predict(self, texts: list[str], batch_tokens: int | None = None) -> list[Prediction]:
         """One prediction a text, in the order of the texts, `batch_tokens` read at a time."""
@@ -138,7 +141,8 @@ class Classifier:
             for indices in sorted_batches(sequences.lengths, budget):
                 batch = sequences.select(indices).pack().to(self.runtime.device)
                 logits[torch.from_numpy(indices)] = self.model(batch).float().cpu()
-        probabilities = (logits / self.model.temperature).softmax(-1)
+        logits = self.bag.together(logits, texts) if self.bag else logits / self.model.temperature
+        probabilities = logits.softmax(-1)
         if not probabilities.isfinite().all():
             raise UserError("the model's answers are no numbers: its weights must be damaged")
         answers = []

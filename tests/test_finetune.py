@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 
 import finetune
 from minitune import finetuning, methods
+from minitune.bag_of_words import fit_ensemble
 from minitune.checkpoint import load_classifier, save_model
 from minitune.classification import Examples, TokenizedTexts
 from minitune.data import Reviews, label_index
@@ -581,6 +582,68 @@ def test_the_report_has_the_worst_mistakes_and_what_a_bag_of_words_says(compared
         assert mistake["bag_of_words"] == LABELS[opinions[mistake["row"]]]
     assert [row["method"] for row in shown["baselines"]] == ["majority", "nb-svm"]
     assert f"{metrics(directory)['macro_f1']:.3f}" in page
+
+
+def test_a_bag_of_words_answers_together_with_the_network(compared, folder, tmp_path):
+    rows, run_directory = rows_of(folder), tmp_path / "out" / "adapter"
+    shutil.copytree(compared[0] / "adapter", run_directory)
+    before = contents(run_directory)
+    words = options(folder, tmp_path / "out", "--method", "adapter")
+    done = succeed(*words, "--resume", "--bag")
+    assert [line.split("  ")[0] for line in table(done.out)][2:] == ["adapter", "adapter + bag"]
+    changed = {name for name, data in contents(run_directory).items() if data != before.get(name)}
+    assert changed == {"bag.json", "report.json", "report.html"}  # the network is as it was
+    saved, answers = (
+        json.loads((run_directory / f"{name}.json").read_text()) for name in ("bag", "answers")
+    )
+    labels = np.array([LABELS.index(row["label"]) for row in rows["train"]])
+    model = NBSVM().fit([row["text"] for row in rows["train"]], labels, 2)
+    accuracy = {}
+    for split in ("validation", "test"):
+        logits = saved["network"] * np.array(answers[split]["logits"])
+        logits += saved["bag"] * model.scores([row["text"] for row in rows[split]])
+        accuracy[split] = (logits.argmax(1) == answers[split]["labels"]).mean()
+    assert saved["figures"]["accuracy"] == accuracy["test"]
+    assert saved["figures"]["validation_accuracy"] == accuracy["validation"]
+    compare = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert compare["rows"][-1]["accuracy"] == accuracy["test"]
+    assert score(run_directory, rows["test"])[0] == accuracy["test"]
+    best = fit_ensemble(
+        [torch.tensor(answers["validation"]["logits"]),
+         torch.from_numpy(model.scores([row["text"] for row in rows["validation"]]))],
+        torch.tensor(answers["validation"]["labels"]),
+    )  # fmt: skip
+    assert [saved["network"], saved["bag"]] == pytest.approx(best, abs=1e-3)
+    said = succeed("--model", run_directory, "--predict", "A superb film", "--explain").err
+    assert "without its bag of words" in said
+    figures = metrics(run_directory)
+    assert (saved["figures"]["loss"], accuracy["test"]) != (figures["loss"], figures["accuracy"])
+    assert f"{accuracy['test']:.1%}" in (run_directory / "report.html").read_text()
+    # A later command without it keeps the row; a new run in its place has none.
+    assert table(succeed(*words, "--resume").out)[-1].startswith("adapter + bag")
+    succeed(*words, "--overwrite", "--epochs", "1")
+    assert not (run_directory / "bag.json").exists()
+
+
+def test_the_bag_of_words_of_few_rows_has_learned_from_these_alone(folder, tmp_path):
+    rows, few_rows = rows_of(folder), {}
+    words = ["--method", "feature", "--train-examples", "24", "--seed", "3", "--bag"]
+    succeed(*options(folder, tmp_path / "out", *words))
+    saved, answers = (
+        json.loads((tmp_path / "out" / "feature" / f"{name}.json").read_text())
+        for name in ("bag", "answers")
+    )
+    for split, count in (("train", 24), ("validation", 12)):
+        few_rows[split] = few(rows[split], count, 3)
+    labels = np.array([LABELS.index(row["label"]) for row in few_rows["train"]])
+    model = NBSVM().fit([row["text"] for row in few_rows["train"]], labels, 2)
+    known = [LABELS.index(row["label"]) for row in few_rows["validation"]]
+    assert answers["validation"]["labels"] == known
+    scores = torch.from_numpy(model.scores([row["text"] for row in few_rows["validation"]]))
+    logits = torch.tensor(answers["validation"]["logits"])
+    best = fit_ensemble([logits, scores], torch.tensor(known))
+    assert [saved["network"], saved["bag"]] == pytest.approx(best, abs=1e-3)
+    assert saved["figures"]["train_examples"] == 24
 
 
 # Without ia3: by chance it has the same loss on the rows of two splits.

@@ -74,6 +74,8 @@ def _load(args: argparse.Namespace) -> Classifier:
     classifier = Classifier.load(name, runtime, args.attention, args.base)
     labels = ", ".join(classifier.labels.values())
     say(f"model: {name}; labels: {labels}; precision: {runtime.precision}")
+    if classifier.bag and args.explain:
+        say("explained is the network alone, without its bag of words")
     return classifier
 
 

@@ -29,6 +29,8 @@ def write_page_of_run(args: argparse.Namespace) -> None:
     if classifier.model.pooling == "cloze":
         raise UserError(f"--page: {name} is a run of prompt, which a page does not compute yet")
     say(f"model: {name}; labels: {', '.join(classifier.labels.values())}")
+    if classifier.bag:
+        say("the page has the network alone, without its bag of words")
     print(write_page(args.page, page_of_classifier(classifier, name), args.yes))
 
 

@@ -1,9 +1,9 @@
 """Baselines to compare fine-tuning with: the majority class, and NB-SVM.
 
-NB-SVM (Wang & Manning 2012, "Baselines and Bigrams") is a linear classifier. Its features are the
-words of a text and the pairs of neighbouring words. Each feature is scaled by its naive Bayes
-weight: how much more often it stands in texts of one class than in others. A linear support vector
-machine is trained on the scaled features.
+NB-SVM (Wang & Manning 2012, "Baselines and Bigrams") is a linear classifier. Its features are
+n-grams: the words of a text and the pairs of neighbouring words. Each feature is scaled by its
+naive Bayes weight: how much more often it stands in texts of one class than in others. A linear
+support vector machine is trained on the scaled features.
 """
 
 import re
@@ -43,15 +43,20 @@ class Matrix(NamedTuple):
 class NBSVM:
     """A linear classifier of texts for labels 0..num_labels-1, each label against the rest."""
 
+    def __init__(self, longest: int = 2, cost: float = 1.0):
+        """Its n-grams have up to `longest` words; `cost` multiplies that of an error."""
+        self.longest, self.cost = longest, cost
+
     def fit(self, texts: list[str], labels: np.ndarray, num_labels: int) -> "NBSVM":
         """Learn a vector of weights for each label: one for each feature, and last the bias."""
         self.words: dict[str, int] = {}
         matrix = self._matrix(texts, learn=True)
         if num_labels == 2:  # class 0 against the rest is class 1 against the rest, negated
-            weights = _fit_one(matrix, labels == 1)
+            weights = _fit_one(matrix, labels == 1, self.cost)
             self.weights = [-weights, weights]
         else:
-            self.weights = [_fit_one(matrix, labels == label) for label in range(num_labels)]
+            each = (labels == label for label in range(num_labels))
+            self.weights = [_fit_one(matrix, positive, self.cost) for positive in each]
         self.seen = np.bincount(labels, minlength=num_labels) > 0
         return self
 
@@ -65,27 +70,74 @@ class NBSVM:
         # A label without a training text is never the answer.
         return np.where(self.seen, self.scores(texts), -np.inf).argmax(axis=1)
 
+    def ngrams(self, count: int) -> dict[str, list[float]]:
+        """The `count` n-grams with the largest weights, and the weights of each; "": the biases.
+
+        An n-gram has a weight for each label. Of two labels the first one's is left out, since it
+        is the second one's with the other sign.
+        """
+        weights = np.stack(self.weights[-1:] if len(self.weights) == 2 else self.weights)
+        order = np.argsort(-np.abs(weights[:, :-1]).max(0), kind="stable")[:count]
+        columns = [[float(f"{w:.4g}") for w in column] for column in weights[:, order].T]
+        words = ["", *self.words]
+        found = {"": weights[:, -1].tolist()}
+        for number, column in zip(self.features[order].tolist(), columns, strict=True):
+            ngram = []
+            while number:
+                number, digit = divmod(number, len(words))
+                ngram.insert(0, words[digit])
+            found[" ".join(ngram)] = column
+        return found
+
+    @classmethod
+    def from_ngrams(cls, ngrams: dict[str, list[float]]) -> "NBSVM":
+        """One with the scores of that whose `ngrams` these are, and a score of 0 for all others.
+
+        Raises KeyError, TypeError, ValueError or OverflowError where they make no sense.
+        """
+        names = [name for name in ngrams if name]
+        split = [name.split(" ") for name in names]
+        model = cls(longest=max(map(len, split), default=1))
+        words = dict.fromkeys(word for ngram in split for word in ngram)
+        model.words = {word: number for number, word in enumerate(words, start=1)}
+        base, numbers = len(words) + 1, []
+        for ngram in split:
+            numbers.append(0)
+            for word in ngram:
+                numbers[-1] = numbers[-1] * base + model.words[word]
+        order = np.argsort(np.array(numbers, dtype=np.int64))
+        model.features = np.array(numbers, dtype=np.int64)[order]
+        weights = np.array([ngrams[names[i]] for i in order] + [ngrams[""]], dtype=float).T
+        if not (weights.ndim == 2 and len(weights) and np.isfinite(weights).all()):
+            raise ValueError("an n-gram without its weights")
+        model.weights = [-weights[0], weights[0]] if len(weights) == 1 else list(weights)
+        model.seen = np.ones(len(model.weights), dtype=bool)
+        return model
+
     def _matrix(self, texts: list[str], learn: bool = False) -> Matrix:
         """A row for each text: 1 where it has a feature, else 0. The last column (bias) is 1.
 
-        Features are numbered, so that numpy can sort and count them: with V known words, word i has
-        the number i, and the neighbours i, j have (i + 1) * V + j. `learn` adds the words and
-        features of these texts to the known ones.
+        Features are numbered, so that numpy can sort and count them: V known words have the numbers
+        1 to V, and an n-gram has those of its words as digits in base V + 1. `learn` adds the words
+        and features of these texts to the known ones.
         """
         ids, lengths = [], []
         for text in texts:
             found = WORD.findall(re.sub(MARKUP, " ", text).lower())
             if learn:
                 for word in found:
-                    self.words.setdefault(word, len(self.words))
-            ids += [self.words.get(word, -1) for word in found]
+                    self.words.setdefault(word, len(self.words) + 1)
+            ids += [self.words.get(word, 0) for word in found]
             lengths.append(len(found))
-        ids, rows = np.array(ids, dtype=np.int64), np.repeat(np.arange(len(texts)), lengths)
-        known = ids >= 0
-        pair = known[:-1] & known[1:] & (rows[:-1] == rows[1:])
-        pairs = (ids[:-1] + 1) * len(self.words) + ids[1:]
-        features = np.concatenate([ids[known], pairs[pair]])
-        rows = np.concatenate([rows[known], rows[1:][pair]])
+        words, rows = np.array(ids, dtype=np.int64), np.repeat(np.arange(len(texts)), lengths)
+        features, texts_of = [words[words > 0]], [rows[words > 0]]
+        grams, known = words, words > 0
+        for n in range(1, self.longest):  # a known word more, of the same text
+            grams = grams[:-1] * (len(self.words) + 1) + words[n:]
+            known = known[:-1] & (words[n:] > 0) & (rows[:-n] == rows[n:])
+            features.append(grams[known])
+            texts_of.append(rows[n:][known])
+        features, rows = np.concatenate(features), np.concatenate(texts_of)
         if learn:
             self.features = _distinct(features)
         columns, width = np.searchsorted(self.features, features), len(self.features) + 1
@@ -101,15 +153,15 @@ def _distinct(numbers: np.ndarray) -> np.ndarray:
     return numbers[np.diff(numbers, prepend=-1) > 0]
 
 
-def _fit_one(matrix: Matrix, positive: np.ndarray) -> np.ndarray:
+def _fit_one(matrix: Matrix, positive: np.ndarray, cost: float) -> np.ndarray:
     """Weights with a positive score (matrix @ weights) for texts of the class.
 
-    The cost of an error is 1 / mean |x|^2, the default of SVMlight (Joachims 1999), which suits
-    long reviews and single sentences alike. The paper also interpolates the weights with their
-    mean; with this cost that does not help.
+    The cost of an error is `cost` / mean |x|^2. A `cost` of 1 is the default of SVMlight (Joachims
+    1999), which suits long reviews and single sentences alike. The paper also interpolates the
+    weights with their mean; with this cost that does not help.
     """
     scale = log_count_ratio(matrix, positive)
-    cost = 1 / matrix.times(scale**2).mean()
+    cost /= matrix.times(scale**2).mean()
     return scale * train_svm(matrix, scale, np.where(positive, 1.0, -1.0), cost)
 
 
@@ -164,17 +216,21 @@ def evaluate_baselines(
 
 
 def answer_test_rows(
-    texts: dict[str, list[str]], labels: dict, num_labels: int, chosen: np.ndarray | None = None
+    texts: dict[str, list[str]],
+    labels: dict,
+    num_labels: int,
+    chosen: np.ndarray | None = None,
+    model: NBSVM | None = None,
 ) -> list[tuple[dict, np.ndarray]]:
     """A row for each baseline, with its test accuracy and macro F1, and its label of each test row.
 
     `texts` and `labels` (0..num_labels-1) are those of "train" and "test", `chosen` the indices of
-    the train rows to use, None for all.
+    the train rows to use, None for all. `model` is the NB-SVM to fit, None for a new one.
     """
     train, test = np.asarray(labels["train"]), np.asarray(labels["test"])
     chosen = np.arange(len(train)) if chosen is None else chosen
     started, known = time.monotonic(), train[chosen]
-    model = NBSVM().fit([texts["train"][i] for i in chosen], known, num_labels)
+    model = (model or NBSVM()).fit([texts["train"][i] for i in chosen], known, num_labels)
     seconds = round(time.monotonic() - started, 2)
     always = np.full_like(test, majority(known, num_labels))
     found = []

@@ -38,7 +38,10 @@ def record_mistakes(directory: Path, texts: list[str], baselines: list[tuple]) -
     `texts` are those of the test rows, `baselines` what baselines.answer_test_rows gives.
     """
     keys = ("method", "accuracy", "macro_f1")
-    rows = [{key: row[key] for key in keys} for row, _ in baselines]
+    rows = [row for row, _ in baselines]
+    if bag := read_if_there(directory / "bag.json"):
+        rows.append(bag["figures"])
+    rows = [{key: row[key] for key in keys} for row in rows]
     shown = {"baselines": rows, "mistakes": []}
     *_, (_, bag_of_words) = baselines
     if answers := read_if_there(directory / "answers.json"):

@@ -26,7 +26,7 @@ from minitune.support.errors import UserError
 # without its weights, a model directory that is half old and half new cannot be loaded.
 OLD_RESULTS = ("metrics.json", "log.jsonl", "model.safetensors", "trained.safetensors",
                "adapter_model.safetensors",
-               "answers.json", "report.json", "report.html")  # fmt: skip
+               "answers.json", "bag.json", "report.json", "report.html")  # fmt: skip
 LARGEST_LOG = 1 << 28  # bytes
 LARGEST_TEXT = 16 << 20  # bytes; as JSON this may take up to 0.4 GB of memory
 
