@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -22,6 +23,7 @@ from minitune.peft_files import PeftDirectory, peft_tensors
 from minitune.prediction import Classifier, load_together, predict_together
 from minitune.support.errors import UserError
 from minitune.support.runtime import Runtime
+from tests.benchmarks import lora_pictures
 from tests.peft_cases import (
     CONFIG,
     EVERY_MAP,
@@ -567,3 +569,31 @@ def test_in_one_batch_each_text_may_name_its_own_run(base, tmp_path):
     for wrong in ([], ["lora", "lora"]):
         with pytest.raises(UserError, match="1 texts and"):
             predict_together(classifiers, ["Fine."], wrong)
+
+
+# The benchmark
+
+
+def test_accuracy_against_rank_and_rate_trains_each_point_once(tmp_path, monkeypatch):
+    trained = []
+
+    def train(words, **training):
+        trained.append(tuple(training.values()))
+        figures = {"validation_accuracy": 0.8, "model": "a", "data": "b", "device": "c"}
+        return figures | {"precision": "fp32"}
+
+    monkeypatch.setattr(lora_pictures, "train", train)
+    words = ["--model", "a", "--seeds", "2", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["lora_pictures", *words])
+    lora_pictures.main()
+    ranks = {rank for method, rank, lr, _ in trained if method == "lora" and lr == 3e-3}
+    assert ranks == {1, 2, 4, 8, 16, 64}
+    for method, rates in (("lora", (3e-4, 3e-2)), ("full", (3e-5, 3e-3))):
+        found = {lr for name, rank, lr, _ in trained if name == method and rank in (None, 8)}
+        assert len(found) == 5 and (min(found), max(found)) == rates
+    assert len(trained) == len(set(trained)) == 2 * (6 + 4 + 5)
+    assert (tmp_path / "lora-pictures.png").is_file()
+    points = json.loads((tmp_path / "points.json").read_text())["points"]
+    (tmp_path / "points.json").write_text(json.dumps({"points": points[:3] + points[5:]}))
+    lora_pictures.main()
+    assert trained[30:] == trained[3:5]
