@@ -45,6 +45,10 @@ from minitune.training import Trainer
 
 STARTED = time.monotonic()
 PEAK_LR = {"muon": 0.01, "adamw": 0.001}
+# Where --batch-tokens is not given: tokens in a step, and a factor for the rates above, which were
+# measured with those of a CPU. A GPU is busy with more tokens only (tests/benchmarks/RESULTS.md).
+# For 16 times as many the square-root rule (Malladi et al. 2022) gives 4; that is not measured.
+DEFAULTS_BY_DEVICE = {"cpu": (4096, 1), "cuda": (65536, 4)}
 # Options that the loss depends on, and {steps: loss} as measured with their defaults
 # (tests/benchmarks/LOG.md).
 RECIPE = ("data", "preset", "init", "vocab_size", "mask_rate", "whole_word", "summary_weight",
@@ -73,6 +77,7 @@ def pretrain(args: argparse.Namespace, run: Run) -> None:
         return
     if args.resume and not run.settings:
         runtime.log(f"nothing to resume in {args.out}: starting from step 0")
+    choose_batch_and_rates(args, runtime.device.type)
 
     # 1. The model: pretrained weights, or a preset, which gets random weights in step 2.
     torch.manual_seed(args.seed)
@@ -112,14 +117,15 @@ def pretrain(args: argparse.Namespace, run: Run) -> None:
     runtime.log(f"data: {args.data}, {tokens:,} training tokens in {sequences:,} sequences")
     runtime.log(f"{parameters:,} parameters on {runtime.describe()}")
     runtime.log(f"precision: {runtime.describe_precision()}; attention: {attention}")
+    rates = f"{args.lr:g} ({args.optimizer}) and {args.adamw_lr:g} (adamw)"
+    runtime.log(f"a step: {args.batch_tokens:,} tokens; peak learning rates: {rates}")
     runtime.log(
         f"to beat: every word equally likely, ln V = {task.uniform:.2f} nats; "
         f"words by their frequency alone, unigram entropy = {task.unigram:.2f}"
     )
 
     # 4. Train.
-    lr = args.lr or PEAK_LR[args.optimizer]
-    optimizer = Optimizer(model, args.optimizer, lr, args.adamw_lr, args.weight_decay)
+    optimizer = Optimizer(model, args.optimizer, args.lr, args.adamw_lr, args.weight_decay)
     options = {"accumulate": args.accumulate, "save_minutes": args.save_minutes}
     trainer = Trainer(model, optimizer, task, run, runtime, seed=args.seed, **options)
     trainer.started, trainer.steps = STARTED, args.steps or 0
@@ -177,10 +183,19 @@ def pretrain(args: argparse.Namespace, run: Run) -> None:
         runtime.log(TOO_FEW)
 
 
+def choose_batch_and_rates(args: argparse.Namespace, device: str) -> None:
+    """Set the batch and the peak rates that are not given to those of a device, "cpu" or "cuda"."""
+    tokens, factor = DEFAULTS_BY_DEVICE["cpu" if args.batch_tokens else device]
+    args.batch_tokens = args.batch_tokens or tokens
+    args.lr = args.lr or factor * PEAK_LR[args.optimizer]
+    args.adamw_lr = args.adamw_lr or factor * PEAK_LR["adamw"]
+
+
 def expectation(args: argparse.Namespace, steps: int) -> str:
     """Words on the loss to expect after `steps`; none where it was not measured."""
-    default = train_options().get_default
-    is_default = all(getattr(args, key) == default(key) for key in RECIPE)
+    measured = train_options().parse_args([])
+    choose_batch_and_rates(measured, "cpu")
+    is_default = all(getattr(args, key) == getattr(measured, key) for key in RECIPE)
     is_default &= args.max_len in (None, 512)  # the default is 512 once a model is chosen
     if not (is_default and min(MEASURED) <= steps <= max(MEASURED)):
         return ""

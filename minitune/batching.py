@@ -51,8 +51,17 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> "PackedBatch":
         """The same batch on another device."""
-        move = {"device": device, "non_blocking": True}
-        return PackedBatch(self.tokens.to(**move), self.cu_seqlens.to(**move), self.max_seqlen)
+        tokens, cu_seqlens = copy_to(device, self.tokens, self.cu_seqlens)
+        return PackedBatch(tokens, cu_seqlens, self.max_seqlen)
+
+
+def copy_to(device: torch.device, *tensors: Tensor) -> list[Tensor]:
+    """The tensors on a device. A GPU copies from pinned memory while the program continues."""
+    if device.type != "cuda":
+        return [x.to(device) for x in tensors]
+    with torch.cuda.device(device):  # each thread has a current GPU of its own
+        pinned = [x if x.is_cuda else x.pin_memory() for x in tensors]
+        return [x.to(device, non_blocking=True) for x in pinned]
 
 
 WINDOW = 64  # batches whose sequences are sorted by length together

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minitune.batching import PackedBatch, shuffled_batches, sorted_batches
+from minitune.batching import PackedBatch, copy_to, shuffled_batches, sorted_batches
 from minitune.tokenizer import Tokenizer
 
 BEGINNING_SHARE = 0.25  # of what is kept of a long text; the rest is from its end
@@ -91,7 +91,7 @@ class Examples:
 
     def to(self, device: torch.device) -> tuple[tuple[PackedBatch | Tensor], Tensor]:
         """(the model's arguments, labels) on a device; only here are the inputs packed."""
-        return (self.inputs.pack().to(device),), self.labels.to(device)
+        return (self.inputs.pack().to(device),), *copy_to(device, self.labels)
 
 
 class Classification:
@@ -151,7 +151,8 @@ class Classification:
         losses = F.cross_entropy(model(*inputs).float(), labels, reduction="none")
         if self.weights is None:
             return losses.sum(), losses.sum()
-        return (self.weights.to(labels.device)[labels] * losses).sum(), losses.sum()
+        self.weights = self.weights.to(labels.device)  # copied to a GPU once
+        return (self.weights[labels] * losses).sum(), losses.sum()
 
     def evaluation_due(self, step: int, steps: int) -> bool:
         """At the end of each epoch."""

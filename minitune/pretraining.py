@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from minitune.batching import PackedBatch, fill_batches, shuffled_batches
+from minitune.batching import PackedBatch, copy_to, fill_batches, shuffled_batches
 from minitune.corpus import Corpus
 from minitune.masking import mask_tokens
 
@@ -61,7 +61,8 @@ class MaskedBatch:
 
     def to(self, device: torch.device) -> tuple[tuple[PackedBatch, Tensor], Tensor]:
         """((batch, positions), labels) on a device: the arguments of the model, and the labels."""
-        return (self.batch.to(device), self.positions.to(device)), self.labels.to(device)
+        positions, labels = copy_to(device, self.positions, self.labels)
+        return (self.batch.to(device), positions), labels
 
 
 class MaskedLanguageModelling:
@@ -85,6 +86,7 @@ class MaskedLanguageModelling:
         """`rate` is the share of tokens to mask, `summary_weight` the factor of the second loss."""
         self.tokenizer, self.batch_tokens, self.seed = corpus.tokenizer, batch_tokens, seed
         self.rate, self.whole_word, self.summary_weight = rate, whole_word, summary_weight
+        self.special_ids = self.tokenizer.special_ids
         self.train = corpus.chunks("train", max_len, overlap=True)
         # Losses to compare with, in nats: all tokens equally likely, or guessed by frequency alone.
         self.uniform, self.unigram = math.log(self.tokenizer.vocab_size), corpus.unigram_entropy()
@@ -133,7 +135,8 @@ class MaskedLanguageModelling:
 
         A word is guessed from its sequence alone, so that one softmax serves all its words.
         """
-        is_word = ~torch.isin(tokens, self.tokenizer.special_ids.to(tokens.device))
+        self.special_ids = self.special_ids.to(tokens.device)  # copied to a GPU once
+        is_word = ~torch.isin(tokens, self.special_ids)
         return -(logits.log_softmax(-1)[sequence_ids, tokens] * is_word).sum()
 
     def evaluation_due(self, step: int, steps: int) -> bool:

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from minitune.optimizer import Optimizer, one_cycle
 from minitune.support.errors import UserError
-from minitune.support.plan import keep_deadline
+from minitune.support.plan import keep_deadline, report_progress
 from minitune.support.runs import Run
 from minitune.support.runtime import Runtime, catch_signals
 
@@ -77,6 +77,9 @@ class Trainer:
         self.validation_every = 1  # 2: every second validation batch is read, and so on
         self.observe = dict  # a function: what else an evaluation writes into the log
         self.signals: list[int] = []  # Ctrl-C and the like
+        # Sums over all steps: of losses and norms, and of signals. Reading them waits for a GPU.
+        self.watched = torch.zeros(2, device=runtime.device)
+        self.look_every = LOG_EVERY if runtime.device.type == "cuda" else 1  # steps
         self.last_save = self.last_report = -math.inf  # so both come at the first step
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.best_step, self.best_loss, self.best_accuracy = 0, 0.0, 0.0
@@ -98,14 +101,17 @@ class Trainer:
             self.model.train()
             if self.step == 0 and self.task.start_counts:
                 self._log_start()
-            batches = self.task.batches(self.step)
+            batches = self.runtime.shares(self.task.batches(self.step), self.accumulate)
             while self.step < self.steps:
-                batch, started = next(batches), time.monotonic()
-                loss, norm, signals = self.backward(batch)
-                # Saved before the update: of these weights we know that their loss is finite.
-                if signals or time.monotonic() - self.last_save > 60 * self.save_minutes:
-                    self.save()
-                self._stop(signals)
+                started, (batch, parts) = time.monotonic(), next(batches)
+                loss, norm = self.backward(batch, parts)
+                if (self.step + 1) % self.look_every == 0:
+                    signals = self._look()
+                    # Saved before the update: of these weights we know that their loss is finite.
+                    if signals or time.monotonic() - self.last_save > 60 * self.save_minutes:
+                        self.save()
+                    self._stop(signals)
+                    bar.set_postfix_str(f"loss {loss:.3f} ({self.task.baseline})")
                 self.update(norm)
                 self.step, self.tokens = self.step + 1, self.tokens + batch.tokens
                 self.seconds += time.monotonic() - started
@@ -113,7 +119,6 @@ class Trainer:
                     keep_deadline(self)
                 self._log(loss, norm)
                 bar.total = self.steps
-                bar.set_postfix_str(f"loss {loss:.3f} ({self.task.baseline})")
                 bar.update()
             if self.has_best:
                 self.model.load_state_dict(self.best_weights, strict=False)
@@ -121,57 +126,73 @@ class Trainer:
             else:
                 self.runtime.log(f"step {self.step:>6,}: evaluating on all validation rows")
                 final = self.evaluate()
-            self._check_finite(final["loss"])
+            self.watched[0] += final["loss"]
+            self._look()
             self.save()
             self._stop(self.runtime.sum(torch.tensor(len(self.signals))).item())
         return final
 
-    def backward(self, batch: Any) -> tuple[float, float, int]:
-        """Compute the gradients of a batch, and clip them.
+    def backward(self, batch: Any, parts: list[tuple[tuple, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Compute the gradients of a batch, and clip them. `parts` are those of this process.
 
-        Returns (mean loss, norm of the gradients before clipping, signals of all processes).
+        Returns (mean loss, norm of the gradients before clipping), both on the device.
         """
         # Dropout must not depend on where the run was resumed. (The factors are primes: each seed,
         # step and process has a number of its own.)
         torch.manual_seed((self.seed * 1_000_003 + self.step) * 1009 + self.runtime.rank)
-        total = torch.tensor([0.0, len(self.signals)])
-        # `unscale_` fails if nothing was scaled before, and a process may get no part of the batch.
-        self.scaler.scale(torch.zeros((), device=self.runtime.device))
-        # Of several processes, each computes the gradients of some parts.
-        parts = batch.split(self.runtime.world_size * self.accumulate)
-        for part in parts[self.runtime.rank :: self.runtime.world_size]:
-            inputs, labels = part.to(self.runtime.device)
+        total = torch.zeros(2, device=self.runtime.device)
+        total[1] = len(self.signals)
+        self.scaler.scale(total)  # `unscale_` fails if nothing was scaled; `parts` may be empty
+        for inputs, labels in parts:
             with self.runtime.autocast():
                 minimised, reported = self.task.loss(self.model, inputs, labels)
             # A mean over the whole batch: parts have different numbers of predictions.
             self.scaler.scale(minimised / max(len(batch), 1)).backward()
-            total[0] += (reported.detach() / max(len(batch), 1)).cpu()
+            total[0] += reported.detach() / max(len(batch), 1)
         parameters = list(self.trained.values())
         self.runtime.sum_gradients(parameters)
-        loss, signals = self.runtime.sum(total).tolist()
+        loss, signals = self.runtime.sum(total)
         for optimizer in self.optimizer.parts:
             self.scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM).item()
+        norm = nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
         # Scaled float16 gradients overflow now and then, and `update` skips such a step.
-        self._check_finite(loss if self.scaler.is_enabled() else loss + norm)
-        return loss, norm, int(signals)
+        checked = loss if self.scaler.is_enabled() else loss + norm
+        self.watched = self.watched + torch.stack([checked, signals])
+        return loss, norm
 
-    def update(self, norm: float) -> None:
+    def update(self, norm: Tensor) -> None:
         """Update the weights, and drop the gradients."""
         self.optimizer.set_rate(one_cycle(self.step, self.steps, self.warmup))
-        if math.isfinite(norm):  # else neither optimizer may take a step
+        # After an overflow neither optimizer may take a step.
+        if not self.scaler.is_enabled() or math.isfinite(norm):
             for optimizer in self.optimizer.parts:
                 self.scaler.step(optimizer)
         self.scaler.update()  # lowers the scale after an overflow
         self.optimizer.zero_grad()
 
-    def _log(self, loss: float, norm: float) -> None:
-        """Evaluate if the task says so, and keep the best weights. Add a line to the log if due."""
-        entry = {"step": self.step, "steps": self.steps, "loss": loss}
-        entry["gradient_norm"] = norm if math.isfinite(norm) else None
+    def _look(self) -> int:
+        """Signals of all processes so far. UserError if a loss or gradient was NaN or infinite."""
+        value, signals = self.watched.tolist()  # a sum with NaN is NaN
+        if not math.isfinite(value):
+            saved, folder = self.run.state_path.is_file(), self.run.state_path.parent
+            where = f"the last good checkpoint is in {folder}" if saved else "none saved"
+            what = f"loss or gradient is {value} at step {self.step}"
+            raise UserError(f"{what}; {where}; try --resume with a lower --lr")
+        return int(signals)
+
+    def _log(self, loss: Tensor, norm: Tensor) -> None:
+        """If it is due: evaluate, keep the best weights, add a line to the log."""
+        evaluated = self.task.evaluation_due(self.step, self.steps)
+        if not (evaluated or self.step % LOG_EVERY == 0 or self.step == self.steps):
+            return
+        started = time.monotonic()
+        self._look()
+        self.seconds += time.monotonic() - started  # in which a GPU has computed
+        entry = {"step": self.step, "steps": self.steps, "loss": loss.item()}
+        entry["gradient_norm"] = norm.item() if math.isfinite(norm) else None
         entry |= {"tokens": self.tokens, "seconds": round(self.seconds, 2)}
         silence = time.monotonic() - self.last_report
-        if evaluated := self.task.evaluation_due(self.step, self.steps):
+        if evaluated:
             entry["validation"] = metrics = self.evaluate(quick=True)
             entry |= self.observe()
             score, best = self.task.score, {"loss": self.best_loss, "accuracy": self.best_accuracy}
@@ -179,11 +200,10 @@ class Trainer:
                 self.best_step, self.best_weights = self.step, self._copy_weights()
                 self.best_loss, self.best_accuracy = metrics["loss"], metrics["accuracy"]
             if silence > REPORT_EVERY or self.step == self.steps:
-                self._report("validation", metrics)
-        elif silence > SILENCE and self.step % LOG_EVERY == 0 and not sys.stderr.isatty():
-            self._report("training", {"loss": loss})
-        due = evaluated or self.step % LOG_EVERY == 0 or self.step == self.steps
-        if due and self.runtime.is_main:
+                report_progress(self, "validation", metrics)
+        elif silence > SILENCE and not sys.stderr.isatty():
+            report_progress(self, "training", {"loss": entry["loss"]})
+        if self.runtime.is_main:
             self.run.log(entry)
 
     def _log_start(self) -> None:
@@ -200,25 +220,6 @@ class Trainer:
     def has_best(self) -> bool:
         """Whether some weights were evaluated, so that there are best ones."""
         return bool(self.best_step or self.task.start_counts)
-
-    def _report(self, rows: str, metrics: dict) -> None:
-        """Print a line: what was measured on which rows, the speed, and the time that is left."""
-        self.last_report = time.monotonic()
-        values = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
-        minutes = (self.steps - self.step) * self.seconds / self.step / 60
-        speed = f"{self.tokens / self.seconds:,.0f} {self.task.unit}/s"
-        self.runtime.log(
-            f"step {self.step:>6,} of {self.steps:,}   {rows} {values} "
-            f"({self.task.baseline})   {speed}   {minutes:.1f} min left"
-        )
-
-    def _check_finite(self, loss: float) -> None:
-        """Raise UserError if the loss is NaN or infinite."""
-        if not math.isfinite(loss):
-            saved, folder = self.run.state_path.is_file(), self.run.state_path.parent
-            where = f"the last good checkpoint is in {folder}" if saved else "none saved"
-            what = f"loss or gradient became {loss} after step {self.step}"
-            raise UserError(f"{what}; {where}; try --resume with a lower --lr")
 
     def _stop(self, signals: int) -> None:
         """Raise KeyboardInterrupt if there was a signal; a checkpoint has been saved."""
@@ -299,15 +300,14 @@ def evaluate(model: nn.Module, batches: list[Any], runtime: Runtime) -> dict:
     """Mean `loss` in nats and `accuracy` over all predictions; processes share the batches."""
     was_training = model.training
     model.eval()
-    totals = torch.zeros(3, dtype=torch.float64)  # loss, right answers, answers
+    totals = torch.zeros(2, dtype=torch.float64, device=runtime.device)  # loss, right answers
     mine = batches[runtime.rank :: runtime.world_size]
     with runtime.autocast():  # one context, so that it casts weights only once
         for batch in runtime.progress(mine, desc="evaluation", leave=False):
             inputs, labels = batch.to(runtime.device)
             logits = model(*inputs).float()
-            loss = F.cross_entropy(logits, labels, reduction="sum")
-            right = (logits.argmax(-1) == labels).sum()
-            totals += torch.tensor([loss.item(), right.item(), len(batch)], dtype=torch.float64)
+            totals[0] += F.cross_entropy(logits, labels, reduction="sum")
+            totals[1] += (logits.argmax(-1) == labels).sum()
     model.train(was_training)
-    loss, right, answers = runtime.sum(totals).tolist()
-    return {"loss": loss / max(answers, 1), "accuracy": right / max(answers, 1)}
+    loss, accuracy = (runtime.sum(totals) / max(sum(map(len, batches)), 1)).tolist()
+    return {"loss": loss, "accuracy": accuracy}

@@ -333,9 +333,9 @@ def test_processes_share_the_rows_out_and_add_up_what_they_found():
     for rank in (0, 1):
         share = Share(CPU.device, "fp32", rank=rank, world_size=2)
         evaluate(Table(), examples.batches(3), share)
-    loss, right, answers = sum(found).tolist()
+    loss, right = sum(found).tolist()
     whole = evaluate(Table(), examples.batches(3), CPU)
-    assert answers == 11 and 0 < found[0][2] < 11
+    assert 0 < found[0][0] < loss  # each read a part
     assert (right / 11, loss / 11) == (whole["accuracy"], pytest.approx(whole["loss"], rel=1e-6))
 
 

@@ -15,7 +15,7 @@ from minitune.prompting import TEMPLATES
 from minitune.support.cli import ADDED, columns, options_to_save
 from minitune.support.errors import UserError
 from minitune.support.options import finetune_options, prompt_options, train_options
-from train import PEAK_LR
+from train import DEFAULTS_BY_DEVICE, PEAK_LR
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,6 +36,11 @@ def test_choices_are_what_the_lessons_have():
 def test_defaults_are_what_the_lessons_have():
     assert finetune_options().get_default("lora_targets") == ",".join(TARGETS)
     assert prompt_options().get_default("template") == list(TEMPLATES)
+    (cpu, _), (gpu, factor) = DEFAULTS_BY_DEVICE["cpu"], DEFAULTS_BY_DEVICE["cuda"]
+    rates = ", ".join(f"{name} {rate}" for name, rate in PEAK_LR.items())
+    told = " ".join(train_options().format_help().split())
+    assert f"(default: {cpu}, on a GPU {gpu})" in told
+    assert f"(default: {rates}; {factor} times that with a GPU's default batch)" in told
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import math
 import re
 import sys
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -98,7 +97,7 @@ def test_what_is_minimised_is_both_losses_and_what_is_reported_that_of_the_maske
     masked, model = masked_batch((5, 9, 30, 2, 17, 12)), BertForMaskedLM(CONFIG)
     task = MaskedLanguageModelling.__new__(MaskedLanguageModelling)
     task.rate, task.summary_weight = rate, weight
-    task.tokenizer = SimpleNamespace(special_ids=SPECIAL)
+    task.special_ids = SPECIAL
     minimised, reported = task.loss(model, *masked.to(CPU))
 
     with torch.no_grad():
@@ -385,8 +384,28 @@ def test_examples_show_the_guesses_for_the_masked_word(task, capsys):
         assert guesses == in_words(expected)
 
 
+def parse(words: list[str], device: str = "cpu"):
+    args = train_options().parse_args(words)
+    train.choose_batch_and_rates(args, device)
+    return args
+
+
+@pytest.mark.parametrize(
+    ("device", "words", "batch", "lr", "adamw_lr"),
+    [
+        ("cpu", "", 4096, 0.01, 0.001),
+        ("cuda", "", 65536, 0.04, 0.004),
+        ("cuda", "--optimizer adamw", 65536, 0.004, 0.004),
+        ("cuda", "--lr 0.02", 65536, 0.02, 0.004),
+        ("cuda", "--batch-tokens 8192", 8192, 0.01, 0.001),  # the rates that were measured
+    ],
+)
+def test_a_gpu_has_a_batch_and_rates_of_its_own(device, words, batch, lr, adamw_lr):
+    args = parse(words.split(), device)
+    assert (args.batch_tokens, args.lr, args.adamw_lr) == (batch, lr, adamw_lr)
+
+
 def test_a_plan_says_what_the_default_recipe_comes_to_and_no_other():
-    parse = train_options().parse_args
     for steps, loss in train.MEASURED.items():
         assert f"near a loss of {loss:.1f}" in train.expectation(parse([]), steps)
     between = float(train.expectation(parse([]), 2300).split()[-1])
@@ -398,3 +417,4 @@ def test_a_plan_says_what_the_default_recipe_comes_to_and_no_other():
         ["--data", "mine.txt"], ["--lr", "0.1"], ["--preset", "small"], ["--max-len", "64"]
     ):  # fmt: skip
         assert not train.expectation(parse(other), 4148)
+    assert not train.expectation(parse([], "cuda"), 4148)

@@ -58,13 +58,16 @@ def train_options() -> Parser:
     add("--whole-word", "mask whole words, not single tokens", bool)
     add("--summary-weight", "of guessing words from [CLS]", float_range(0, 100, above=False), 1.0)
     add("--max-len", "tokens in a sequence at most (default: up to 512)", int_range(8, 10**6))
-    add("--batch-tokens", "tokens in a step, all processes together", int_range(8, 10**7), 4096)
+    batch = "tokens in a step, all processes together (default: 4096, on a GPU 65536)"
+    add("--batch-tokens", batch, int_range(8, 10**7))
     add(
         "--accumulate", "compute a batch in N parts, for memory", int_range(1, 1024), 1, metavar="N"
     )
     add("--optimizer", "for the hidden matrices", ["muon", "adamw"], "muon")
-    add("--lr", "its peak rate (default: muon 0.01, adamw 0.001)", float_range(0, 1e38))
-    add("--adamw-lr", "peak rate for the rest, beside muon", float_range(0, 1e38), 1e-3)
+    lr = "its peak rate (default: muon 0.01, adamw 0.001; 4 times that with a GPU's default batch)"
+    add("--lr", lr, float_range(0, 1e38))
+    adamw_lr = "peak rate for the rest, beside muon (default: that of adamw)"
+    add("--adamw-lr", adamw_lr, float_range(0, 1e38))
     add("--weight-decay", "of matrices", float_range(0, 100, above=False), 0.01)
     _add_machine_options(options)
     return options

@@ -1,5 +1,7 @@
 """A run that is planned by time: how many steps fit before a deadline, evaluations included.
 
+And the line that says how far a run is, and how much time is left.
+
 `trainer` is a training.Trainer. Work is counted in tokens to train on. To read a token in an
 evaluation costs a third of that: a backward pass takes about twice as long as a forward pass.
 """
@@ -29,10 +31,12 @@ def plan_steps(trainer: Any, deadline: float) -> None:
     probe, times, tokens = copy.copy(trainer), [], 0
     parts = trainer.model.train(), trainer.trained, trainer.optimizer, trainer.scaler
     probe.model, probe.trained, probe.optimizer, probe.scaler = copy.deepcopy(parts)
-    for batch in islice(trainer.task.batches(0), PROBE_STEPS):
+    shares = trainer.runtime.shares(trainer.task.batches(0), trainer.accumulate)
+    for batch, share in islice(shares, PROBE_STEPS):
         before = time.monotonic()
-        _, norm, _ = probe.backward(batch)
+        _, norm = probe.backward(batch, share)
         probe.update(norm)
+        norm.item()  # waits for a GPU
         times.append(time.monotonic() - before)
         tokens += batch.tokens
         late = time.monotonic() - started > PROBE_SHARE * (deadline - started)
@@ -72,3 +76,15 @@ def evaluation_tokens(trainer: Any) -> float:
     quick_ones = trainer.task.evaluations * (1 - trainer.step / trainer.steps)
     tokens = sum(b.tokens for b in full) + quick_ones * sum(b.tokens for b in quick)
     return tokens / trainer.validation_every / 3
+
+
+def report_progress(trainer: Any, rows: str, metrics: dict) -> None:
+    """Print a line: what was measured on which rows, the speed, and the time that is left."""
+    trainer.last_report = time.monotonic()
+    values = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
+    minutes = (trainer.steps - trainer.step) * trainer.seconds / trainer.step / 60
+    speed = f"{trainer.tokens / trainer.seconds:,.0f} {trainer.task.unit}/s"
+    trainer.runtime.log(
+        f"step {trainer.step:>6,} of {trainer.steps:,}   {rows} {values} "
+        f"({trainer.task.baseline})   {speed}   {minutes:.1f} min left"
+    )

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from minitune.fast.prefetch import prefetch
 from minitune.support.errors import UserError, plural
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -118,6 +119,19 @@ class Runtime:
         """The precision, and why."""
         return f"{self.precision} ({self.precision_reason})"
 
+    def shares(self, batches: Iterator[Any], accumulate: int) -> Iterator[tuple[Any, list]]:
+        """Each batch with the parts of it that this process computes, `accumulate` at most.
+
+        A part is (inputs, labels) on the device. Those for a GPU are prepared while it computes.
+        """
+
+        def with_parts(batch: Any) -> tuple[Any, list]:
+            parts = batch.split(self.world_size * accumulate)
+            return batch, [part.to(self.device) for part in parts[self.rank :: self.world_size]]
+
+        shares = map(with_parts, batches)
+        return prefetch(shares) if self.device.type == "cuda" else shares
+
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum of this tensor over all processes, in place."""
         if self.world_size > 1:
@@ -134,7 +148,7 @@ class Runtime:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         flat = self.sum(torch.cat([p.grad.flatten() for p in parameters]))
         for p, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-            p.grad.copy_(grad.view_as(p))
+            p.grad = grad.view_as(p)
 
     def broadcast(self, value: Any) -> Any:
         """The main process's value, on every process."""
