@@ -80,6 +80,13 @@ def read_arguments() -> argparse.Namespace:
         if "experiment" not in (saved := read_json(latest)):
             raise UserError(f"--out {latest.parent} holds something that is no run of this script")
         args = options.resumed(saved, MAY_CHANGE, latest.parent)
+    sizes = args.train_examples or []
+    if 1 in sizes or (0 in sizes and not args.unlabelled):
+        raise UserError("--train-examples takes 2 rows or more, or 0 with --unlabelled")
+    if args.unlabelled and (not sizes or args.class_weights != "none"):
+        raise UserError("--unlabelled goes with --train-examples, and not with --class-weights")
+    if args.bag and 0 in sizes:
+        raise UserError("--bag needs labels: not with --train-examples 0")
     return args
 
 
@@ -188,7 +195,8 @@ def fine_tune_all(args: argparse.Namespace, experiments: list[Experiment]) -> No
         raise UserError(f"{directory} has the labels {', '.join(start.labels.values())}")
     for experiment in experiments:  # too many rows are an error now, not after the first run
         reviews.balanced_subset("train", experiment.train_examples or 0, experiment.seed)
-        if experiment.method == "prompt" and start is None:  # so is a base that fills no blanks
+        if args.unlabelled or (experiment.method == "prompt" and start is None):
+            # So is a base that fills no blanks.
             build("prompt", source, reviews.names, **options_of("prompt", args))
     examples = {}
     for split in SPLITS:
@@ -225,7 +233,7 @@ def fine_tune_all(args: argparse.Namespace, experiments: list[Experiment]) -> No
     choices = ((one["train_examples"], one["train_examples"] and one["seed"]) for _, one, _ in runs)
     baselines = {}
     for size, seed in dict.fromkeys(choices):
-        chosen = reviews.balanced_subset("train", size, seed) if size else None
+        chosen = None if size is None else reviews.balanced_subset("train", size, seed)
         rows, model = (reviews.texts, reviews.labels, len(reviews.names), chosen), NBSVM()
         baselines[size, seed] = answer_test_rows(*rows, model)
         results += [row | {"seed": seed} for row, _ in baselines[size, seed]]

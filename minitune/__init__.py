@@ -27,6 +27,7 @@
     prompting       asking a masked language model with a template
     calibration     why a prompt's answers lean to one side, and how to correct that
     cloze           fine-tuning a prompt, which keeps what it knows without labels
+    self_training   learning from reviews that nobody has labelled
     probes          what a model has learned: ten blanks, nearest words
     explain         why this label: what each word adds, and how to test that
     prediction      new texts in, labels out

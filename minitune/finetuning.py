@@ -16,8 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from minitune.batching import reading_tokens
+from minitune.calibration import match_prior
 from minitune.checkpoint import save_model, weights_hash
 from minitune.classification import Classification, Examples, TokenizedTexts
 from minitune.cloze import UNLABELLED, ClozeClassifier
@@ -26,8 +29,10 @@ from minitune.features import FeatureClassifier, Features, extract
 from minitune.methods import METHODS, build, describe_recipe, load_trained, options_of
 from minitune.optimizer import LRMultipliers, Optimizer
 from minitune.peft_files import METHODS_OF_PEFT, PeftDirectory
+from minitune.self_training import both_views, taught_rows
+from minitune.support.errors import plural
 from minitune.support.model_names import find_model
-from minitune.support.runs import Run, write_atomically
+from minitune.support.runs import Run, write_atomically, write_tensors
 from minitune.support.runtime import Runtime
 from minitune.temperature import fit_temperature, logits_of, save_answers, score
 from minitune.tokenizer import Tokenizer
@@ -51,6 +56,7 @@ class Setup:
     runtime: Runtime
     attention: str  # the backend
     ends: dict[str, Examples] = field(default_factory=dict)  # `examples` as a cloze has them
+    teachers: dict[tuple, Tensor] = field(default_factory=dict)  # their answers, by known labels
 
     def options(self, method: str) -> dict:
         """The options of a method."""
@@ -113,10 +119,16 @@ def fine_tune(experiment: Experiment, setup: Setup) -> dict:
         examples = setup.read(model)
         if setup.start is None:
             model.calibrate(choose_unlabelled(examples["train"].inputs, args.seed), runtime)
+    texts = examples["train"].inputs
     learner, examples, reading = model, choose_rows(experiment, setup, examples), None
+    labelled = len(examples["train"])
+    if args.unlabelled:
+        known = known_labels(experiment, setup)
+        examples |= taught_rows(texts, ask_teacher(experiment, setup, known, started), known)
     if isinstance(model, FeatureClassifier):  # each text is read once, and the head alone trains
         learner, (examples, reading) = model.head, read_features(model, examples, run, runtime)
-        if setup.start is None and args.class_weights == "none":  # else all labels count alike
+        even = args.unlabelled or args.class_weights != "none"  # all labels count alike
+        if setup.start is None and not even:
             learner.start_with_frequencies(examples["train"].labels)
     recipe = method.recipe(args, examples["train"], model.bert.config.hidden_size, setup.source)
     names = [name for name, p in model.named_parameters() if p.requires_grad]
@@ -141,7 +153,8 @@ def fine_tune(experiment: Experiment, setup: Setup) -> dict:
         **{key: best.get(key) for key in ("average_of", "best_training", "best_epoch")},
         "candidates": candidates, "soup": args.soup, **recipe, "steps": cost["steps"],
         "trainable_params": count, "total_params": total, "trained": names,
-        "train_examples": len(examples["train"]), "seed": experiment.seed,
+        "train_examples": labelled, "seed": experiment.seed,
+        "unlabelled": len(examples["train"]) - labelled,
         "train_seconds": round(seconds, 1), "tokens_per_second": round(tokens / seconds),
         "total_seconds": round(cost["earlier_seconds"] + time.monotonic() - started, 1),
         "peak_memory_bytes": runtime.peak_memory(), "model": args.model, "data": args.data,
@@ -171,13 +184,54 @@ def choose_rows(
     Language Models").
     """
     examples = dict(examples)
-    if experiment.train_examples:
+    if experiment.train_examples is not None:
         few = {"train": experiment.train_examples, "validation": experiment.train_examples // 2}
         for split, count in few.items():
             count = min(count, len(examples[split]))
             rows = setup.reviews.balanced_subset(split, count, experiment.seed)
             examples[split] = examples[split].select(rows)
     return examples
+
+
+def known_labels(experiment: Experiment, setup: Setup) -> dict[int, int]:
+    """The labels that --train-examples allows to read, by their training rows."""
+    rows = setup.reviews.balanced_subset("train", experiment.train_examples, experiment.seed)
+    return {int(row): int(setup.reviews.labels["train"][row]) for row in rows}
+
+
+def ask_teacher(
+    experiment: Experiment, setup: Setup, known: dict[int, int], started: float
+) -> Tensor:
+    """Log-probabilities (N, L) of all training rows, by a prompt and a bag of words.
+
+    Where labels are known, the prompt learns from them first.
+    """
+    run, runtime = Run(experiment.run.state_path.parent / "teacher"), setup.runtime
+    path, texts = run.directory / "answers.safetensors", setup.reviews.texts["train"]
+    key = tuple(known.items())
+    if path.is_file():  # the run is resumed
+        setup.teachers[key] = load_file(path)["logs"]
+    if key not in setup.teachers:
+        run.state_path.parent.mkdir(parents=True, exist_ok=True)
+        runtime.log(f"the teacher: a prompt that learned from {plural(len(key), 'label')}")
+        options = options_of("prompt", setup.args) | {"template": setup.args.template[:1]}
+        model = build("prompt", setup.source, setup.reviews.names, setup.attention, **options)
+        model.to(runtime.device)
+        examples = setup.read(model)
+        model.calibrate(choose_unlabelled(examples["train"].inputs, setup.args.seed), runtime)
+        if known:
+            pupil = Experiment("prompt", len(known), experiment.seed, run)
+            few = choose_rows(pupil, setup, examples)
+            size = model.bert.config.hidden_size
+            recipe = METHODS["prompt"].recipe(setup.args, few["train"], size, setup.source)
+            train(model, few, recipe, pupil, setup, started)
+        rows, size = examples["train"], reading_tokens(runtime.device)
+        logs = logits_of(model, rows, len(setup.reviews.names), size, runtime)
+        logs = (logs + match_prior(logs)).log_softmax(1)
+        setup.teachers[key] = both_views(texts, logs, known)
+        if runtime.is_main:
+            write_tensors(path, {"logs": setup.teachers[key]}, {})
+    return setup.teachers[key]
 
 
 def read_features(

@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,7 +32,7 @@ from minitune import finetuning, methods
 from minitune.bag_of_words import fit_ensemble
 from minitune.checkpoint import load_classifier, save_model
 from minitune.classification import Examples, TokenizedTexts
-from minitune.data import Reviews, label_index
+from minitune.data import Dataset, Reviews, label_index
 from minitune.features import Features, pooled_layers
 from minitune.finetuning import average
 from minitune.model import BertConfig, BertForMaskedLM
@@ -758,6 +759,47 @@ def test_a_finished_comparison_of_few_labels_prints_its_table_again(few_labels):
     out, printed = few_labels
     again = succeed("--resume", "--out", out)
     assert rows_of_networks(again.out) == rows_of_networks(printed)
+
+
+# Learning from reviews without labels
+
+
+UNLABELLED = ["--unlabelled", "--words", "works=superb", "falls flat, alas=dull", "--epochs", "2"]
+
+
+@contextlib.contextmanager
+def with_other_labels(known: np.ndarray) -> Iterator[None]:
+    """In this context all training rows have the wrong label but those that are `known`."""
+    load, subset = Reviews.load.__func__, Reviews.balanced_subset
+
+    def load_wrong(cls: type, dataset: object) -> Reviews:
+        reviews = load(cls, dataset)
+        unknown = np.setdiff1d(np.arange(len(reviews.labels["train"])), known)
+        reviews.labels["train"][unknown] = 1 - reviews.labels["train"][unknown]
+        return reviews
+
+    def choose(self: Reviews, split: str, count: int, seed: int) -> np.ndarray:
+        return known if split == "train" else subset(self, split, count, seed)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Reviews, "load", classmethod(load_wrong))
+        patch.setattr(Reviews, "balanced_subset", choose)
+        yield
+
+
+@pytest.mark.parametrize("method, count", [("feature", 0), ("full", 8)])
+def test_no_label_but_those_that_are_given_is_read(folder, tmp_path, method, count):
+    data = Dataset(str(folder / "data.csv"), str(folder / "test.csv"))
+    known = Reviews.load(data).balanced_subset("train", count, 0)
+    words = ["--method", method, "--train-examples", count, *UNLABELLED]
+    one, other = tmp_path / "one", tmp_path / "other"
+    succeed(*options(folder, one, *words))
+    with with_other_labels(known):
+        succeed(*options(folder, other, *words))
+    assert_same_bits(one / method, other / method)
+    figures = metrics(one / method)
+    assert figures["train_examples"] == count and figures["unlabelled"] > 80
+    assert figures["accuracy"] == metrics(other / method)["accuracy"]
 
 
 def test_a_soup_keeps_the_best_of_its_trainings_and_of_their_averages(folder, tmp_path):

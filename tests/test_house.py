@@ -14,7 +14,8 @@ FLOORS = [
     {"finetuning", "prediction", "merging"},
     {"checkpoint", "trained", "peft_files", "methods"},
     {"pretraining", "classification", "features", "adapters", "lora", "ia3"}
-    | {"prompting", "calibration", "cloze", "explain", "temperature", "probes", "bag_of_words"},
+    | {"prompting", "calibration", "cloze", "explain", "temperature", "probes", "bag_of_words"}
+    | {"self_training"},
     {"model", "attention", "initialization", "optimizer", "training"},
     {"masking", "tokenizer", "corpus", "data"},
     {"fast", "support"},

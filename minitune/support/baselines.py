@@ -226,9 +226,12 @@ def answer_test_rows(
 
     `texts` and `labels` (0..num_labels-1) are those of "train" and "test", `chosen` the indices of
     the train rows to use, None for all. `model` is the NB-SVM to fit, None for a new one.
+    Without any row no baseline can be trained, and none comes back.
     """
     train, test = np.asarray(labels["train"]), np.asarray(labels["test"])
     chosen = np.arange(len(train)) if chosen is None else chosen
+    if not len(chosen):
+        return []
     started, known = time.monotonic(), train[chosen]
     model = (model or NBSVM()).fit([texts["train"][i] for i in chosen], known, num_labels)
     seconds = round(time.monotonic() - started, 2)

@@ -248,16 +248,17 @@ def _against_parameters(axes: plt.Axes, rows: list[dict]) -> None:
 
 def _curves(axes: plt.Axes, rows: list[dict]) -> None:
     """Accuracy against the number of labels, with its interval."""
+    counts = sorted({row["train_examples"] for row in rows})
+    none = min(filter(None, counts)) / 4  # where no labels stand on the logarithmic axis
     for k, (method, colour) in enumerate(_colours(row["method"] for row in rows).items()):
         chosen = [row for row in rows if row["method"] == method]
         # Side by side: otherwise one error bar would hide another.
-        x = [row["train_examples"] * 1.02**k for row in chosen]
+        x = [(row["train_examples"] or none) * 1.02**k for row in chosen]
         y, errors = _with_errors(chosen)
         style = {"fmt": "o-", "markersize": 4, "capsize": 2, "color": colour}
         axes.errorbar(x, y, yerr=errors, label=in_short(method, 30), **style)
     axes.set_xscale("log", base=4)
-    counts = sorted({row["train_examples"] for row in rows})
-    axes.set_xticks(counts, [f"{count:,}" for count in counts])
+    axes.set_xticks([count or none for count in counts], [f"{count:,}" for count in counts])
     axes.minorticks_off()
     axes.set(xlabel="labelled reviews to train on", ylabel=ACCURACY)
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))

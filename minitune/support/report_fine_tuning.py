@@ -43,14 +43,14 @@ def record_mistakes(directory: Path, texts: list[str], baselines: list[tuple]) -
         rows.append(bag["figures"])
     rows = [{key: row[key] for key in keys} for row in rows]
     shown = {"baselines": rows, "mistakes": []}
-    *_, (_, bag_of_words) = baselines
     if answers := read_if_there(directory / "answers.json"):
         logits, labels = (np.array(answers["test"][key]) for key in ("logits", "labels"))
         right = probabilities(logits, 1.0)[np.arange(len(labels)), labels]
         wrong = np.flatnonzero(logits.argmax(1) != labels)
         for i in wrong[np.argsort(right[wrong], kind="stable")][:MISTAKES].tolist():
-            opinion = answers["names"][int(bag_of_words[i])]
-            row = {"row": i, "text": in_short(texts[i], LONGEST), "bag_of_words": opinion}
+            row = {"row": i, "text": in_short(texts[i], LONGEST)}
+            if baselines:
+                row["bag_of_words"] = answers["names"][int(baselines[-1][1][i])]
             shown["mistakes"].append(row)
     write_json(directory / "report.json", shown)
 
@@ -233,15 +233,16 @@ def mistakes(shown: dict, p: np.ndarray, labels: np.ndarray, names: list[str]) -
     for row in shown.get("mistakes", []):
         i = row["row"]
         answer = int(p[i].argmax())
-        words = f"right: {names[labels[i]]}; answer: {names[answer]}, {p[i, answer]:.1%}; "
-        words += f"bag of words: {in_short(row['bag_of_words'], 40)}"
+        words = f"right: {names[labels[i]]}; answer: {names[answer]}, {p[i, answer]:.1%}"
+        if opinion := row.get("bag_of_words"):
+            words += f"; bag of words: {in_short(opinion, 40)}"
         items.append(tag("li", tag("blockquote", row["text"]), quiet(words)))
     if not items:
         return Html("")
     why = (
         "The test rows with the lowest probability of the right label. Some of them are hard, some "
     )
-    why += "have a wrong label. NB-SVM, a bag of words, was trained on the same rows."
+    why += "have a wrong label. NB-SVM, a bag of words, was trained on the same labelled rows."
     return section("Got most wrong", quiet(why), tag("ol", *items, class_="mistakes"))
 
 

@@ -1,0 +1,101 @@
+"""Self-training: a model learns from reviews that nobody has labelled.
+
+A prompt needs no label (prompting.py) and is right about most reviews. Its answers to thousands of
+unlabelled reviews are what another model, the student, learns from. Three choices let the student
+end above its teacher:
+
+    two views      The prompt reads the end of a review, a bag of words reads all of it. They are
+                   wrong about different reviews, so their mean is right more often than either.
+    sure answers   Only the half of the reviews is kept of which both together are surest.
+    balance        All labels are equally frequent in it; else the student would learn which label
+                   the teacher prefers.
+
+The bag of words (support/baselines.py) learns from the surest answers. It then answers for reviews
+that it has not learned from: about the others it would repeat what it was told.
+
+Labels that are given stay as they are. No label of another row is read. Two views: Blum & Mitchell
+1998, "Combining Labeled and Unlabeled Data with Co-Training". A prompt as the teacher: Schick &
+Schütze 2021, "Exploiting Cloze Questions for Few Shot Text Classification", section 3.4.
+
+Shapes: N texts, L labels.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minitune.calibration import match_prior, mean_log_probabilities
+from minitune.classification import Examples, TokenizedTexts
+from minitune.prompting import Prompt
+from minitune.support.baselines import NBSVM
+
+KEPT = 0.5  # of the texts: those with the surest answers
+FOLDS = 2  # of the texts, for the second view
+ROUNDS = 2  # in each the bag of words learns anew, from the mean of both views
+
+
+def ask(prompts: Sequence[Prompt], texts: Sequence[list[int]]) -> Tensor:
+    """Log-probabilities (N, L) by all prompts together, with the prior matched on these texts."""
+    scores = [prompt.scores(texts) for prompt in prompts]
+    return mean_log_probabilities([each + match_prior(each) for each in scores])
+
+
+def surest(logs: Tensor, share: float = KEPT) -> np.ndarray:
+    """Ascending indices of this share of the rows: the surest of each label, in equal numbers."""
+    count = int(share * len(logs) / logs.size(1))
+    rows = [logs[:, label].topk(count).indices for label in range(logs.size(1))]
+    return torch.cat(rows).unique().numpy()
+
+
+def second_view(texts: list[str], logs: Tensor, known: dict[int, int]) -> Tensor:
+    """Log-probabilities (N, L) by a bag of words that learned from the surest answers in `logs`.
+
+    `known` has the labels that are given, by their rows. A text is answered by the bag of words of
+    the other fold. Scores of an NB-SVM are no probabilities: they are scaled to vary as much as
+    `logs` do from text to text, and the prior is matched.
+    """
+    answers, scores = logs.argmax(1).numpy(), torch.zeros_like(logs)
+    answers[list(known)] = list(known.values())
+    learned = np.union1d(surest(logs), np.array(list(known), dtype=int))
+    for fold in range(FOLDS):
+        others, mine = learned[learned % FOLDS != fold], range(fold, len(texts), FOLDS)
+        bag = NBSVM().fit([texts[i] for i in others], answers[others], logs.size(1))
+        found = torch.from_numpy(bag.scores([texts[i] for i in mine])).float()
+        found *= logs.std(0).mean() / found.std(0).mean().clamp_min(1e-6)
+        scores[fold::FOLDS] = found + match_prior(found)
+    return scores.log_softmax(1)
+
+
+def both_views(texts: list[str], prompted: Tensor, known: dict[int, int]) -> Tensor:
+    """Log-probabilities (N, L) by a prompt and a bag of words that learned from each other.
+
+    `prompted` (N, L) are the prompt's.
+    """
+    both = prompted
+    for _ in range(ROUNDS):
+        both = mean_log_probabilities([prompted, second_view(texts, both, known)])
+        both = (both + match_prior(both)).log_softmax(1)
+    return both
+
+
+def taught_rows(inputs: TokenizedTexts, logs: Tensor, known: dict[int, int]) -> dict[str, Examples]:
+    """What the student learns from, and, where no label is given, what its epoch is chosen by.
+
+    The surest rows, with the teacher's probabilities as labels, and all rows of `known`. Without
+    these the best epoch is the one that agrees most with the teacher on a twentieth of the rows.
+    """
+    probabilities, rows = logs.exp(), surest(logs)
+    for row, label in known.items():
+        probabilities[row] = F.one_hot(torch.tensor(label), logs.size(1)).float()
+    examples = {}
+    if not known:
+        held_out = rows[::20]
+        rows = np.setdiff1d(rows, held_out)
+        answers = logs.argmax(1)[torch.from_numpy(held_out)]
+        examples["validation"] = Examples(inputs.select(held_out), answers)
+    rows = np.union1d(rows, np.array(list(known), dtype=int))
+    examples["train"] = Examples(inputs, probabilities).select(rows)
+    return examples

@@ -1,0 +1,104 @@
+"""Self-training: balance, two views that correct each other, and labels that nobody gave."""
+
+import numpy as np
+import pytest
+import torch
+
+from minitune.self_training import (
+    FOLDS,
+    both_views,
+    second_view,
+    surest,
+    taught_rows,
+)
+
+N = 400
+
+
+@pytest.fixture(scope="module")
+def reviews():
+    """Texts, labels (N,), and the answers of a prompt, as log-probabilities (N, 2).
+
+    A text has two of five words of its label. The prompt is right about three texts in four, and
+    surer where it is right; the words of a text do not tell where it is wrong.
+    """
+    rng = np.random.default_rng(0)
+    labels = np.arange(N) // FOLDS % 2
+    texts = []
+    for i in range(N):
+        words = [f"{'pn'[labels[i]]}{k}" for k in rng.integers(0, 5, 2)]
+        words += [f"w{k}" for k in rng.integers(0, 30, 6)]
+        texts.append(" ".join(rng.permutation(words)))
+    right = rng.random(N) < 0.75
+    margin = np.where(right, rng.gamma(2, 1, N), -rng.gamma(2, 0.5, N))
+    margin = np.where(labels == 1, margin, -margin)
+    logs = torch.tensor(np.stack([-margin / 2, margin / 2], 1)).float().log_softmax(1)
+    return texts, torch.from_numpy(labels), logs
+
+
+def accuracy(logs, labels):
+    return (logs.argmax(1) == labels).double().mean().item()
+
+
+def test_the_surest_rows_are_as_many_of_each_label_even_where_the_prior_is_not_matched():
+    certainty = torch.linspace(0.1, 0.9, 100)  # that a row is of label 1
+    logs = torch.stack([1 - certainty**3, certainty**3], 1).log()
+    rows = surest(logs, 0.4)
+    assert rows.tolist() == [*range(20), *range(80, 100)]
+
+
+def test_both_views_together_are_right_more_often_than_the_prompt(reviews):
+    texts, labels, logs = reviews
+    joint = both_views(texts, logs, {})
+    assert accuracy(logs, labels) < 0.78
+    assert accuracy(joint, labels) > 0.9
+    torch.testing.assert_close(joint.exp().sum(1), torch.ones(N))
+    assert joint.exp().mean(0).tolist() == pytest.approx([0.5, 0.5], abs=1e-3)
+
+
+def test_the_bag_of_words_answers_only_for_texts_that_it_has_not_learned_from(reviews):
+    """With words that stand in one text only it could repeat each answer, right or wrong."""
+    texts, labels, logs = reviews
+    alone = [f"only{i}" for i in range(N)]
+    answers = second_view(alone, logs, {})
+    torch.testing.assert_close(answers, torch.full((N, 2), 0.5).log(), rtol=0, atol=1e-3)
+
+
+def test_the_bag_of_words_learns_the_labels_that_are_given_not_the_prompts(reviews):
+    texts, labels, logs = reviews
+    wrong = (logs.argmax(1) != labels).nonzero().flatten().tolist()
+    known = {row: int(labels[row]) for row in wrong}
+    before, after = second_view(texts, logs, {}), second_view(texts, logs, known)
+    assert accuracy(after, labels) > accuracy(before, labels)
+
+
+class Rows:
+    """Inputs whose row i is the number i."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def select(self, indices):
+        return Rows(self.rows[indices])
+
+
+def test_the_student_learns_from_sure_rows_and_from_the_labels_that_are_given(reviews):
+    _, labels, logs = reviews
+    unsure = logs.max(1).values.argsort()[:4].tolist()
+    known = {row: 1 - int(logs[row].argmax()) for row in unsure}
+    examples = taught_rows(Rows(np.arange(N)), logs, known)
+    assert examples.keys() == {"train"}  # the given labels are for the choice of the epoch too
+    rows, answers = examples["train"].inputs.rows.tolist(), examples["train"].labels
+    assert set(rows) == set(surest(logs)) | set(unsure)
+    for row, answer in zip(rows, answers, strict=True):
+        expected = torch.eye(2)[known[row]] if row in known else logs[row].exp()
+        torch.testing.assert_close(answer, expected)
+
+
+def test_without_labels_other_rows_choose_the_epoch_by_the_teachers_answers(reviews):
+    _, _, logs = reviews
+    examples = taught_rows(Rows(np.arange(N)), logs, {})
+    train, validation = (examples[split].inputs.rows for split in ("train", "validation"))
+    assert not set(train) & set(validation) and len(validation) == N // 2 // 20
+    assert set(train) | set(validation) == set(surest(logs))
+    assert examples["validation"].labels.tolist() == logs.argmax(1)[validation].tolist()
