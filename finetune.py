@@ -82,7 +82,7 @@ def read_arguments() -> argparse.Namespace:
         args = options.resumed(saved, MAY_CHANGE, latest.parent)
     sizes = args.train_examples or []
     if 1 in sizes or (0 in sizes and not args.unlabelled):
-        raise UserError("--train-examples takes 2 rows or more, or 0 with --unlabelled")
+        raise UserError(f"--train-examples {min(sizes)}: 2 rows or more, or 0 with --unlabelled")
     if args.unlabelled and (not sizes or args.class_weights != "none"):
         raise UserError("--unlabelled goes with --train-examples, and not with --class-weights")
     if args.bag and 0 in sizes:
