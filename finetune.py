@@ -53,7 +53,7 @@ UNEVEN = 1.5  # times the rows of the rarest label; where one has more, the tabl
 
 # On resume these may differ from the saved settings; the others must be the same.
 MAY_CHANGE = {"method", "bag", "seed", "seeds", "train_examples", "lr",
-              "device", "threads", "precision", "attention", "save_minutes"}  # fmt: skip
+              "device", "threads", "precision", "attention", "compile", "save_minutes"}  # fmt: skip
 
 
 # What a run was computed from, beside its options, by the key of its hash in settings.json.
@@ -182,6 +182,7 @@ def fine_tune_all(args: argparse.Namespace, experiments: list[Experiment]) -> No
         keep_options(start, directory, args)
     tokenizer = load_tokenizer(source, config)
     attention = resolve_backend(args.attention, runtime.device, runtime.dtype, config.head_size)
+    compiles = runtime.compiles(args.compile, attention)
     args.max_len = choose_max_len(args.max_len, config.max_position_embeddings, args.batch_tokens)
 
     # 2. Labelled reviews, as token ids.
@@ -206,7 +207,8 @@ def fine_tune_all(args: argparse.Namespace, experiments: list[Experiment]) -> No
     runtime.log(
         f"{cut:.0%} of the training rows have over {args.max_len} tokens; two ends are kept"
     )
-    precision = f"precision: {runtime.describe_precision()}; attention: {attention}"
+    layers = f"attention: {attention}; compile: {'on' if compiles else 'off'}"
+    precision = f"precision: {runtime.describe_precision()}; {layers}"
     runtime.log(f"device: {runtime.describe()}\n{precision}")
 
     # 3. Train each method from the same weights, on the same rows.

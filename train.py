@@ -57,7 +57,8 @@ MEASURED = {1404: 4.34, 1578: 4.20, 3350: 3.87, 4148: 3.75, 9046: 3.36}
 FEW_STEPS = 200  # where a run is planned by time
 TOO_FEW = "warning: so few steps teach next to nothing; take more --minutes or a smaller --preset"
 # Options that may differ when a run is resumed.
-MAY_CHANGE = {"lr", "adamw_lr", "save_minutes", "device", "threads", "precision", "attention"}
+MAY_CHANGE = {"lr", "adamw_lr", "save_minutes",
+              "device", "threads", "precision", "attention", "compile"}  # fmt: skip
 
 
 def main() -> None:
@@ -84,6 +85,7 @@ def pretrain(args: argparse.Namespace, run: Run) -> None:
     source = find_model(args.init) if args.init else None
     config = read_config(source) if source else PRESETS[args.preset]
     attention = resolve_backend(args.attention, runtime.device, runtime.dtype, config.head_size)
+    compiles = runtime.compiles(args.compile, attention)
     args.max_len = choose_max_len(args.max_len, config.max_position_embeddings, args.batch_tokens)
     tokenizer, origin = None, f"{args.preset}, from random weights"
     if source:
@@ -116,7 +118,8 @@ def pretrain(args: argparse.Namespace, run: Run) -> None:
     tokens, sequences = corpus.unigrams.sum(), len(task.train)
     runtime.log(f"data: {args.data}, {tokens:,} training tokens in {sequences:,} sequences")
     runtime.log(f"{parameters:,} parameters on {runtime.describe()}")
-    runtime.log(f"precision: {runtime.describe_precision()}; attention: {attention}")
+    layers = f"attention: {attention}; compile: {'on' if compiles else 'off'}"
+    runtime.log(f"precision: {runtime.describe_precision()}; {layers}")
     rates = f"{args.lr:g} ({args.optimizer}) and {args.adamw_lr:g} (adamw)"
     runtime.log(f"a step: {args.batch_tokens:,} tokens; peak learning rates: {rates}")
     runtime.log(
@@ -132,6 +135,8 @@ def pretrain(args: argparse.Namespace, run: Run) -> None:
     fill_mask = FillMask(model, corpus.tokenizer, runtime)
     trainer.observe = lambda: {"blanks": ten_blanks(fill_mask)}
     start = probe(fill_mask)  # before a checkpoint is loaded
+    if compiles:
+        runtime.compile_layers(model.bert, args.max_len, args.batch_tokens // args.accumulate)
     checkpoint = run.load()
     if runtime.is_main:
         run.start(cli.options_to_save(args) | {"corpus": key})
@@ -164,7 +169,7 @@ def pretrain(args: argparse.Namespace, run: Run) -> None:
     metrics |= {"saved_bytes": (args.out / "model.safetensors").stat().st_size}
     metrics |= {"peak_memory_bytes": runtime.peak_memory(), "device": runtime.describe()}
     metrics |= {"threads": torch.get_num_threads(), "precision": runtime.precision}
-    run.finish(metrics | {"attention": attention})
+    run.finish(metrics | {"attention": attention, "compiled": compiles})
     model.eval()
     for line in fill_examples(fill_mask, task.held_out):
         runtime.log(line)

@@ -204,9 +204,10 @@ def attention(
     """
     cu_seqlens_q = cu_seqlens if cu_seqlens_q is None else cu_seqlens_q
     if backend == "triton":  # imported here: not every machine has the package
-        from minitune.fast.triton_attention import Fused
+        from minitune.fast.fused_attention import fused
 
-        return Fused.apply(q, k, v, cu_seqlens_q, cu_seqlens, max_seqlen)
+        out, _ = fused(q, k, v, cu_seqlens_q, cu_seqlens, max_seqlen)
+        return out
     return ON_ANY_DEVICE[backend](q, k, v, cu_seqlens_q, cu_seqlens)
 
 

@@ -135,6 +135,10 @@ def fine_tune(experiment: Experiment, setup: Setup) -> dict:
     count = sum(model.get_parameter(name).numel() for name in names)
     total = sum(p.numel() for p in model.parameters())
     runtime.log(f"trains {count:,} of {total:,} parameters: {group_names(names)}")
+    compiles = runtime.compiles(args.compile, setup.attention) and learner is model
+    if compiles:
+        tokens = recipe["batch_tokens"] // args.accumulate
+        runtime.compile_layers(model.bert, args.max_len, tokens)
     candidates, cost = train(learner, examples, recipe, experiment, setup, started)
     answers, labels = {}, setup.reviews.names  # the only place where test rows are scored
     for split in ("validation", "test"):
@@ -160,6 +164,7 @@ def fine_tune(experiment: Experiment, setup: Setup) -> dict:
         "peak_memory_bytes": runtime.peak_memory(), "model": args.model, "data": args.data,
         "device": runtime.describe(), "threads": torch.get_num_threads(),
         "precision": runtime.precision, "attention": setup.attention,
+        "compiled": compiles,
     }  # fmt: skip
     if runtime.is_main:
         metrics["saved_bytes"] = save(model, experiment, setup).stat().st_size

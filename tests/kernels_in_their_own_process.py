@@ -8,11 +8,11 @@ import torch
 
 from minitune.attention import resolve_backend
 from minitune.batching import PackedBatch
+from minitune.fast.fused_attention import fused, fused_backward
 from minitune.fast.layers import pad_rows
-from minitune.fast.triton_attention import TILES
 from minitune.model import BertConfig, Layer
 from minitune.support.errors import UserError
-from tests.attention_oracle import assert_is_the_definition, compute, random_inputs
+from tests.attention_oracle import assert_is_the_definition, compute, cumulative, random_inputs
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 each_dtype = pytest.mark.parametrize(
@@ -28,21 +28,18 @@ def run(lengths, tensors):
     return compute("triton", lengths, tensors)
 
 
-LENGTHS = {
-    "1": lambda block: [1],
-    "block - 1": lambda block: [block - 1],
-    "block": lambda block: [block],
-    "block + 1": lambda block: [block + 1],
-    "mixed": lambda block: [block + 1, 1, block, block - 1, 2 * block + 5, 7],
-    "512": lambda block: [512],
-}
+# Around the blocks of 32, 64 and 128 tokens; from 128 tokens on there are other tiles.
+LENGTHS = [[1], [31, 32, 33, 1], [63, 64, 65], [129, 1, 127, 128, 7]]
 
 
 @each_dtype
-@pytest.mark.parametrize("case", LENGTHS)
-def test_output_and_gradients_are_those_of_the_definition(case, dtype):
-    lengths = LENGTHS[case](TILES[dtype.itemsize]["TILE"])
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_output_and_gradients_are_those_of_the_definition(lengths, dtype):
     assert_is_the_definition("triton", lengths, inputs(lengths, 64, dtype))
+
+
+def test_many_blocks_of_keys_and_queries():
+    assert_is_the_definition("triton", [512], inputs([512], 64, torch.bfloat16, heads=1))
 
 
 @each_dtype
@@ -95,6 +92,17 @@ def test_equal_inputs_give_equal_bits_whatever_the_neighbours_are():
     for x, y, z in zip(together, again, alone, strict=True):
         assert torch.equal(x, y)
         assert torch.equal(x[first : first + second], z)
+
+
+def test_torch_knows_the_shapes_strides_and_gradients_of_both_operations():
+    lengths = [5, 3]
+    q, k, v, upstream = inputs(lengths, 32)
+    cu_seqlens = cumulative(lengths).to(DEVICE)
+    qkv = [x.detach().requires_grad_() for x in (q, k, v)]
+    torch.library.opcheck(fused, (*qkv, cu_seqlens, cu_seqlens, 5))
+    out, lse = fused(q, k, v, cu_seqlens, cu_seqlens, 5)
+    saved = q, k, v, out, lse, cu_seqlens, cu_seqlens, 5
+    torch.library.opcheck(fused_backward, (upstream, *saved))
 
 
 def test_a_layer_under_autocast_is_close_to_the_same_without():

@@ -27,21 +27,32 @@ import re
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+import torch
 from minitune.fast import triton_attention as kernels
+from minitune.fast.fused_attention import DELTA_ROWS, FUSE, choose_tiles
 
+three = kernels.forward_kernel, kernels.dq_kernel, kernels.dkdv_kernel
 types = {"cu_q": "*i32", "cu_k": "*i32", "Lse": "*fp32", "Delta": "*fp32"}
 sizes = ["M", "T", "H", "q_stride", "q_head_stride", "kv_stride", "kv_head_stride"]
 types |= dict.fromkeys(sizes, "i32")
-for capability, dtype, size, D in (80, "bf16", 2, 128), (90, "fp16", 2, 128), (80, "fp32", 4, 32):
-    options = dict(kernels.TILES[size])
-    constants = {"D": D, "TILE": options.pop("TILE")}
-    for kernel in kernels.forward_kernel, kernels.dq_kernel, kernels.dkdv_kernel:
-        signature = {name: types.get(name, f"*{dtype}") for name in kernel.arg_names}
-        signature |= dict.fromkeys(constants, "constexpr")
-        source = ASTSource(kernel, signature, constants)
-        program = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-        assert program.metadata.shared <= 99 * 1024, (kernel, dtype, program.metadata.shared)
-        assert not re.search(r"\\b(atom|red)\\.", program.asm["ptx"]), kernel
+dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def check(capability, dtype, kernel, **options):
+    constants = {name: options.pop(name) for name in kernel.arg_names if name in options}
+    signature = {name: types.get(name, f"*{dtype}") for name in kernel.arg_names}
+    signature |= dict.fromkeys(constants, "constexpr")
+    source = ASTSource(kernel, signature, constants)
+    program = compile(source, target=GPUTarget("cuda", capability, 32), options=options | FUSE)
+    assert program.metadata.shared <= 99 * 1024, (kernel, dtype, program.metadata.shared)
+    assert not re.search(r"\\b(atom|red)\\.", program.asm["ptx"]), kernel
+
+
+for capability, dtype, D, max_seqlen in (90, "bf16", 64, 512), (80, "fp16", 128, 512), (80, "fp32", 32, 9):
+    for kernel, tile in zip(three, choose_tiles(dtypes[dtype], D, max_seqlen)):
+        check(capability, dtype, kernel, D=D, **tile._asdict())
+check(80, "bf16", kernels.forward_kernel, D=64, **choose_tiles(torch.bfloat16, 64, 9)[0]._asdict())
+check(80, "bf16", kernels.delta_kernel, D=64, ROWS=DELTA_ROWS)
 """
 
 

@@ -69,7 +69,7 @@ def train_options() -> Parser:
     adamw_lr = "peak rate for the rest, beside muon (default: that of adamw)"
     add("--adamw-lr", adamw_lr, float_range(0, 1e38))
     add("--weight-decay", "of matrices", float_range(0, 100, above=False), 0.01)
-    _add_machine_options(options)
+    _add_machine_options(options, compiles="auto")
     return options
 
 
@@ -154,7 +154,8 @@ def finetune_options() -> Parser:
         nargs="+",
         metavar="W",
     )
-    _add_machine_options(options)
+    # Fine-tuning on a GPU may be done before compiling has paid off.
+    _add_machine_options(options, compiles="off")
     return options
 
 
@@ -211,8 +212,8 @@ def _add_cloze(add: Callable) -> None:
     add("--words", words, default=default, nargs="+", metavar="LABEL=WORD,WORD")
 
 
-def _add_machine_options(parser: Parser) -> None:
-    """The options about how to compute, the same in every script."""
+def _add_machine_options(parser: Parser, compiles: str | None = None) -> None:
+    """The options about how to compute, in every script; --compile, if there is a default of it."""
     add = parser.group("how it is computed")
     precision = "of matrix multiplications; auto: bf16 where it is fast"
     add("--precision", precision, ["auto", "fp32", "bf16", "fp16"], "auto")
@@ -224,4 +225,7 @@ def _add_machine_options(parser: Parser) -> None:
     )
     add("--device", "auto: a GPU if there is one", ["auto", "cpu", "cuda"], "auto")
     add("--threads", "of the processor (default: torch decides)", int_range(1, 1024))
+    if compiles:
+        what = "fuse the operations of a layer by torch.compile; auto: on a GPU"
+        add("--compile", what, ["auto", "on", "off"], compiles)
     add("--seed", "of everything that is random", int_range(0, 2**31), 0)

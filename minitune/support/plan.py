@@ -13,6 +13,8 @@ from itertools import islice
 from statistics import median
 from typing import Any
 
+from minitune.fast.compiled import keep_compiled
+
 PROBE_STEPS = 100  # the speed is measured over this many steps at most,
 PROBE_SHARE = 0.05  # and in this share of the time at most
 EVALUATION_SHARE = 0.2  # of the time, for all evaluations, at most
@@ -31,6 +33,7 @@ def plan_steps(trainer: Any, deadline: float) -> None:
     probe, times, tokens = copy.copy(trainer), [], 0
     parts = trainer.model.train(), trainer.trained, trainer.optimizer, trainer.scaler
     probe.model, probe.trained, probe.optimizer, probe.scaler = copy.deepcopy(parts)
+    keep_compiled(trainer.model, probe.model)
     shares = trainer.runtime.shares(trainer.task.batches(0), trainer.accumulate)
     for batch, share in islice(shares, PROBE_STEPS):
         before = time.monotonic()

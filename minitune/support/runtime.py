@@ -12,6 +12,7 @@ import os
 import resource
 import signal
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from minitune.fast.compiled import compile_layers, warm_up
 from minitune.fast.prefetch import prefetch
 from minitune.support.errors import UserError, plural
 
@@ -89,6 +91,30 @@ class Runtime:
         linear = (m for m in module.modules() if isinstance(m, nn.Linear))
         for p in (p for m in linear for p in m.parameters() if not p.requires_grad):
             p.data = p.data.to(self.dtype)
+
+    def compiles(self, choice: str, attention: str) -> bool:
+        """Whether the layers are compiled for training: by --compile ("auto", "on" or "off").
+
+        "auto": on a GPU with attention by Triton. Raises UserError if "on" cannot be.
+        """
+        possible = self.device.type == "cuda" and attention == "triton"
+        if choice == "on" and not possible:
+            raise UserError("--compile on needs a CUDA device and --attention triton")
+        return possible and choice != "off"
+
+    def compile_layers(self, bert: nn.Module, max_len: int, batch_tokens: int) -> None:
+        """Compile the layers of a `Bert` for training with such batches."""
+        # Imported here, since it takes seconds.
+        from torch._dynamo.exc import TorchDynamoException
+
+        started = time.monotonic()
+        compile_layers(bert)
+        try:
+            warm_up(bert, max_len, batch_tokens // self.world_size, self.autocast())
+        except TorchDynamoException as error:
+            reason = " ".join(str(error).split("\n")[:2])
+            raise UserError(f"compiling the layers failed ({reason}); try --compile off") from error
+        self.log(f"compiled the layers in {time.monotonic() - started:.0f} s")
 
     @property
     def is_main(self) -> bool:

@@ -1,0 +1,145 @@
+"""Compiled layers, with the compiler's own backend for tests: it traces, and computes as written.
+
+On a CPU the attention of the kernels is computed by `Tiled`, and `pad_rows` does nothing, as on
+a GPU. The programs that torch writes for a GPU are not tested here.
+"""
+
+import copy
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+import minitune.model
+from minitune.attention import Tiled
+from minitune.batching import PackedBatch
+from minitune.fast import compiled
+from minitune.fast.compiled import compile_layers, keep_compiled, warm_up
+from minitune.model import BertConfig, BertForMaskedLM
+from minitune.support.errors import UserError
+from minitune.support.runtime import Runtime
+
+pytest.importorskip("triton")  # there is none for macOS
+
+from minitune.fast.fused_attention import fused, fused_backward
+
+CONFIG = BertConfig(50, 64, 3, 2, 64)  # vocabulary, hidden, layers, heads, intermediate
+FP32 = Runtime.start("cpu", "fp32")
+
+
+class Context:
+    """What an autograd function of torch saves to."""
+
+    def save_for_backward(self, *tensors):
+        self.saved_tensors = tensors
+
+
+@fused.register_kernel("cpu")
+def _(q, k, v, cu_seqlens_q, cu_seqlens, max_seqlen):
+    ctx = Context()
+    out = Tiled.forward(ctx, q, k, v, cu_seqlens_q, cu_seqlens)
+    return out.contiguous(), ctx.saved_tensors[4].squeeze(-1).T.contiguous()
+
+
+@fused_backward.register_kernel("cpu")
+def _(d_out, q, k, v, out, lse, cu_seqlens_q, cu_seqlens, max_seqlen):
+    ctx = Context()
+    ctx.save_for_backward(q, k, v, out, lse.T.unsqueeze(-1), cu_seqlens_q, cu_seqlens)
+    return tuple(x.contiguous() for x in Tiled.backward(ctx, d_out)[:3])
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    """The statistics of the compiler, from nothing."""
+    monkeypatch.setattr(minitune.model, "pad_rows", lambda x: x)
+    monkeypatch.setattr(compiled, "HOW", {"backend": "aot_eager", "dynamic": True})
+    torch._dynamo.reset()
+    counters.clear()
+    yield counters["stats"]
+    torch._dynamo.reset()
+
+
+def make_model():
+    torch.manual_seed(0)
+    return BertForMaskedLM(CONFIG, "triton").train()
+
+
+def ragged_batches(count):
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(low, high, size=()):
+        return torch.randint(low, high, size, generator=generator)
+
+    for _ in range(count):
+        lengths = draw(1, 60, (int(draw(1, 9)),)).tolist()
+        yield PackedBatch.from_sequences([draw(0, 50, (n,)) for n in lengths])
+
+
+def train(model, batches):
+    """The losses of a few steps of gradient descent."""
+    losses = []
+    for batch in batches:
+        positions = torch.arange(0, batch.tokens.numel(), 3)
+        logits = model(batch, positions)
+        loss = torch.nn.functional.cross_entropy(logits, batch.tokens[positions])
+        loss.backward()
+        losses.append(loss.item())
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= 0.1 * p.grad
+        model.zero_grad()
+    return losses
+
+
+def test_ragged_batches_are_compiled_once_and_give_the_losses_of_layers_that_are_not(compiler):
+    model, plain = make_model(), make_model()
+    compile_layers(model.bert)
+    warm_up(model.bert, 40, 200, FP32.autocast())
+    assert compiler["unique_graphs"] == 1 and not counters["graph_break"]
+    assert train(model, ragged_batches(12)) == train(plain, ragged_batches(12))
+    assert compiler["unique_graphs"] == 1
+
+
+def test_a_copy_of_a_compiled_model_runs_the_same_program(compiler):
+    model = make_model()
+    compile_layers(model.bert)
+    warm_up(model.bert, 40, 200, FP32.autocast())
+    copied = copy.deepcopy(model)
+    keep_compiled(model, copied)
+    assert [bool(layer._compiled_call_impl) for layer in copied.bert.layers] == [True, True, False]
+    train(copied, ragged_batches(2))
+    assert compiler["unique_graphs"] == 1
+
+
+def test_warming_up_changes_nothing(compiler):
+    model, plain = make_model().eval(), make_model()
+    compile_layers(model.bert)
+    warm_up(model.bert, 40, 200, FP32.autocast())
+    assert not model.training and all(p.grad is None for p in model.parameters())
+    for (name, ours), theirs in zip(
+        model.state_dict().items(), plain.state_dict().values(), strict=True
+    ):
+        assert torch.equal(ours, theirs), name
+
+
+@pytest.mark.parametrize(("choice", "compiles"), [("auto", True), ("on", True), ("off", False)])
+def test_layers_are_compiled_on_a_gpu_unless_that_is_off(choice, compiles):
+    gpu = Runtime(torch.device("cuda"), "bf16")
+    assert gpu.compiles(choice, "triton") == compiles
+
+
+def test_layers_are_not_compiled_on_a_cpu_or_with_other_attention():
+    gpu = Runtime(torch.device("cuda"), "bf16")
+    for runtime, attention in (gpu, "sdpa"), (FP32, "triton"), (FP32, "sdpa"):
+        assert not runtime.compiles("auto", attention)
+        with pytest.raises(UserError, match="--compile on needs a CUDA device and --attention tri"):
+            runtime.compiles("on", attention)
+
+
+def test_a_compiler_that_fails_is_one_line(compiler, monkeypatch):
+    def fail(graph, inputs):
+        raise RuntimeError("no compiler here\nand many lines")
+
+    monkeypatch.setattr(compiled, "HOW", {"backend": fail, "dynamic": True})
+    with pytest.raises(UserError, match=r"failed \(.*no compiler here\); try --compile off"):
+        FP32.compile_layers(make_model().bert, 40, 200)
