@@ -57,6 +57,7 @@ class Setup:
     attention: str  # the backend
     ends: dict[str, Examples] = field(default_factory=dict)  # `examples` as a cloze has them
     teachers: dict[tuple, Tensor] = field(default_factory=dict)  # their answers, by known labels
+    offsets: Tensor | None = None  # of its templates, the same for all experiments
 
     def options(self, method: str) -> dict:
         """The options of a method."""
@@ -80,6 +81,14 @@ class Setup:
             texts = TokenizedTexts(self.reviews.texts[split], *how)
             self.ends[split] = Examples(texts, self.reviews.labels[split])
         return self.ends
+
+    def calibrate(self, model: ClozeClassifier) -> None:
+        """Give the model its offsets, from training rows without a look at their labels."""
+        if self.offsets is None:
+            chosen = choose_unlabelled(self.read(model)["train"].inputs, self.args.seed)
+            model.calibrate(chosen, self.runtime)
+            self.offsets = model.offsets.clone()
+        model.offsets.copy_(self.offsets)
 
 
 @dataclass
@@ -118,7 +127,7 @@ def fine_tune(experiment: Experiment, setup: Setup) -> dict:
     if isinstance(model, ClozeClassifier):
         examples = setup.read(model)
         if setup.start is None:
-            model.calibrate(choose_unlabelled(examples["train"].inputs, args.seed), runtime)
+            setup.calibrate(model)
     texts = examples["train"].inputs
     learner, examples, reading = model, choose_rows(experiment, setup, examples), None
     labelled = len(examples["train"])

@@ -106,8 +106,8 @@ def all_parameters(model: nn.Module) -> list[str]:
 
 def biases_and_classifier(model: nn.Module) -> list[str]:
     """The names of all biases, and of the classifier's weight (Ben Zaken et al. 2022, "BitFit")."""
-    ends = ("classifier.weight", ".bias")
-    return [name for name in all_parameters(model) if name.endswith(ends)]
+    names = all_parameters(model)
+    return [name for name in names if name == "classifier.weight" or name.endswith(".bias")]
 
 
 def for_all_parameters(hidden_size: int) -> float:
