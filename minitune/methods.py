@@ -64,27 +64,32 @@ class Method:
     options: tuple[str, ...] = ()  # of the command line, that `insert` takes
     pretrained: bool = True  # False: all weights start at random
     trains_words: bool = False  # the word vectors too
+    least_batches: int = LEAST_BATCHES  # where training rows are few
+    most_epochs: int = MOST_EPOCHS
+    slower: float = 1.0  # of the rates of what it trains, for `prompt`
 
     def recipe(self, args: argparse.Namespace, train: Examples, size: int, source: Path) -> dict:
         """The numbers of a training: those in `args`, else what suits these training rows.
 
         `size` is the model's hidden size, `source` the directory of its pretrained weights.
         """
-        rows = max(1, min(self.batch_rows, len(train) // LEAST_BATCHES))
+        # With a cloze the rates are those of the method that --train names.
+        part = METHODS[args.train] if self.pooling == ClozeClassifier.pooling else self
+        rows = max(1, min(self.batch_rows, len(train) // self.least_batches))
         longest, mean = int(train.inputs.lengths.max()), train.tokens / len(train)
         batch_tokens = max(min(round(rows * mean), MOST_TOKENS), longest)
         if args.batch_tokens and train.inputs.unit == "tokens":  # features are counted by the text
             batch_tokens = args.batch_tokens
         steps = -(-train.tokens // batch_tokens)  # in an epoch
-        epochs = args.epochs or max(self.epochs, min(-(-LEAST_STEPS // steps), MOST_EPOCHS))
-        lr = args.lr or self.lr(size)
+        epochs = args.epochs or max(self.epochs, min(-(-LEAST_STEPS // steps), self.most_epochs))
+        lr = args.lr or self.slower * part.lr(size)
         # A word's vector moves only at steps that read the word. After a random start and a short
         # pretraining it is far from its place, and gets a larger rate.
         far = began_at_random(source) or not self.pretrained
         embeddings = 5.0 if self.trains_words and far else 1.0
-        rates = {"embeddings": embeddings, "lowest_layer": self.lowest_layer}
-        recipe = {"optimizer": self.optimizer, "epochs": epochs, "batch_tokens": batch_tokens}
-        return recipe | {"lr": lr, "adamw_lr": self.adamw * lr, "lr_multipliers": rates}
+        rates = {"embeddings": embeddings, "lowest_layer": part.lowest_layer}
+        recipe = {"optimizer": part.optimizer, "epochs": epochs, "batch_tokens": batch_tokens}
+        return recipe | {"lr": lr, "adamw_lr": part.adamw * lr, "lr_multipliers": rates}
 
 
 def describe_recipe(recipe: dict, unit: str) -> str:
@@ -161,9 +166,10 @@ METHODS = {
     ),
     "prompt": Method(
         "the pretrained head fills the blank of a cloze, and learns to fill it with a label's word",
-        trained=all_parameters, trains_words=True, pooling="cloze",
+        trained=all_parameters, pooling="cloze",
         options=("train", "template", "words", "cloze_len"),
-        lr=for_all_parameters, lowest_layer=1 / 3,
+        # Long training on few rows forgets what the prompt knew: few epochs, small rates.
+        lr=for_all_parameters, slower=1 / 3, batch_rows=16, least_batches=1, most_epochs=10,
     ),
 }  # fmt: skip
 

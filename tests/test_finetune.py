@@ -1039,7 +1039,7 @@ def test_the_recipe_suits_the_number_of_rows(method, rows, length, epochs, batch
 
 def test_the_learning_rates_of_the_methods():
     lr = {name: method.lr(768) for name, method in methods.METHODS.items()}
-    of_all = {"full": 20 / 768**2, "scratch": 20 / 768**2}
+    of_all = {"full": 20 / 768**2, "scratch": 20 / 768**2, "prompt": 20 / 768**2}
     frozen = {"feature": 3e-4, "bitfit": 3e-3, "ia3": 1e-2, "lora": 200 / 768**2, "adapter": 1e-2}
     assert lr == frozen | of_all
     train = Examples(Features(torch.zeros(9, 1)), torch.zeros(9).long())
