@@ -20,7 +20,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from minitune.batching import reading_tokens
-from minitune.calibration import match_prior
 from minitune.checkpoint import save_model, weights_hash
 from minitune.classification import Classification, Examples, TokenizedTexts
 from minitune.cloze import UNLABELLED, ClozeClassifier
@@ -57,6 +56,7 @@ class Setup:
     attention: str  # the backend
     ends: dict[str, Examples] = field(default_factory=dict)  # `examples` as a cloze has them
     teachers: dict[tuple, Tensor] = field(default_factory=dict)  # their answers, by known labels
+    test_features: Tensor | None = None  # (N, F)
     offsets: Tensor | None = None  # of its templates, the same for all experiments
 
     def options(self, method: str) -> dict:
@@ -135,7 +135,7 @@ def fine_tune(experiment: Experiment, setup: Setup) -> dict:
         known = known_labels(experiment, setup)
         examples |= taught_rows(texts, ask_teacher(experiment, setup, known, started), known)
     if isinstance(model, FeatureClassifier):  # each text is read once, and the head alone trains
-        learner, (examples, reading) = model.head, read_features(model, examples, run, runtime)
+        learner, (examples, reading) = model.head, read_features(model, examples, run, setup)
         even = args.unlabelled or args.class_weights != "none"  # all labels count alike
         if setup.start is None and not even:
             learner.start_with_frequencies(examples["train"].labels)
@@ -241,7 +241,6 @@ def ask_teacher(
             train(model, few, recipe, pupil, setup, started)
         rows, size = examples["train"], reading_tokens(runtime.device)
         logs = logits_of(model, rows, len(setup.reviews.names), size, runtime)
-        logs = (logs + match_prior(logs)).log_softmax(1)
         setup.teachers[key] = both_views(texts, logs, known)
         if runtime.is_main:
             write_tensors(path, {"logs": setup.teachers[key]}, {})
@@ -249,17 +248,24 @@ def ask_teacher(
 
 
 def read_features(
-    model: FeatureClassifier, examples: dict[str, Examples], run: Run, runtime: Runtime
+    model: FeatureClassifier, examples: dict[str, Examples], run: Run, setup: Setup
 ) -> tuple[dict[str, Examples], dict]:
-    """The features of the rows of each split, and `seconds` and `tokens` of the training rows."""
+    """The features of the rows of each split, and `seconds` and `tokens` of the training rows.
+
+    The test rows and the encoder are those of all experiments, so they are read once.
+    """
     features, reading = {}, {"tokens": examples["train"].tokens}
     for split, rows in examples.items():
         prefix = run.state_path.with_name(f"{split}-features")
-        matrix, seconds = extract(model.bert, rows.inputs, prefix, runtime)
+        if split == "test" and setup.test_features is not None:
+            matrix = setup.test_features
+        else:
+            matrix, seconds = extract(model.bert, rows.inputs, prefix, setup.runtime)
         features[split] = Examples(Features(matrix), rows.labels)
         if split == "train":
             reading["seconds"] = seconds
             model.head.standardise(matrix)
+    setup.test_features = features["test"].inputs.matrix
     return features, reading
 
 

@@ -20,8 +20,6 @@ Schütze 2021, "Exploiting Cloze Questions for Few Shot Text Classification", se
 Shapes: N texts, L labels.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -29,18 +27,11 @@ from torch import Tensor
 
 from minitune.calibration import match_prior, mean_log_probabilities
 from minitune.classification import Examples, TokenizedTexts
-from minitune.prompting import Prompt
 from minitune.support.baselines import NBSVM
 
 KEPT = 0.5  # of the texts: those with the surest answers
 FOLDS = 2  # of the texts, for the second view
 ROUNDS = 2  # in each the bag of words learns anew, from the mean of both views
-
-
-def ask(prompts: Sequence[Prompt], texts: Sequence[list[int]]) -> Tensor:
-    """Log-probabilities (N, L) by all prompts together, with the prior matched on these texts."""
-    scores = [prompt.scores(texts) for prompt in prompts]
-    return mean_log_probabilities([each + match_prior(each) for each in scores])
 
 
 def surest(logs: Tensor, share: float = KEPT) -> np.ndarray:
@@ -72,9 +63,9 @@ def second_view(texts: list[str], logs: Tensor, known: dict[int, int]) -> Tensor
 def both_views(texts: list[str], prompted: Tensor, known: dict[int, int]) -> Tensor:
     """Log-probabilities (N, L) by a prompt and a bag of words that learned from each other.
 
-    `prompted` (N, L) are the prompt's.
+    `prompted` (N, L) are the prompt's; the prior is matched over all texts.
     """
-    both = prompted
+    both = prompted = (prompted + match_prior(prompted)).log_softmax(1)
     for _ in range(ROUNDS):
         both = mean_log_probabilities([prompted, second_view(texts, both, known)])
         both = (both + match_prior(both)).log_softmax(1)
