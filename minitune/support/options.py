@@ -41,7 +41,8 @@ def train_options() -> Parser:
     """Of train.py."""
     options = Parser("Pretrain a BERT from scratch by guessing masked words.")
     add = options.group("what is trained, on what")
-    add("--data", "imdb, rotten_tomatoes, a .txt .csv .tsv .jsonl file, a folder", default="imdb")
+    data = "imdb, rotten_tomatoes, a .txt .csv .tsv .jsonl .parquet file, a folder, a hub id"
+    add("--data", data, default="imdb")
     add_columns(add)
     add("--preset", "size of the model", _keys("model", "PRESETS"), "tiny")
     add("--init", "start from minilm, a BERT directory or a hub id instead", metavar="MODEL")
@@ -83,7 +84,7 @@ def finetune_options() -> Parser:
     add("--method", method, _keys("methods", "METHODS"), ["adapter"], nargs="+")
     model = "minilm, a BERT directory, a hub id; default: the last run of train.py on IMDb. "
     add("--model", model + "With --predict: what a run of finetune.py wrote")
-    data = "imdb, rotten_tomatoes, a .csv .tsv .jsonl file, a folder"
+    data = "imdb, rotten_tomatoes, a .csv .tsv .jsonl .parquet file, a folder, a hub id"
     add("--data", data, default="imdb")
     test = "labelled test rows; default: the last 10%% of each label in --data"
     add("--test", test, metavar="FILE")

@@ -1,4 +1,4 @@
-"""Rows of text from .txt, .csv, .tsv and .jsonl files, read one by one."""
+"""Rows of text from .txt, .csv, .tsv, .jsonl and .parquet files, read one by one."""
 
 import csv
 import json
@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 from minitune.support.errors import UserError
 
-SUFFIXES = (".txt", ".csv", ".tsv", ".jsonl")
+SUFFIXES = (".txt", ".csv", ".tsv", ".jsonl", ".parquet")
 LONGEST_LINE = 1 << 20  # characters; a longer line of a .txt file is read as several texts
 LONGEST_ROW = 1 << 24  # characters; in other files a longer line or cell is an error
+PARQUET_ROWS = 1024  # of a parquet file are in memory at a time
 
 Cells = Sequence[tuple[str | None, Any]]  # (column, value) of each cell of a row
 
@@ -62,13 +63,16 @@ def read_whole(file: Path) -> str:
 def read_rows(file: Path, columns: Columns = DEFAULT_COLUMNS) -> Iterator[Row]:
     """The rows of a file. In a .txt file each line is a text."""
     is_table = file.suffix.lower() != ".txt"
-    for where, cells in read_cells(file):
+    for where, cells in read_cells(file, columns):
         yield make_row(where, cells, columns if is_table else DEFAULT_COLUMNS)
 
 
-def read_cells(file: Path) -> Iterator[tuple[str, Cells]]:
+def read_cells(file: Path, columns: Columns = DEFAULT_COLUMNS) -> Iterator[tuple[str, Cells]]:
     """(where, cells) of each row of a file; `where` is its file and line, for errors."""
     kind = file.suffix.lower()
+    if kind == ".parquet":
+        yield from _read_parquet(file, columns)
+        return
     if kind in (".csv", ".tsv"):
         yield from _read_table(file, "\t" if kind == ".tsv" else ",")
         return
@@ -89,6 +93,47 @@ def _read_table(file: Path, delimiter: str) -> Iterator[tuple[str, Cells]]:
             yield f"{file}, line {table.line_num}", list(zip_longest(header, row))
     except csv.Error as error:
         raise UserError(f"{file}: not a table: {error}") from error
+
+
+def _read_parquet(file: Path, columns: Columns) -> Iterator[tuple[str, Cells]]:
+    """The rows of a parquet file, PARQUET_ROWS in memory at a time, of these columns alone.
+
+    Files of the Hugging Face hub may have numbers for labels, with names in the file's metadata;
+    a number without a name, -1, is no label.
+    """
+    try:
+        import pyarrow
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise UserError(f"{file}: parquet files need pyarrow: pip install pyarrow") from error
+    try:
+        with ParquetFile(file) as opened:
+            schema = opened.schema_arrow
+            labels = _label_names(schema.metadata or {}, columns.label)
+            # With no such column make_row says which there are.
+            wanted = [name for name in schema.names if name in columns] or None
+            wanted = wanted if columns.text in schema.names else None
+            # One row group after another: of several together pyarrow keeps what it has read.
+            groups = range(opened.num_row_groups)
+            options = {"batch_size": PARQUET_ROWS, "columns": wanted}
+            parts = (opened.iter_batches(row_groups=[group], **options) for group in groups)
+            rows = (row for part in parts for batch in part for row in batch.to_pylist())
+            for number, row in enumerate(rows, start=1):
+                if labels and isinstance(row.get(columns.label), int):
+                    row[columns.label] = labels.get(row[columns.label])
+                yield f"{file}, row {number}", list(row.items())
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{file}: not a parquet file: {reason}") from error
+
+
+def _label_names(metadata: dict[bytes, bytes], column: str) -> dict[int, str]:
+    """The names of numbered labels by the metadata of a file; empty where it has none."""
+    try:
+        names = json.loads(metadata[b"huggingface"])["info"]["features"][column]["names"]
+        return dict(enumerate(map(str, names)))
+    except (KeyError, TypeError, ValueError):
+        return {}
 
 
 def _parse_json(line: str, where: str) -> Cells:
