@@ -3,8 +3,10 @@
 import csv
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,7 +14,7 @@ import prompt
 from minitune.batching import PackedBatch
 from minitune.calibration import Ensemble
 from minitune.checkpoint import load_masked_lm, load_tokenizer, save_model, weights_hash
-from minitune.classification import TokenizedTexts
+from minitune.classification import Examples, TokenizedTexts
 from minitune.cloze import ClozeClassifier
 from minitune.finetuning import choose_unlabelled
 from minitune.methods import METHODS, all_parameters, build
@@ -194,6 +196,20 @@ def test_what_trains_is_what_train_names(folder, train):
         assert trained == {name for name in all_parameters(model) if name.endswith("bias")}
     fresh = {name for name in trained if "adapter" in name or name.endswith((".A", ".B"))}
     assert bool(fresh) == (train in ("adapter", "lora"))
+
+
+@pytest.mark.parametrize("rows", [16, 64, 2000])
+@pytest.mark.parametrize("train", TRAINS)
+def test_rates_are_those_of_what_trains_and_few_rows_are_not_read_often(train, rows):
+    args = SimpleNamespace(train=train, epochs=None, batch_tokens=None, lr=None)
+    texts = SimpleNamespace(lengths=np.full(rows, 100), unit="tokens")
+    examples = Examples(texts, torch.zeros(rows))
+    found = METHODS["prompt"].recipe(args, examples, 256, Path("no run"))
+    other = METHODS[train]
+    assert found["lr"] == pytest.approx(METHODS["prompt"].slower * other.lr(256))
+    assert found["optimizer"] == other.optimizer
+    assert found["epochs"] <= METHODS["prompt"].most_epochs
+    assert found["batch_tokens"] == 1600
 
 
 # From end to end
