@@ -76,10 +76,14 @@ class Setup:
 
     def read(self, model: ClozeClassifier) -> dict[str, Examples]:
         """The rows of each split as this model reads them: the ends of the texts."""
-        how = self.tokenizer, model.max_len, model.beginning
-        for split in SPLITS if not self.ends else ():
-            texts = TokenizedTexts(self.reviews.texts[split], *how)
-            self.ends[split] = Examples(texts, self.reviews.labels[split])
+        if not self.ends:
+            how = self.tokenizer, model.max_len, model.beginning
+            for split in SPLITS:
+                texts = TokenizedTexts(self.reviews.texts[split], *how)
+                self.ends[split] = Examples(texts, self.reviews.labels[split])
+            cut = sum(self.ends["train"].inputs.truncated) / len(self.ends["train"])
+            words = f"{cut:.0%} of the training rows have over {model.max_len} tokens"
+            self.runtime.log(f"as a cloze {words}; their end is kept")
         return self.ends
 
     def calibrate(self, model: ClozeClassifier) -> None:
