@@ -16,8 +16,6 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -45,11 +43,8 @@ class Problem:
         self.operations = 4 * int((lengths**2).sum()) * heads * args.head_size
 
     def forward(self, backend: str) -> Tensor:
-        """The output of a backend, or of torch's own attention over packed sequences, on CUDA."""
+        """The output of a backend."""
         q, k, v = self.qkv.unbind(1)
-        if backend == "varlen_attn":
-            torch_varlen = import_module("torch.nn.attention.varlen").varlen_attn
-            return torch_varlen(q, k, v, self.cu_seqlens, self.cu_seqlens, self.n, self.n)
         return attention(q, k, v, self.cu_seqlens, self.n, backend)
 
     def both(self, backend: str) -> None:
@@ -68,13 +63,7 @@ class Problem:
 def backends(args: argparse.Namespace) -> list[str]:
     """What runs here."""
     obstacle = obstacle_to_triton(torch.device(args.device), args.head_size)
-    names = [name for name in BACKENDS if name != "triton" or not obstacle]
-    packed = (
-        args.device == "cuda"
-        and args.precision != "fp32"
-        and find_spec("torch.nn.attention.varlen")
-    )
-    return [*names, "varlen_attn"] if packed else names
+    return [name for name in BACKENDS if name != "triton" or not obstacle]
 
 
 def memory(args: argparse.Namespace, n: int, backend: str) -> int:

@@ -1,0 +1,61 @@
+"""The measurements of a GPU, on tiny sizes where there is none: every section runs, every side is right."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from tests.benchmarks import gpu
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="it would take minutes")
+
+
+def measured(monkeypatch, tmp_path, *sections: str) -> dict[str, dict]:
+    path = tmp_path / "gpu.json"
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *sections, "--json", str(path)])
+    gpu.main()
+    return {row["what"]: row for row in json.loads(path.read_text())["rows"]}
+
+
+def test_each_side_of_attention_gives_what_the_definition_gives(monkeypatch, tmp_path, capsys):
+    rows = measured(monkeypatch, tmp_path, "attention")  # it compares them
+    assert len(rows) == 6
+    sides = {key for row in rows.values() for key in row["notes"]}
+    assert sides == {"sdpa forward", "SDPA MATH forward", "flex_attention forward"}
+    printed = capsys.readouterr().out
+    for what in rows:
+        assert f"| {what} |" in printed
+
+
+def test_a_side_that_is_wrong_is_found(monkeypatch, tmp_path):
+    def wrong(*args, **options):
+        found = sides(*args, **options)
+        return found | {"wrong": lambda q, k, v: v}
+
+    sides = gpu.sides
+    monkeypatch.setattr(gpu, "sides", wrong)
+    with pytest.raises(AssertionError, match="wrong is off by"):
+        measured(monkeypatch, tmp_path, "attention")
+
+
+def test_steps_and_scripts_have_their_figures(monkeypatch, tmp_path, capsys):
+    rows = measured(monkeypatch, tmp_path, "steps", "train", "finetune")
+    steps, train, finetune = rows.values()
+    assert steps["minitune"]["eager"] > 0 and steps["notes"]["eager: share of the peak"] > 0
+    assert 4 < train["minitune"]["loss"] < 7  # of 300 words
+    assert finetune["minitune"]["full"] > 0 and 0 <= finetune["notes"]["accuracy"] <= 1
+
+
+def test_the_table_compares_with_the_best_of_the_others():
+    slower = gpu.Row("a", "ms", {"eager": 3.0, "compiled": 2.0}, {"x": 4.0, "y": 8.0, "z": "no"})
+    assert slower.cells()[1:4] == ["2 ms (compiled)", "4 (x)", "2.00"]
+    assert "z: no" in slower.cells()[-1]
+    faster = gpu.Row("b", "tokens/s", {"eager": 3.0, "compiled": 2.0}, {"x": 4.0, "y": 6.0})
+    assert faster.cells()[1:4] == ["3 tokens/s (eager)", "6 (y)", "0.50"]
+
+
+def test_a_section_that_is_not_there_is_refused(monkeypatch, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        measured(monkeypatch, tmp_path, "attention", "speed")
+    assert "no section speed" in capsys.readouterr().err
