@@ -36,11 +36,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from minitune.attention import attention, reference, resolve_backend
 from minitune.corpus import Corpus
 from minitune.data import Dataset
-from minitune.model import PRESETS, BertForMaskedLM
+from minitune.model import PRESETS, BertConfig, BertForMaskedLM
 from minitune.optimizer import Optimizer
 from minitune.pretraining import MaskedLanguageModelling
 from minitune.support.runs import Run, read_json, write_json
@@ -226,6 +227,18 @@ def peak(dtype: torch.dtype) -> float:
     return 2 * n**3 / seconds(lambda: a @ a, 10)
 
 
+WARM, COUNTED = (10, 30) if ON_GPU else (1, 2)  # steps
+
+
+def repeat(step: Callable, times: int) -> float:
+    """Seconds until a GPU has done that many steps."""
+    started = time.perf_counter()
+    for _ in range(times):
+        step()
+    wait()
+    return time.perf_counter() - started
+
+
 def launches(work: Callable) -> int:
     """How many kernels are started."""
     with torch.profiler.profile() as profile:
@@ -248,14 +261,15 @@ def measure_steps(runtime: Runtime) -> Iterator[Row]:
     """minitune by itself for each preset and batch, and transformers beside `base`."""
     corpus, best = corpora()["imdb"], peak(runtime.dtype)
     print(f"peak: {best / 1e12:,.3g} TFLOP/s")
-    cases = [("base", 32768, ""), ("base", 65536, "680,000 tokens/s"), ("tiny", 4096, "600,000"),
-             ("tiny", 65536, "2,800,000")]  # fmt: skip
-    for preset, batch_tokens, goal in cases if ON_GPU else [("tiny", 256, "")]:
-        row = Row(f"{preset}, {batch_tokens:,} tokens a step", "tokens/s", {}, goal=goal)
+    cases = [("base", "adamw", 32768, ""), ("base", "adamw", 65536, "680,000 tokens/s"),
+             ("tiny", "muon", 4096, "600,000 tokens/s"),
+             ("tiny", "muon", 65536, "2,800,000 tokens/s")]  # fmt: skip
+    for preset, name, batch_tokens, goal in cases if ON_GPU else [("tiny", "muon", 256, "")]:
+        what = f"{preset}, {name}, {batch_tokens:,} tokens a step"
+        row = Row(what, "tokens/s", {}, goal=goal)
         config = replace(PRESETS[preset], vocab_size=corpus.tokenizer.vocab_size)
-        backend = resolve_backend("auto", runtime.device, runtime.dtype, config.head_size)
         for way in ("eager", "compiled") if ON_GPU else ("eager",):
-            row.minitune[way], notes = pretrain(runtime, corpus, config, backend, batch_tokens, way)
+            row.minitune[way], notes = pretrain(runtime, corpus, config, batch_tokens, name, way)
             shares = {"share of the peak": notes.pop("operations/s") / best}
             row.notes |= {f"{way}: {key}": value for key, value in (shares | notes).items()}
         if batch_tokens in (32768, 256) and find_spec("transformers"):
@@ -265,19 +279,20 @@ def measure_steps(runtime: Runtime) -> Iterator[Row]:
 
 
 def pretrain(
-    runtime: Runtime, corpus: Corpus, config, backend: str, batch_tokens: int, way: str
+    runtime: Runtime, corpus: Corpus, config: BertConfig, batch_tokens: int, name: str, way: str
 ) -> tuple[float, dict]:
-    """(tokens a second, other figures) of the training loop."""
-    warm, counted = (10, 30) if ON_GPU else (1, 2)
+    """(tokens a second, other figures) of the training loop; `name` is the optimizer."""
+    torch.compiler.reset()  # it keeps few programs
     torch.manual_seed(0)
     max_len = min(512, batch_tokens)
+    backend = resolve_backend("auto", runtime.device, runtime.dtype, config.head_size)
     model = BertForMaskedLM(config, backend).to(runtime.device).train()
     started = time.perf_counter()
     if way == "compiled":
         runtime.compile_layers(model.bert, max_len, batch_tokens)
     shape = {"max_len": max_len, "batch_tokens": batch_tokens}
     task = MaskedLanguageModelling(corpus, rate=0.15, whole_word=False, seed=0, **shape)
-    optimizer = Optimizer(model, "muon", PEAK_LR["muon"], PEAK_LR["adamw"], 0.01)
+    optimizer = Optimizer(model, name, PEAK_LR[name], PEAK_LR["adamw"], 0.01)
     trainer = Trainer(model, optimizer, task, Run(Path()), runtime, seed=0)
     trainer.steps = 10**6
     shares = runtime.shares(task.batches(0), 1)
@@ -289,30 +304,24 @@ def pretrain(
         trainer.update(norm)
         done.append(batch)
 
-    for _ in range(warm):
-        step()
-    wait()
+    repeat(step, WARM)
     notes = {"warm-up, s": time.perf_counter() - started}
-    done.clear()
-    started = time.perf_counter()
-    for _ in range(counted):
-        step()
-    wait()
-    elapsed = time.perf_counter() - started
-    notes["operations/s"] = sum(flops(batch, config) for batch in done) / elapsed
-    tokens = sum(batch.tokens for batch in done)
+    graphs = counters["stats"]["unique_graphs"]
+    elapsed, counted = repeat(step, COUNTED), done[WARM:]
+    notes["operations/s"] = sum(flops(batch, config) for batch in counted) / elapsed
+    notes["compiled again"] = counters["stats"]["unique_graphs"] - graphs
     if ON_GPU:
         notes |= {"launches": launches(step), "waits": waits(step)}
-    return tokens / elapsed, notes
+    return sum(batch.tokens for batch in counted) / elapsed, notes
 
 
-def of_transformers(runtime: Runtime, config, way: str) -> float:
+def of_transformers(runtime: Runtime, config: BertConfig, way: str) -> float:
     """Tokens a second of its BertForMaskedLM with SDPA and fused AdamW, on texts of equal length."""
     import transformers
 
     names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
     sizes = {name: getattr(config, name) for name in (*names, "intermediate_size")}
-    texts, length, steps = (64, 512, 10) if ON_GPU else (2, 16, 1)
+    texts, length = (64, 512) if ON_GPU else (2, 16)
     torch.manual_seed(0)
     theirs = transformers.BertConfig(**sizes, attn_implementation="sdpa")
     model = transformers.BertForMaskedLM(theirs).to(runtime.device).train()
@@ -329,7 +338,8 @@ def of_transformers(runtime: Runtime, config, way: str) -> float:
         optimizer.step()
         optimizer.zero_grad()
 
-    return ids.numel() / seconds(step, steps)
+    repeat(step, WARM)
+    return COUNTED * ids.numel() / repeat(step, COUNTED)
 
 
 # The scripts
