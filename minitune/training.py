@@ -29,6 +29,7 @@ and in its batches, MaskedBatch or Examples, which have
 import math
 import sys
 import time
+from collections import deque
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ from torch import Tensor, nn
 
 from minitune.optimizer import Optimizer, one_cycle
 from minitune.support.errors import UserError
-from minitune.support.plan import keep_deadline, report_progress
+from minitune.support.plan import RECENT_STEPS, keep_deadline, report_progress
 from minitune.support.runs import Run
 from minitune.support.runtime import Runtime, catch_signals
 
@@ -74,6 +75,7 @@ class Trainer:
         self.seconds = 0.0  # of training, without evaluations
         self.started, self.earlier_seconds = time.monotonic(), 0.0  # of processes before this one
         self.deadline = None  # of time.monotonic(), where `steps` are planned by time
+        self.recent = deque(maxlen=RECENT_STEPS)  # (tokens, seconds) of each of the last steps
         self.validation_every = 1  # 2: every second validation batch is read, and so on
         self.observe = dict  # a function: what else an evaluation writes into the log
         self.signals: list[int] = []  # Ctrl-C and the like
@@ -114,7 +116,8 @@ class Trainer:
                     bar.set_postfix_str(f"loss {loss:.3f} ({self.task.baseline})")
                 self.update(norm)
                 self.step, self.tokens = self.step + 1, self.tokens + batch.tokens
-                self.seconds += time.monotonic() - started
+                self.recent.append((batch.tokens, time.monotonic() - started))
+                self.seconds += self.recent[-1][1]
                 if self.deadline:
                     keep_deadline(self)
                 self._log(loss, norm)

@@ -18,8 +18,9 @@ from minitune.fast.compiled import keep_compiled
 PROBE_STEPS = 100  # the speed is measured over this many steps at most,
 PROBE_SHARE = 0.05  # and in this share of the time at most
 EVALUATION_SHARE = 0.2  # of the time, for all evaluations, at most
-CHECKS = 20  # how often the plan is compared with the speed
-TOLERANCE = 0.05  # the plan is changed if it is wrong by more than this share
+CHECK_EVERY = 5  # steps: then the plan is compared with the speed
+RECENT_STEPS = 20  # of the last steps: what else a machine does begins and ends at any time
+TOLERANCE = 0.1  # the plan is changed if the steps to go are wrong by more than this share
 
 
 def plan_steps(trainer: Any, deadline: float) -> None:
@@ -58,10 +59,12 @@ def plan_steps(trainer: Any, deadline: float) -> None:
 
 def keep_deadline(trainer: Any) -> None:
     """Move the end of the run, and of its schedule, where the speed is not what was planned."""
-    if trainer.step % max(10, trainer.steps // CHECKS) == 0:
-        speed, batch_tokens = trainer.tokens / trainer.seconds, trainer.tokens / trainer.step
-        steps = trainer.step + steps_left(trainer, speed, batch_tokens)
-        if abs(steps - trainer.steps) > TOLERANCE * trainer.steps:
+    to_go = trainer.steps - trainer.step
+    if to_go and trainer.step % CHECK_EVERY == 0:
+        tokens, seconds = map(sum, zip(*trainer.recent, strict=True))
+        left = steps_left(trainer, tokens / seconds, trainer.tokens / trainer.step)
+        if abs(left - to_go) > max(2, TOLERANCE * to_go):
+            steps = trainer.step + left
             change = f"{steps:,} steps instead of {trainer.steps:,}"
             trainer.runtime.log(f"the speed has changed: {change}")
             trainer.steps = steps
