@@ -18,8 +18,8 @@ from minitune.fast.compiled import keep_compiled
 PROBE_STEPS = 100  # the speed is measured over this many steps at most,
 PROBE_SHARE = 0.05  # and in this share of the time at most
 EVALUATION_SHARE = 0.2  # of the time, for all evaluations, at most
-CHECK_EVERY = 5  # steps: then the plan is compared with the speed
-RECENT_STEPS = 20  # of the last steps: what else a machine does begins and ends at any time
+CHECK_EVERY = 5  # steps: then the plan is compared with the speed of the last steps
+RECENT_STEPS = 20  # a multiple of training.LOG_EVERY: a GPU is waited for only then
 TOLERANCE = 0.1  # the plan is changed if the steps to go are wrong by more than this share
 
 
@@ -60,7 +60,7 @@ def plan_steps(trainer: Any, deadline: float) -> None:
 def keep_deadline(trainer: Any) -> None:
     """Move the end of the run, and of its schedule, where the speed is not what was planned."""
     to_go = trainer.steps - trainer.step
-    if to_go and trainer.step % CHECK_EVERY == 0:
+    if to_go and trainer.step % max(CHECK_EVERY, trainer.look_every) == 0:
         tokens, seconds = map(sum, zip(*trainer.recent, strict=True))
         left = steps_left(trainer, tokens / seconds, trainer.tokens / trainer.step)
         if abs(left - to_go) > max(2, TOLERANCE * to_go):
