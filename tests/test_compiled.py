@@ -1,7 +1,7 @@
 """Compiled layers, with the compiler's own backend for tests: it traces, and computes as written.
 
 On a CPU the attention of the kernels is computed by `Tiled`, and `pad_rows` does nothing, as on
-a GPU. The programs that torch writes for a GPU are not tested here.
+a GPU. The programs that torch writes are tested where there is a GPU.
 """
 
 import copy
@@ -15,8 +15,11 @@ from minitune.attention import Tiled
 from minitune.batching import PackedBatch
 from minitune.fast import compiled
 from minitune.fast.compiled import compile_layers, keep_compiled, warm_up
-from minitune.model import BertConfig, BertForMaskedLM
+from minitune.methods import METHODS
+from minitune.model import BertConfig, BertForMaskedLM, BertForSequenceClassification
+from minitune.support.cli import options_to_save
 from minitune.support.errors import UserError
+from minitune.support.options import finetune_options
 from minitune.support.runtime import Runtime
 
 pytest.importorskip("triton")  # there is none for macOS
@@ -75,35 +78,70 @@ def ragged_batches(count):
         yield PackedBatch.from_sequences([draw(0, 50, (n,)) for n in lengths])
 
 
-def train(model, batches):
+def train(model, batches, runtime=FP32):
     """The losses of a few steps of gradient descent."""
     losses = []
     for batch in batches:
-        positions = torch.arange(0, batch.tokens.numel(), 3)
-        logits = model(batch, positions)
-        loss = torch.nn.functional.cross_entropy(logits, batch.tokens[positions])
+        with runtime.autocast():
+            if isinstance(model, BertForMaskedLM):
+                positions = torch.arange(0, batch.tokens.numel(), 3, device=batch.tokens.device)
+                logits, labels = model(batch, positions), batch.tokens[positions]
+            else:
+                logits, labels = model(batch), batch.tokens[batch.cls_positions] % 2
+            loss = torch.nn.functional.cross_entropy(logits.float(), labels)
         loss.backward()
         losses.append(loss.item())
         with torch.no_grad():
             for p in model.parameters():
-                p -= 0.1 * p.grad
+                if p.grad is not None:
+                    p -= 0.1 * p.grad
         model.zero_grad()
     return losses
 
 
-def test_ragged_batches_are_compiled_once_and_give_the_losses_of_layers_that_are_not(compiler):
-    model, plain = make_model(), make_model()
+def make_compiled(model, runtime=FP32):
     compile_layers(model.bert)
-    warm_up(model.bert, 40, 200, FP32.autocast())
+    warm_up(model.bert, 40, 200, runtime.autocast())
+    return model
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_ragged_batches_are_compiled_once_and_give_the_same_losses(compiler, precision):
+    runtime = Runtime.start("cpu", precision)
+    model = make_compiled(make_model(), runtime)
     assert compiler["unique_graphs"] == 1 and not counters["graph_break"]
-    assert train(model, ragged_batches(12)) == train(plain, ragged_batches(12))
+    losses = train(model, ragged_batches(12), runtime)
+    assert losses == train(make_model(), ragged_batches(12), runtime)
     assert compiler["unique_graphs"] == 1
+    with torch.no_grad():  # evaluation is another program
+        for batch in ragged_batches(4):
+            model.eval()(batch, batch.cls_positions)
+    assert compiler["unique_graphs"] == 2
+
+
+# The lowest layer gets inputs that need no gradient, which is another program.
+@pytest.mark.parametrize("method", ["lora", "adapter"])
+def test_what_a_method_inserts_is_compiled_too(compiler, method):
+    def make():
+        torch.manual_seed(0)
+        options, method1 = options_to_save(finetune_options().parse_args([])), METHODS[method]
+        config = BertConfig(50, 64, 3, 2, 64, id2label={0: "bad", 1: "good"})
+        model = BertForSequenceClassification(config, "triton", method1.pooling)
+        method1.insert(model.bert, **{name: options[name] for name in method1.options})
+        model.requires_grad_(False)
+        for name in method1.trained(model):
+            model.get_parameter(name).requires_grad_()
+        return model.train()
+
+    model = make_compiled(make())
+    assert not counters["graph_break"]
+    assert train(model, ragged_batches(4)) == train(make(), ragged_batches(4))
+    assert compiler["unique_graphs"] == 2
 
 
 def test_a_copy_of_a_compiled_model_runs_the_same_program(compiler):
-    model = make_model()
-    compile_layers(model.bert)
-    warm_up(model.bert, 40, 200, FP32.autocast())
+    compiled.HOW["backend"] = "eager"
+    model = make_compiled(make_model())
     copied = copy.deepcopy(model)
     keep_compiled(model, copied)
     assert [bool(layer._compiled_call_impl) for layer in copied.bert.layers] == [True, True, False]
@@ -112,14 +150,35 @@ def test_a_copy_of_a_compiled_model_runs_the_same_program(compiler):
 
 
 def test_warming_up_changes_nothing(compiler):
-    model, plain = make_model().eval(), make_model()
-    compile_layers(model.bert)
-    warm_up(model.bert, 40, 200, FP32.autocast())
+    compiled.HOW["backend"] = "eager"
+    model, plain = make_compiled(make_model().eval()), make_model()
     assert not model.training and all(p.grad is None for p in model.parameters())
-    for (name, ours), theirs in zip(
-        model.state_dict().items(), plain.state_dict().values(), strict=True
-    ):
-        assert torch.equal(ours, theirs), name
+    assert_equal_bits(model, plain)
+
+
+def assert_equal_bits(model, other):
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_on_a_gpu_ragged_batches_are_compiled_once_and_a_resumed_run_has_the_same_bits():
+    gpu = Runtime.start("cuda", "bf16")
+    batches = [batch.to(gpu.device) for batch in ragged_batches(20)]
+    torch._dynamo.reset()
+    counters.clear()
+    model = make_compiled(make_model().to(gpu.device), gpu)
+    losses = train(model, batches, gpu)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    plain = train(make_model().to(gpu.device), batches, gpu)
+    assert max(abs(a - b) for a, b in zip(losses, plain, strict=True)) <= 0.02
+    torch._dynamo.reset()  # as in another process
+    first = make_compiled(make_model().to(gpu.device), gpu)
+    train(first, batches[:7], gpu)
+    torch._dynamo.reset()
+    second = make_compiled(copy.deepcopy(first), gpu)
+    train(second, batches[7:], gpu)
+    assert_equal_bits(second, model)
 
 
 @pytest.mark.parametrize(("choice", "compiles"), [("auto", True), ("on", True), ("off", False)])
