@@ -5,12 +5,17 @@ a GPU. The programs that torch writes are tested where there is a GPU.
 """
 
 import copy
+import json
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 
 import minitune.model
+import train
 from minitune.attention import Tiled
 from minitune.batching import PackedBatch
 from minitune.fast import compiled
@@ -21,6 +26,7 @@ from minitune.support.cli import options_to_save
 from minitune.support.errors import UserError
 from minitune.support.options import finetune_options
 from minitune.support.runtime import Runtime
+from minitune.training import Trainer
 
 pytest.importorskip("triton")  # there is none for macOS
 
@@ -78,7 +84,7 @@ def ragged_batches(count):
         yield PackedBatch.from_sequences([draw(0, 50, (n,)) for n in lengths])
 
 
-def train(model, batches, runtime=FP32):
+def descend(model, batches, runtime=FP32):
     """The losses of a few steps of gradient descent."""
     losses = []
     for batch in batches:
@@ -110,8 +116,8 @@ def test_ragged_batches_are_compiled_once_and_give_the_same_losses(compiler, pre
     runtime = Runtime.start("cpu", precision)
     model = make_compiled(make_model(), runtime)
     assert compiler["unique_graphs"] == 1 and not counters["graph_break"]
-    losses = train(model, ragged_batches(12), runtime)
-    assert losses == train(make_model(), ragged_batches(12), runtime)
+    losses = descend(model, ragged_batches(12), runtime)
+    assert losses == descend(make_model(), ragged_batches(12), runtime)
     assert compiler["unique_graphs"] == 1
     with torch.no_grad():  # evaluation is another program
         for batch in ragged_batches(4):
@@ -135,7 +141,7 @@ def test_what_a_method_inserts_is_compiled_too(compiler, method):
 
     model = make_compiled(make())
     assert not counters["graph_break"]
-    assert train(model, ragged_batches(4)) == train(make(), ragged_batches(4))
+    assert descend(model, ragged_batches(4)) == descend(make(), ragged_batches(4))
     assert compiler["unique_graphs"] == 2
 
 
@@ -145,7 +151,7 @@ def test_a_copy_of_a_compiled_model_runs_the_same_program(compiler):
     copied = copy.deepcopy(model)
     keep_compiled(model, copied)
     assert [bool(layer._compiled_call_impl) for layer in copied.bert.layers] == [True, True, False]
-    train(copied, ragged_batches(2))
+    descend(copied, ragged_batches(2))
     assert compiler["unique_graphs"] == 1
 
 
@@ -161,6 +167,56 @@ def assert_equal_bits(model, other):
         assert torch.equal(tensor, other.state_dict()[name]), name
 
 
+@pytest.fixture
+def pretrain(compiler, tmp_path, monkeypatch):
+    """Runs a small train.py as on a GPU, in this process; gives the directory and the settings."""
+    monkeypatch.setitem(train.PRESETS, "tiny", replace(CONFIG, vocab_size=8192))
+    monkeypatch.setattr(train, "resolve_backend", lambda *_: "triton")
+    monkeypatch.setattr(Runtime, "compiles", lambda self, choice, attention: choice == "on")
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"a film of {n} words " * (n % 9 + 2) for n in range(40)))
+
+    def run(name, *options):
+        out = tmp_path / name
+        given = ["--data", text, "--out", out, "--vocab-size", 80, "--steps", 6, "--device", "cpu"]
+        given += ["--max-len", 32, "--batch-tokens", 128, "--precision", "fp32"]
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, [*given, *options])])
+        train.main()
+        return out, json.loads((out / "metrics.json").read_text())
+
+    return run
+
+
+def test_a_compiled_run_that_is_resumed_has_the_bits_and_loss_of_others(
+    pretrain, compiler, monkeypatch, capsys
+):
+    compiled.HOW["backend"] = "eager"
+    out, metrics = pretrain("compiled", "--compile", "on")
+    assert compiler["unique_graphs"] == 2  # for training, and for evaluations
+    assert metrics["compiled"] is True
+    assert "; compile: on" in (printed := capsys.readouterr().out) and "compiled the la" in printed
+    _, plain = pretrain("plain", "--compile", "off")
+    assert metrics["loss"] == plain["loss"] and plain["compiled"] is False
+    assert "; compile: off" in capsys.readouterr().out
+
+    update, options = Trainer.update, ("--compile", "on", "--save-minutes", "1e-9")
+
+    def fail_at_step_4(trainer, norm):
+        if trainer.step == 4:
+            raise KeyboardInterrupt
+        update(trainer, norm)
+
+    monkeypatch.setattr(Trainer, "update", fail_at_step_4)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain("resumed", *options)
+    monkeypatch.setattr(Trainer, "update", update)
+    torch._dynamo.reset()
+    again, metrics = pretrain("resumed", "--resume", *options)
+    assert "resumed at step 4 of 6" in capsys.readouterr().out and metrics["compiled"] is True
+    ours, theirs = (load_file(directory / "model.safetensors") for directory in (again, out))
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 def test_on_a_gpu_ragged_batches_are_compiled_once_and_a_resumed_run_has_the_same_bits():
     gpu = Runtime.start("cuda", "bf16")
@@ -168,16 +224,16 @@ def test_on_a_gpu_ragged_batches_are_compiled_once_and_a_resumed_run_has_the_sam
     torch._dynamo.reset()
     counters.clear()
     model = make_compiled(make_model().to(gpu.device), gpu)
-    losses = train(model, batches, gpu)
+    losses = descend(model, batches, gpu)
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
-    plain = train(make_model().to(gpu.device), batches, gpu)
+    plain = descend(make_model().to(gpu.device), batches, gpu)
     assert max(abs(a - b) for a, b in zip(losses, plain, strict=True)) <= 0.02
     torch._dynamo.reset()  # as in another process
     first = make_compiled(make_model().to(gpu.device), gpu)
-    train(first, batches[:7], gpu)
+    descend(first, batches[:7], gpu)
     torch._dynamo.reset()
     second = make_compiled(copy.deepcopy(first), gpu)
-    train(second, batches[7:], gpu)
+    descend(second, batches[7:], gpu)
     assert_equal_bits(second, model)
 
 
