@@ -286,6 +286,9 @@ def test_the_mistakes_are_the_rows_with_the_least_probability_of_the_right_label
     saved = json.loads((tmp_path / "report.json").read_text())
     assert [row["row"] for row in saved["mistakes"]] == [i for _, i in sorted(wrong)[:20]]
     page = page_of(tmp_path)
+    words = "Right where the bag of words is wrong: 0 rows. Wrong where it is right: "
+    assert f"{words}{len(wrong)} rows. If both were equally good" in page.text
+    assert f"probability {2 * 0.5 ** len(wrong):.2g} (McNemar" in page.text
     for row in saved["mistakes"]:
         i = row["row"]
         right, answer = names[labels[i]], names[logits[i].argmax()]

@@ -1,5 +1,6 @@
 """Intervals, calibration error and tables, recomputed; pictures, by what is drawn in them."""
 
+import itertools
 import math
 
 import matplotlib.image
@@ -13,6 +14,7 @@ from minitune.support.results import (
     in_percent,
     in_seconds,
     interval,
+    mcnemar,
     prompt_summary,
     prompt_table,
     summarise,
@@ -53,6 +55,26 @@ def test_an_accuracy_is_inside_its_interval_and_the_interval_inside_zero_and_one
 def test_more_rows_make_a_narrower_interval_around_the_accuracy():
     (low, high), (inner_low, inner_high) = interval(0.9, 100), interval(0.9, 10_000)
     assert low < inner_low < 0.9 < inner_high < high
+
+
+# McNemar's test
+
+
+@pytest.mark.parametrize("ours, theirs", [(0, 0), (1, 0), (3, 3), (7, 2), (0, 9), (4, 8)])
+def test_mcnemar_counts_all_ways_in_which_fair_coins_could_fall(ours, theirs):
+    right = [True] * ours + [False] * theirs + [True, False] * 5
+    other = [False] * ours + [True] * theirs + [True, False] * 5
+    flips = itertools.product((0, 1), repeat=ours + theirs)
+    as_far = [abs(2 * sum(f) - len(f)) >= abs(ours - theirs) for f in flips]
+    expected = sum(as_far) / len(as_far)
+    assert mcnemar(right, other) == (ours, theirs, pytest.approx(expected, abs=1e-12))
+    assert mcnemar(other, right) == (theirs, ours, pytest.approx(expected, abs=1e-12))
+
+
+def test_mcnemar_of_many_rows():
+    # scipy.stats.binomtest(1450, 3000).pvalue
+    right, other = [True] * 1450 + [False] * 1550, [False] * 1450 + [True] * 1550
+    assert mcnemar(right, other)[2] == pytest.approx(0.070669045, abs=1e-8)
 
 
 # Calibration error

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from minitune.support.errors import plural
 from minitune.support.markup import (
     Chart,
     Html,
@@ -25,6 +26,7 @@ from minitune.support.results import (
     in_percent,
     in_seconds,
     interval,
+    mcnemar,
 )
 from minitune.support.runs import read_if_there, write_json
 
@@ -46,7 +48,11 @@ def record_mistakes(directory: Path, texts: list[str], baselines: list[tuple]) -
     if answers := read_if_there(directory / "answers.json"):
         logits, labels = (np.array(answers["test"][key]) for key in ("logits", "labels"))
         right = probabilities(logits, 1.0)[np.arange(len(labels)), labels]
-        wrong = np.flatnonzero(logits.argmax(1) != labels)
+        is_right = logits.argmax(1) == labels
+        if baselines:  # NB-SVM is the last of them
+            paired = mcnemar(is_right.tolist(), (baselines[-1][1] == labels).tolist())
+            shown["paired"] = dict(zip(("network", "bag_of_words", "p"), paired, strict=True))
+        wrong = np.flatnonzero(~is_right)
         for i in wrong[np.argsort(right[wrong], kind="stable")][:MISTAKES].tolist():
             row = {"row": i, "text": in_short(texts[i], LONGEST)}
             if baselines:
@@ -81,6 +87,8 @@ def content(
         names = [in_short(name, 40) for name in answers["names"]]
         scaled = probabilities(logits, answers["temperature"])
         parts.append(confusion(logits.argmax(1), labels, names))
+        if "paired" in shown:
+            parts.append(against_bag_of_words(**shown["paired"]))
         parts.append(reliability(logits, labels, answers))
         parts.append(unsure(scaled, labels))
         parts.append(mistakes(shown, scaled, labels, names))
@@ -131,6 +139,14 @@ def confusion(given: np.ndarray, labels: np.ndarray, names: list[str]) -> Html:
         rows = [[names[i], names[j], f"{counts[i, j]:,}"] for i, j in pairs]
         content = table("The most frequent confusions", ["right label", "answer", "rows"], rows)
     return section("Right and wrong", content, by_label)
+
+
+def against_bag_of_words(network: int, bag_of_words: int, p: float) -> Html:
+    """A sentence on the rows that only one of both has right."""
+    words = f"Right where the bag of words is wrong: {plural(network, 'row')}. Wrong where it is "
+    words += f"right: {plural(bag_of_words, 'row')}. If both were equally good, chance alone would "
+    words += f"make a difference as large with probability {p:.2g} (McNemar's test, exact)."
+    return quiet(words)
 
 
 def ratio(part: int, whole: int) -> str:

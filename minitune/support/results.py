@@ -59,6 +59,21 @@ def macro_f1(labels: Sequence[int], answers: Sequence[int]) -> float:
     return mean(2 * right[label] / count for label, count in either.items())
 
 
+def mcnemar(right: Sequence[bool], other: Sequence[bool]) -> tuple[int, int, float]:
+    """Whether two classifiers differ by more than chance, on the same rows (McNemar 1947).
+
+    `right` and `other` say which rows each has right. Returns on how many rows only the first is
+    right, on how many only the other is, and the probability of a difference at least as large if
+    both were equally good. Each of these rows would then go to either of them by a fair coin, so
+    that the probability is exact: that of a binomial distribution, both tails.
+    """
+    ours = sum(a and not b for a, b in zip(right, other, strict=True))
+    theirs = sum(b and not a for a, b in zip(right, other, strict=True))
+    count = ours + theirs
+    ways = sum(math.comb(count, k) for k in range(min(ours, theirs) + 1))
+    return ours, theirs, min(1.0, 2 * ways / 2**count)
+
+
 def summarise(runs: list[dict], test_rows: int, order: Sequence[str] = ()) -> list[dict]:
     """One row for each method and number of training rows: the means over the runs' seeds.
 
