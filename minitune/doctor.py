@@ -48,7 +48,7 @@ from minitune.support.text_files import DEFAULT_COLUMNS, Columns
 
 GOOD, NOTE, WRONG = "good", "note", "wrong"
 PROBE_SECONDS, PROBE_TOKENS, MASK_RATE = 12, 4096, 0.15  # a batch and a mask rate as in train.py
-MINUTES = 17  # of `python train.py`
+MINUTES, TRAINING = 17, 0.9  # of `python train.py`, and the share of them in which it trains
 MEMORY, DISK = 3e9, 1e9  # bytes that the default run needs, and some more
 DAMAGED = UserError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError
 LONG = 512  # tokens that the default model reads of a text
@@ -104,8 +104,9 @@ def examine_machine(runtime: Runtime) -> Iterator[Finding]:
         yield finding(NOTE, found, "a run planned by --minutes has few steps: close them first")
     speed = measure_speed(runtime)
     reference = read_json(REFERENCE / "metrics.json")
-    steps = int(speed * MINUTES * 60 * 0.9 / (reference["tokens"] / reference["steps"]))
-    minutes = MINUTES * reference["tokens_per_second"] / speed
+    tokens_per_minute = 60 * TRAINING * speed
+    steps = int(MINUTES * tokens_per_minute * reference["steps"] / reference["tokens"])
+    minutes = reference["tokens"] / tokens_per_minute
     found = f"{speed:,.0f} tokens/s: about {steps:,} steps in the {MINUTES} minutes of train.py"
     goal = f"the reference run took {reference['steps']:,} for a loss of {reference['loss']:.2f}"
     advice = f"{goal}; python train.py --minutes {math.ceil(minutes)} comes as far"

