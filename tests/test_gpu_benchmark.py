@@ -28,15 +28,16 @@ def test_each_side_of_attention_gives_what_the_definition_gives(monkeypatch, tmp
         assert f"| {what} |" in printed
 
 
-def test_a_side_that_is_wrong_is_found(monkeypatch, tmp_path):
-    def wrong(*args, **options):
-        found = sides(*args, **options)
-        return found | {"wrong": lambda q, k, v: v}
-
+@pytest.mark.parametrize("name", ["another", "sdpa"])
+def test_a_side_that_is_wrong_has_no_figure_and_minitune_fails(monkeypatch, tmp_path, capsys, name):
     sides = gpu.sides
-    monkeypatch.setattr(gpu, "sides", wrong)
-    with pytest.raises(AssertionError, match="wrong is off by"):
-        measured(monkeypatch, tmp_path, "attention")
+    monkeypatch.setattr(gpu, "sides", lambda *args: sides(*args) | {name: lambda q, k, v: v})
+    if name == "another":
+        for row in measured(monkeypatch, tmp_path, "attention").values():
+            assert row["others"][name].startswith("ArithmeticError: its output is off by")
+    else:
+        with pytest.raises(SystemExit, match="failed: attention"):
+            measured(monkeypatch, tmp_path, "attention")
 
 
 def test_steps_and_scripts_have_their_figures(monkeypatch, tmp_path, capsys):
@@ -50,7 +51,7 @@ def test_steps_and_scripts_have_their_figures(monkeypatch, tmp_path, capsys):
 def test_the_table_compares_with_the_best_of_the_others():
     slower = gpu.Row("a", "ms", {"eager": 3.0, "compiled": 2.0}, {"x": 4.0, "y": 8.0, "z": "no"})
     assert slower.cells()[1:4] == ["2 ms (compiled)", "4 (x)", "2.00"]
-    assert "z: no" in slower.cells()[-1]
+    assert slower.cells()[-1] == "eager: 3; compiled: 2; x: 4; y: 8; z: no"
     faster = gpu.Row("b", "tokens/s", {"eager": 3.0, "compiled": 2.0}, {"x": 4.0, "y": 6.0})
     assert faster.cells()[1:4] == ["3 tokens/s (eager)", "6 (y)", "0.50"]
 

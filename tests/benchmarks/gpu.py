@@ -25,6 +25,7 @@ import statistics
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -75,9 +76,8 @@ class Row:
             side, value = best(found.items(), key=lambda x: x[1])
             theirs = f"{value:,.4g} ({side})"
             ratio = f"{value / ours if best is min else ours / value:.2f}"
-        notes = [f"{key} {value:,.4g}" for key, value in self.notes.items()]
-        notes += [f"{key}: {why}" for key, why in self.others.items() if isinstance(why, str)]
-        notes = ", ".join(notes)
+        more = (self.minitune | self.others | self.notes).items()
+        notes = "; ".join(f"{key}: {x if isinstance(x, str) else f'{x:,.4g}'}" for key, x in more)
         return [self.what, f"{ours:,.4g} {self.unit} ({name})", theirs, ratio, self.goal, notes]
 
 
@@ -197,18 +197,24 @@ def measure_attention(runtime: Runtime) -> Iterator[Row]:
             figures = row.minitune if name == backend else row.others
             try:
                 error = (attend(*qkv.unbind(1)) - exact).norm() / exact.norm()
-                assert error < 0.02, f"{name} is off by {error:.1%}"
+                if not error < 0.02:
+                    raise ArithmeticError(f"its output is off by {error:.1%}")
                 row.notes[f"{name} forward"] = 1000 * seconds(
                     functools.partial(attend, *qkv.unbind(1)), repeats
                 )
                 figures[name] = 1000 * seconds(
                     functools.partial(forward_and_backward, attend, qkv, upstream), repeats
                 )
-            except (RuntimeError, NotImplementedError) as problem:
+            except Exception as problem:  # a side that does not run here
                 if name == backend:
                     raise
-                figures[name] = f"{problem}".splitlines()[0]
+                figures[name] = why(problem)
         yield row
+
+
+def why(problem: Exception) -> str:
+    """One line."""
+    return f"{type(problem).__name__}: {problem}".splitlines()[0]
 
 
 def forward_and_backward(attend: Callable, qkv: Tensor, upstream: Tensor) -> None:
@@ -274,7 +280,11 @@ def measure_steps(runtime: Runtime) -> Iterator[Row]:
             row.notes |= {f"{way}: {key}": value for key, value in (shares | notes).items()}
         if batch_tokens in (32768, 256) and find_spec("transformers"):
             for way in ("eager", "compiled") if ON_GPU else ("eager",):
-                row.others[f"transformers, {way}"] = of_transformers(runtime, config, way)
+                try:
+                    speed = of_transformers(runtime, config, way)
+                except Exception as problem:
+                    speed = why(problem)
+                row.others[f"transformers, {way}"] = speed
         yield row
 
 
@@ -398,16 +408,19 @@ SECTIONS = {"attention": measure_attention, "steps": measure_steps, "train": mea
 HEADINGS = ["what", "minitune", "best other", "times as fast", "goal on an H100", "more"]
 
 
-def measure(sections: list[str]) -> list[Row]:
-    """The rows of these sections; each is printed when it is there."""
-    runtime = Runtime.start()
-    rows = []
+def measure(sections: list[str], runtime: Runtime) -> tuple[list[Row], list[str]]:
+    """The rows of these sections, each printed when it is there, and the sections that failed."""
+    rows, failed = [], []
     for section in sections:
-        for row in SECTIONS[section](runtime):
-            rows.append(row)
-            print(f"{section}: {json.dumps(asdict(row))}", flush=True)
+        try:
+            for row in SECTIONS[section](runtime):
+                rows.append(row)
+                print(f"{section}: {json.dumps(asdict(row))}", flush=True)
+        except Exception:  # the others are measured nevertheless
+            traceback.print_exc()
+            failed.append(section)
         gc.collect()
-    return rows
+    return rows, failed
 
 
 def table(rows: list[Row]) -> str:
@@ -417,7 +430,7 @@ def table(rows: list[Row]) -> str:
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, print, write. Exit status 1 if a section failed."""
     options = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -427,13 +440,15 @@ def main() -> None:
     if unknown := set(args.sections) - set(SECTIONS):
         options.error(f"no section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
     started, runtime = time.monotonic(), Runtime.start()
-    rows = measure(args.sections or list(SECTIONS))
+    rows, failed = measure(args.sections or list(SECTIONS), runtime)
     machine = f"{runtime.describe()}, torch {torch.__version__}, {runtime.precision}"
     print(f"\n{machine}, {time.monotonic() - started:.0f} s\n\n{table(rows)}")
     if not ON_GPU:
         print("\nno GPU here: tiny sizes, which only show that the program works")
     if args.json:
         write_json(args.json, {"machine": machine, "rows": [asdict(row) for row in rows]})
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":
