@@ -580,7 +580,7 @@ def test_accuracy_against_rank_and_rate_trains_each_point_once(tmp_path, monkeyp
     def train(words, **training):
         trained.append(tuple(training.values()))
         figures = {"validation_accuracy": 0.8, "model": "a", "data": "b", "device": "c"}
-        return figures | {"precision": "fp32"}
+        return figures | {"precision": "fp32", "epochs": 2}
 
     monkeypatch.setattr(lora_pictures, "train", train)
     words = ["--model", "a", "--seeds", "2", "--out", str(tmp_path)]

@@ -101,8 +101,8 @@ def main() -> None:
         points.append(training | train(words, **training))
         write_json(file, {"points": points})
         print(json.dumps(points[-1]), flush=True)
-    machine = "{model} on {data}, {device}, {precision}".format(**points[0])
-    plot(points, machine, args.out / "lora-pictures.png")
+    title = "{model} on {data}, epochs: {epochs}; {device}, {precision}".format(**points[0])
+    plot(points, title, args.out / "lora-pictures.png")
 
 
 if __name__ == "__main__":
