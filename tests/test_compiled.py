@@ -176,9 +176,9 @@ def pretrain(compiler, tmp_path, monkeypatch):
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"a film of {n} words " * (n % 9 + 2) for n in range(40)))
 
-    def run(name, *options):
+    def run(name, *options, length=("--steps", 6)):
         out = tmp_path / name
-        given = ["--data", text, "--out", out, "--vocab-size", 80, "--steps", 6, "--device", "cpu"]
+        given = ["--data", text, "--out", out, "--vocab-size", 80, *length, "--device", "cpu"]
         given += ["--max-len", 32, "--batch-tokens", 128, "--precision", "fp32"]
         monkeypatch.setattr(sys, "argv", ["train.py", *map(str, [*given, *options])])
         train.main()
@@ -215,6 +215,19 @@ def test_a_compiled_run_that_is_resumed_has_the_bits_and_loss_of_others(
     assert "resumed at step 4 of 6" in capsys.readouterr().out and metrics["compiled"] is True
     ours, theirs = (load_file(directory / "model.safetensors") for directory in (again, out))
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def test_a_run_is_planned_by_the_speed_of_compiled_layers(pretrain, monkeypatch):
+    compiled.HOW["backend"], backward, models = "eager", Trainer.backward, []
+
+    def record(trainer, *batch):
+        models.append(trainer.model)
+        return backward(trainer, *batch)
+
+    monkeypatch.setattr(Trainer, "backward", record)
+    pretrain("planned", "--compile", "on", length=("--minutes", 0.001))
+    assert models[0] is not models[-1]  # the plan is made with a copy
+    assert all(model.bert.layers[0]._compiled_call_impl for model in models)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
