@@ -30,6 +30,9 @@ from minitune.support.errors import UserError
 from minitune.support.runtime import Runtime
 from minitune.tokenizer import Tokenizer
 
+# Of all pairs of prompting.TEMPLATES this is among the best three on both datasets, and as good as
+# all eight in a quarter of the time: tests/benchmarks/LOG.md.
+TEMPLATES = ("{text} I thought it was [MASK].", "{text} Just [MASK]!")
 UNLABELLED = 256  # training texts whose answers match the prior
 CLOZE_LEN = 128  # tokens of a cloze
 

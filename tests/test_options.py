@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from minitune import cloze
 from minitune.attention import BACKENDS
 from minitune.calibration import CALIBRATIONS
 from minitune.lora import TARGETS
@@ -36,6 +37,8 @@ def test_choices_are_what_the_lessons_have():
 def test_defaults_are_what_the_lessons_have():
     assert finetune_options().get_default("lora_targets") == ",".join(TARGETS)
     assert prompt_options().get_default("template") == list(TEMPLATES)
+    assert finetune_options().get_default("template") == list(cloze.TEMPLATES)
+    assert set(cloze.TEMPLATES) < set(TEMPLATES)
     (cpu, _), (gpu, factor) = DEFAULTS_BY_DEVICE["cpu"], DEFAULTS_BY_DEVICE["cuda"]
     rates = ", ".join(f"{name} {rate}" for name, rate in PEAK_LR.items())
     told = " ".join(train_options().format_help().split())

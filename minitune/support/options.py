@@ -116,7 +116,7 @@ def finetune_options() -> Parser:
     add("--dora", "train the lengths of the matrices' rows apart from their directions", bool)
     parts = [name for name in _keys("methods", "METHODS") if name not in UNPROMPTED]
     add("--train", "what --method prompt trains", parts, "full")
-    _add_cloze(add)
+    _add_cloze(add, "cloze")
     cloze_len = "tokens of a cloze; of a longer text the end is read; default: 128"
     add("--cloze-len", cloze_len, int_range(8, 10**6))
     max_len = "tokens of a text; longer ones keep their ends; default: 512, if there is room"
@@ -177,7 +177,7 @@ def prompt_options() -> Parser:
     add("--explain", "with texts: what each word adds to the answer of one template", bool)
     add = options.group("how a text becomes a query")
     add("--model", MODEL)
-    _add_cloze(add)
+    _add_cloze(add, "prompting")
     calibrate = "without labels; default: the best on validation rows"
     add("--calibrate", calibrate, _keys("calibration", "CALIBRATIONS"), "prior")
     add("--data", "its train rows are for --calibrate prior and --shots", default="imdb")
@@ -201,10 +201,10 @@ def prompt_options() -> Parser:
     return options
 
 
-def _add_cloze(add: Callable) -> None:
-    """The options about templates and words."""
+def _add_cloze(add: Callable, lesson: str) -> None:
+    """The options about templates, those of a lesson by default, and words."""
     template = "with {text} and [MASK]; several answer together; default: "
-    templates = list(ast.literal_eval(_constant("prompting", "TEMPLATES")))
+    templates = list(ast.literal_eval(_constant(lesson, "TEMPLATES")))
     template += f"{len(templates)} templates about films"
     add("--template", template, default=templates, nargs="+", metavar="SENTENCE")
     words = "the words of each label; where data has numbers, 0 is the first label; default: "
