@@ -41,6 +41,7 @@ from minitune.support.results import TOGETHER
 from minitune.support.runtime import Runtime
 
 STEPS, TEXTS = 60, 16  # of contrastive training: steps, and texts in each, all pairs of which count
+UNLABELLED, CONTRASTIVE = " + unlabelled", "#8c510a"  # behind a method's name; a colour
 NO_TRAINING = {"method": "prompt", "train_examples": 0}
 NO_LABELS = 4  # where on the logarithmic axis the accuracy without labels stands
 
@@ -139,9 +140,8 @@ def measured(paths: list[Path]) -> Iterator[dict]:
             found = {"template": TOGETHER, "calibration": "prior", "shots": 0}
             yield from (row | NO_TRAINING for row in rows if found.items() <= row.items())
         for file in sorted(path.rglob("compare.json")):
-            settings = json.loads(next(path.rglob("settings.json")).read_text())
-            suffix = " + unlabelled" if settings.get("unlabelled") else ""
             for run in json.loads(file.read_text())["runs"]:
+                suffix = UNLABELLED if run.get("unlabelled") else ""
                 yield run | {"method": run["method"] + suffix}
 
 
@@ -187,13 +187,13 @@ def plot(
 ) -> None:
     """A curve a method with a band of one standard deviation; the distance between a pair drawn."""
     figure, axes = plt.subplots(figsize=(8, 4.8))
-    spare = iter(("#e6550d", "#a63603", "#31a354", "#756bb1"))
     for method, curve in found.items():
         x = [n or NO_LABELS for n in curve]
         y = np.array([100 * mean(values) for values in curve.values()])
         band = [100 * stdev(v) if len(v) > 1 else 0.0 for v in curve.values()]
-        colour = COLOURS.get(method) or next(spare)
-        axes.plot(x, y, "o-", color=colour, markersize=4, label=method)
+        colour = COLOURS.get(method.removesuffix(UNLABELLED), CONTRASTIVE)
+        style = {"linestyle": "--" if method.endswith(UNLABELLED) else "-", "color": colour}
+        axes.plot(x, y, marker="o", markersize=4, label=method, **style)
         axes.fill_between(x, y - band, y + band, color=colour, alpha=0.15, linewidth=0)
     method, head = pair
     for few, values in found.get(method, {}).items():
@@ -203,7 +203,7 @@ def plot(
             axes.annotate("", (many, y), (x, y), arrowprops=style)
             words = f"the {method} is worth {many - few:,.0f} labels of {head}"
             middle = math.sqrt(many * x)
-            axes.text(middle, y + 0.3, words, ha="center", va="bottom", fontsize=9, color=GREY)
+            axes.text(middle, y - 0.5, words, ha="center", va="top", fontsize=9, color=GREY)
             break
     counts = sorted({n for curve in found.values() for n in curve})
     axes.set_xscale("log")
