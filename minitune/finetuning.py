@@ -229,8 +229,8 @@ def ask_teacher(
     key = tuple(known.items())
     if path.is_file():  # the run is resumed
         setup.teachers[key] = load_file(path)["logs"]
+    run.state_path.parent.mkdir(parents=True, exist_ok=True)
     if key not in setup.teachers:
-        run.state_path.parent.mkdir(parents=True, exist_ok=True)
         runtime.log(f"the teacher: a prompt that learned from {plural(len(key), 'label')}")
         options = options_of("prompt", setup.args) | {"template": setup.args.template[:1]}
         model = build("prompt", setup.source, setup.reviews.names, setup.attention, **options)
@@ -246,8 +246,8 @@ def ask_teacher(
         rows, size = examples["train"], reading_tokens(runtime.device)
         logs = logits_of(model, rows, len(setup.reviews.names), size, runtime)
         setup.teachers[key] = both_views(texts, logs, known)
-        if runtime.is_main:
-            write_tensors(path, {"logs": setup.teachers[key]}, {})
+    if runtime.is_main and not path.is_file():
+        write_tensors(path, {"logs": setup.teachers[key]}, {})
     return setup.teachers[key]
 
 
@@ -293,7 +293,9 @@ def train(
     options = {"accumulate": args.accumulate, "save_minutes": args.save_minutes, "warmup": 0.1}
     plan = {key: recipe[key] for key in ("batch_tokens", "epochs")}
     plan["class_weights"] = args.class_weights
-    plan["start_counts"] = isinstance(learner, ClozeClassifier)
+    # A student that has not learned from its teacher yet must not be kept by chance.
+    is_taught = examples["train"].labels.is_floating_point()
+    plan["start_counts"] = isinstance(learner, ClozeClassifier) and not is_taught
     start, log, candidates = copy.deepcopy(learner.state_dict()), [], []  # (metrics, weights)
     cost = {"steps": 0, "tokens": 0, "seconds": 0.0, "earlier_seconds": 0.0}
     for k in range(args.soup):

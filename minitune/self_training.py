@@ -30,6 +30,7 @@ from minitune.classification import Examples, TokenizedTexts
 from minitune.support.baselines import NBSVM
 
 KEPT = 0.5  # of the texts: those with the surest answers
+HELD_OUT = 40  # every so many texts one chooses the epoch, where no label is given
 FOLDS = 2  # of the texts, for the second view
 ROUNDS = 2  # in each the bag of words learns anew, from the mean of both views
 
@@ -76,14 +77,15 @@ def taught_rows(inputs: TokenizedTexts, logs: Tensor, known: dict[int, int]) -> 
     """What the student learns from, and, where no label is given, what its epoch is chosen by.
 
     The surest rows, with the teacher's probabilities as labels, and all rows of `known`. Without
-    these the best epoch is the one that agrees most with the teacher on a twentieth of the rows.
+    these the best epoch is the one that agrees most often with the teacher on other rows, sure or
+    not.
     """
     probabilities, rows = logs.exp(), surest(logs)
     for row, label in known.items():
         probabilities[row] = F.one_hot(torch.tensor(label), logs.size(1)).float()
     examples = {}
     if not known:
-        held_out = rows[::20]
+        held_out = np.arange(0, len(logs), HELD_OUT)
         rows = np.setdiff1d(rows, held_out)
         answers = logs.argmax(1)[torch.from_numpy(held_out)]
         examples["validation"] = Examples(inputs.select(held_out), answers)

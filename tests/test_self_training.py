@@ -6,6 +6,7 @@ import torch
 
 from minitune.self_training import (
     FOLDS,
+    HELD_OUT,
     both_views,
     second_view,
     surest,
@@ -99,6 +100,7 @@ def test_without_labels_other_rows_choose_the_epoch_by_the_teachers_answers(revi
     _, _, logs = reviews
     examples = taught_rows(Rows(np.arange(N)), logs, {})
     train, validation = (examples[split].inputs.rows for split in ("train", "validation"))
-    assert not set(train) & set(validation) and len(validation) == N // 2 // 20
-    assert set(train) | set(validation) == set(surest(logs))
+    assert not set(train) & set(validation) and len(validation) == N // HELD_OUT
+    assert set(train) == set(surest(logs)) - set(validation)
+    assert set(validation) - set(surest(logs))  # the student's answers to sure rows are all right
     assert examples["validation"].labels.tolist() == logs.argmax(1)[validation].tolist()
