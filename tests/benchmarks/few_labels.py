@@ -139,19 +139,23 @@ def measured(paths: list[Path]) -> Iterator[dict]:
             rows = json.loads(file.read_text())["rows"]
             found = {"template": TOGETHER, "calibration": "prior", "shots": 0}
             yield from (row | NO_TRAINING for row in rows if found.items() <= row.items())
+        for file in sorted(path.rglob("metrics.json")):  # of finetune.py
+            run = json.loads(file.read_text())
+            suffix = UNLABELLED if run["unlabelled"] else ""
+            yield run | {"method": run["method"] + suffix}
         for file in sorted(path.rglob("compare.json")):
-            for run in json.loads(file.read_text())["runs"]:
-                suffix = UNLABELLED if run.get("unlabelled") else ""
-                yield run | {"method": run["method"] + suffix}
+            yield from (run for run in json.loads(file.read_text())["runs"] if "trained" not in run)
 
 
 def curves(runs: list[dict]) -> dict[str, dict[int, list[float]]]:
     """method -> number of labels -> the accuracy of each draw."""
     found: dict[str, dict[int, list[float]]] = {}
-    for run in sorted(runs, key=lambda run: run["train_examples"]):
-        if run["method"] != "majority":
-            of_method = found.setdefault(run["method"], {})
-            of_method.setdefault(run["train_examples"], []).append(run["accuracy"])
+    # Two commands that draw the same rows measure the same baseline.
+    different = {(run["method"], run["train_examples"], run.get("seed")): run for run in runs}
+    for method, count, seed in sorted(different, key=lambda key: key[1]):
+        if method != "majority":
+            of_count = found.setdefault(method, {}).setdefault(count, [])
+            of_count.append(different[method, count, seed]["accuracy"])
     return found
 
 
