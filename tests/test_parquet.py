@@ -104,6 +104,13 @@ def test_other_columns_are_not_read(tmp_path):
         list(read_rows(file))
 
 
+def test_a_number_without_a_name_is_no_label(tmp_path):
+    file = write(tmp_path / "a.parquet", {"text": list("abc"), "label": [1, -1, 0]}, NAMES)
+    assert [row.label for row in read_rows(file)] == ["pos", None, "neg"]
+    file = write(tmp_path / "b.parquet", {"text": list("ab"), "label": [1, -1]})
+    assert [row.label for row in read_rows(file)] == ["1", "-1"]  # ratings may be negative
+
+
 def test_rows_are_read_in_batches(tmp_path, monkeypatch):
     file = write(tmp_path / "a.parquet", reviews("x", 50), group=1000)
     expected, sizes = list(read_rows(file)), []
