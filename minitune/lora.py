@@ -62,18 +62,13 @@ class LoRA(nn.Linear):
         """(R, inputs) to (R, maps · outputs)."""
         y = super().forward(x)  # W x + b
         narrow = F.linear(self.dropout(x), self.A.flatten(0, 1))  # (R, chosen · rank)
-        y = y.addmm_(narrow, self._wide_B().to(y.dtype))  # + scale · B A x
-        return y if self.magnitude is None else self._rescale(y)
-
-    def _wide_B(self) -> Tensor:
-        """scale · B of all chosen maps: (chosen · rank, maps · outputs).
-
-        Elsewhere it is zero, so one multiplication gives each map what its own B gives.
-        """
+        # All B in one matrix, with zeros where a map would read what belongs to another. One
+        # multiplication then adds scale · B A x to all maps, without a copy of y.
         chosen, outputs, rank = self.B.shape
-        wide = self.B.new_zeros(chosen, rank, self.maps, outputs)
-        wide[range(chosen), :, self.chosen] = self.scale * self.B.mT
-        return wide.flatten(2).flatten(0, 1)
+        wide_B = self.B.new_zeros(chosen, rank, self.maps, outputs)
+        wide_B[range(chosen), :, self.chosen] = self.scale * self.B.mT
+        y = y.addmm_(narrow, wide_B.flatten(2).flatten(0, 1).to(y.dtype))
+        return y if self.magnitude is None else self._rescale(y)
 
     def _rescale(self, y: Tensor) -> Tensor:
         """DoRA (Liu et al. 2024): rows of W + scale · B A give directions, their lengths train.

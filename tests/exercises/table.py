@@ -396,7 +396,7 @@ those that self.chosen numbers. So chunk the result in self.maps parts, and to p
 add scale · B[i] (A[i] dropout(x)), each by F.linear. The merge: self.rows() is W of the chosen maps,
 (chosen, outputs, inputs), and B @ A has that shape.""",
         {
-            "The update lacks the scale alpha / r.": (("self.scale * F.linear", "F.linear"),),
+            "The update lacks the scale alpha / r.": (("self.scale * self.B.mT", "self.B.mT"),),
             "The frozen map's own result, W x + b, is missing.": (
                 ("super().forward(x)", "(0 * super().forward(x))"),
             ),
@@ -404,7 +404,7 @@ add scale · B[i] (A[i] dropout(x)), each by F.linear. The merge: self.rows() is
                 ("super().forward(x)", "F.linear(x, self.weight)"),
             ),
             "The update goes to the first maps: it goes to those in `chosen`.": (
-                ("zip(self.chosen, narrow,", "zip(range(len(self.B)), narrow,"),
+                ("range(chosen), :, self.chosen", "range(chosen), :, range(chosen)"),
             ),
             "Dropout is left out: it stands before A.": (("self.dropout(x)", "x"),),
             "Dropout stands before the frozen map too: only A reads its result.": (
