@@ -31,7 +31,8 @@ from minitune.classification import Examples, TokenizedTexts
 from minitune.commands.labelling import evaluate_explanations, label_new_reviews
 from minitune.commands.pages import write_page_of_run
 from minitune.data import SPLITS, Dataset, Reviews
-from minitune.finetuning import Experiment, Setup, fine_tune
+from minitune.experiment import Experiment, Setup
+from minitune.finetuning import fine_tune
 from minitune.merging import merge_runs
 from minitune.methods import METHODS, build, check_options, keep_options, options_of
 from minitune.peft_files import read_trained

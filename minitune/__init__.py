@@ -19,6 +19,8 @@
     temperature     probabilities that can be taken at their word
     bag_of_words    a network and a bag of words that answer together
     methods         every method as a row of one table
+    experiment      what a fine-tuning needs
+    soup            one training, or the average of several
     finetuning      one method, from pretrained weights to test accuracy
     checkpoint      a model on disk, as a Hugging Face BERT
     trained         what a method trained of a frozen model, on disk

@@ -23,11 +23,19 @@ Shapes: N texts, L labels.
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor
 
+from minitune.batching import reading_tokens
 from minitune.calibration import match_prior, mean_log_probabilities
 from minitune.classification import Examples, TokenizedTexts
+from minitune.experiment import Experiment, Setup, choose_rows, choose_unlabelled
+from minitune.methods import METHODS, build, options_of
+from minitune.soup import train
 from minitune.support.baselines import NBSVM
+from minitune.support.errors import plural
+from minitune.support.runs import Run, write_tensors
+from minitune.temperature import logits_of
 
 KEPT = 0.5  # of the texts: those with the surest answers
 HELD_OUT = 40  # every so many texts one chooses the epoch, where no label is given
@@ -92,3 +100,37 @@ def taught_rows(inputs: TokenizedTexts, logs: Tensor, known: dict[int, int]) -> 
     rows = np.union1d(rows, np.array(list(known), dtype=int))
     examples["train"] = Examples(inputs, probabilities).select(rows)
     return examples
+
+
+def ask_teacher(
+    experiment: Experiment, setup: Setup, known: dict[int, int], started: float
+) -> Tensor:
+    """Log-probabilities (N, L) of all training rows, by a prompt and a bag of words.
+
+    Where labels are known, the prompt learns from them first.
+    """
+    run, runtime = Run(experiment.run.state_path.parent / "teacher"), setup.runtime
+    path, texts = run.directory / "answers.safetensors", setup.reviews.texts["train"]
+    key = tuple(known.items())
+    if path.is_file():  # the run is resumed
+        setup.teachers[key] = load_file(path)["logs"]
+    run.state_path.parent.mkdir(parents=True, exist_ok=True)
+    if key not in setup.teachers:
+        runtime.log(f"the teacher: a prompt that learned from {plural(len(key), 'label')}")
+        options = options_of("prompt", setup.args) | {"template": setup.args.template[:1]}
+        model = build("prompt", setup.source, setup.reviews.names, setup.attention, **options)
+        model.to(runtime.device)
+        examples = setup.read(model)
+        model.calibrate(choose_unlabelled(examples["train"].inputs, setup.args.seed), runtime)
+        if known:
+            pupil = Experiment("prompt", len(known), experiment.seed, run)
+            few = choose_rows(pupil, setup, examples)
+            size = model.bert.config.hidden_size
+            recipe = METHODS["prompt"].recipe(setup.args, few["train"], size, setup.source)
+            train(model, few, recipe, pupil, setup, started)
+        rows, size = examples["train"], reading_tokens(runtime.device)
+        logs = logits_of(model, rows, len(setup.reviews.names), size, runtime)
+        setup.teachers[key] = both_views(texts, logs, known)
+    if runtime.is_main and not path.is_file():
+        write_tensors(path, {"logs": setup.teachers[key]}, {})
+    return setup.teachers[key]

@@ -28,15 +28,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import finetune
-from minitune import finetuning, methods
+from minitune import finetuning, methods, soup
 from minitune.bag_of_words import fit_ensemble
 from minitune.checkpoint import load_classifier, save_model
 from minitune.classification import Examples, TokenizedTexts
 from minitune.data import Dataset, Reviews, label_index
 from minitune.features import Features, pooled_layers
-from minitune.finetuning import average
 from minitune.model import BertConfig, BertForMaskedLM
 from minitune.prediction import Classifier
+from minitune.soup import average
 from minitune.support import runs
 from minitune.support.baselines import NBSVM
 from minitune.support.cli import run_script
@@ -840,8 +840,8 @@ def test_trainings_of_a_soup_start_alike_and_differ_by_their_seed_alone(
     words = ("--method", "adapter", "--epochs", "1", "--seed", "3")
     succeed(*options(folder, tmp_path / "alone", *words))
     kept = []
-    monkeypatch.setattr(finetuning, "SOUP_SEEDS", apart)
-    monkeypatch.setattr(finetuning, "average", lambda these: kept.extend(these) or average(these))
+    monkeypatch.setattr(soup, "SOUP_SEEDS", apart)
+    monkeypatch.setattr(soup, "average", lambda these: kept.extend(these) or average(these))
     succeed(*options(folder, tmp_path / "soup", *words, "--soup", "2"))
     alone = weights(tmp_path / "alone" / "adapter")
     assert [all(torch.equal(t, alone[name]) for name, t in one.items()) for one in kept] == [
@@ -1075,9 +1075,9 @@ def test_the_seconds_of_features_are_those_of_reading_the_training_rows_and_of_t
 
 
 def test_a_tenth_of_the_steps_warm_up(folder, tmp_path, monkeypatch):
-    factors, set_rate = [], finetuning.Optimizer.set_rate
+    factors, set_rate = [], soup.Optimizer.set_rate
     monkeypatch.setattr(
-        finetuning.Optimizer,
+        soup.Optimizer,
         "set_rate",
         lambda self, factor: [factors.append(factor), set_rate(self, factor)],
     )

@@ -11,11 +11,10 @@ PACKAGE = ROOT / "minitune"
 FLOORS = [
     {"train", "finetune", "prompt", "doctor"},
     {"commands"},
-    {"finetuning", "prediction", "merging"},
+    {"finetuning", "self_training", "soup", "experiment", "prediction", "merging"},
     {"checkpoint", "trained", "peft_files", "methods"},
     {"pretraining", "classification", "features", "adapters", "lora", "ia3"}
-    | {"prompting", "calibration", "cloze", "explain", "temperature", "probes", "bag_of_words"}
-    | {"self_training"},
+    | {"prompting", "calibration", "cloze", "explain", "temperature", "probes", "bag_of_words"},
     {"model", "attention", "initialization", "optimizer", "training"},
     {"masking", "tokenizer", "corpus", "data"},
     {"fast", "support"},
