@@ -78,10 +78,11 @@ def steps_left(trainer: Any, speed: float, batch_tokens: float) -> int:
 
 def evaluation_tokens(trainer: Any) -> float:
     """What all evaluations to come cost: quick ones on the way, and a full one at the end."""
-    full, quick = trainer.task.validation_batches(False), trainer.task.validation_batches(True)
-    quick_ones = trainer.task.evaluations * (1 - trainer.step / trainer.steps)
-    tokens = sum(b.tokens for b in full) + quick_ones * sum(b.tokens for b in quick)
-    return tokens / trainer.validation_every / 3
+    full, quick = (
+        sum(b.tokens for b in trainer.task.validation_batches(quick)[:: trainer.validation_every])
+        for quick in (False, True)
+    )
+    return (full + trainer.task.evaluations * (1 - trainer.step / trainer.steps) * quick) / 3
 
 
 def report_progress(trainer: Any, rows: str, metrics: dict) -> None:
