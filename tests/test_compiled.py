@@ -155,6 +155,15 @@ def test_a_copy_of_a_compiled_model_runs_the_same_program(compiler):
     assert compiler["unique_graphs"] == 1
 
 
+def test_models_one_after_another_are_all_compiled(compiler):
+    compiled.HOW["backend"] = "eager"
+    with torch._dynamo.config.patch(recompile_limit=1):  # as after eight models
+        for count, size in enumerate((32, 64), start=1):
+            model = BertForMaskedLM(replace(CONFIG, hidden_size=size), "triton")
+            FP32.compile_layers(model.bert, 40, 200)
+            assert compiler["unique_graphs"] == count
+
+
 def test_warming_up_changes_nothing(compiler):
     compiled.HOW["backend"] = "eager"
     model, plain = make_compiled(make_model().eval()), make_model()

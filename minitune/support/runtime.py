@@ -108,6 +108,7 @@ class Runtime:
         from torch._dynamo.exc import TorchDynamoException
 
         started = time.monotonic()
+        torch.compiler.reset()  # it keeps eight programs; those of an earlier model would count
         compile_layers(bert)
         try:
             warm_up(bert, max_len, batch_tokens // self.world_size, self.autocast())
