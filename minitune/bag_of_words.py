@@ -4,8 +4,8 @@
 
 NB-SVM (support/baselines.py) reads all of a review, and knows no order but that of neighbouring
 words. A network knows order, and reads the two ends of a long review. Each is right about some
-reviews that the other gets wrong, so together they are right more often than either (Mesnil et al.
-2014, "Ensemble of Generative and Discriminative Techniques for Sentiment Analysis of Movie
+reviews that the other gets wrong, so together they can be right more often than either (Mesnil et
+al. 2014, "Ensemble of Generative and Discriminative Techniques for Sentiment Analysis of Movie
 Reviews"). Both have learned from the same train rows, each by itself. Two numbers join them:
 
     p(label | text) = softmax(network * logits + bag * scores)
@@ -34,6 +34,7 @@ from minitune.support.runs import read_json, write_atomically
 from minitune.temperature import score
 
 NGRAMS = 1 << 17  # are saved, those with the largest weights; the others hardly change a score
+WEIGHTS = 1 << 20  # are saved at most: with many labels fewer n-grams
 
 
 def fit_ensemble(voters: list[Tensor], labels: Tensor) -> list[float]:
@@ -112,7 +113,8 @@ def add_bag(directory: Path, nb_svm: NBSVM, reviews: Reviews, size: int | None, 
     if size:
         rows = reviews.balanced_subset("validation", len(labels["validation"]), seed)
         texts = [texts[i] for i in rows]
-    bag = Bag(NBSVM.from_ngrams(nb_svm.ngrams(NGRAMS)))
+    kept = nb_svm.ngrams(min(NGRAMS, WEIGHTS // len(nb_svm.weights)))
+    bag = Bag(NBSVM.from_ngrams(kept))
     bag.fit(logits["validation"], texts, labels["validation"])
     validation = score(bag.together(logits["validation"], texts), labels["validation"])
     test = score(bag.together(logits["test"], reviews.texts["test"]), labels["test"])

@@ -77,6 +77,8 @@ def merge_runs(args: argparse.Namespace) -> None:
     with Run.open(args.out, resume=False, overwrite=args.overwrite, mark="merged") as run:
         classifiers = load_to_merge(args.merge, args.base)
         first = classifiers[0]
+        if any(classifier.bag for classifier in classifiers):
+            print("merged are the networks alone, without their bags of words")
         plain, new = load_for_classification(first.source, first.labels)
         base = {name: p for name, p in plain.state_dict().items() if name not in new}
         for classifier in classifiers:

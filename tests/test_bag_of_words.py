@@ -9,7 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minitune.bag_of_words import Bag, ensemble_figures, fit_ensemble
+from minitune import bag_of_words
+from minitune.bag_of_words import Bag, add_bag, ensemble_figures, fit_ensemble
+from minitune.data import Reviews
 from minitune.support.baselines import NBSVM
 from minitune.support.errors import UserError
 
@@ -113,6 +115,24 @@ def test_a_saved_bag_answers_as_before(tmp_path):
     assert ensemble_figures(tmp_path) == [figures]
     assert Bag.load(tmp_path / "elsewhere", 2) is None
     assert ensemble_figures(tmp_path / "elsewhere") == []
+
+
+def test_with_many_labels_the_file_stays_small_enough_to_be_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(bag_of_words, "WEIGHTS", 40)
+    labels = np.array([1, 3, 2, 0, 1, 0])
+    logits, rows = torch.zeros(6, 4).tolist(), labels.tolist()
+    answers = {split: {"logits": logits, "labels": rows} for split in ("validation", "test")}
+    (tmp_path / "answers.json").write_text(json.dumps(answers))
+    metrics = {"method": "full", "train_examples": 6, "seed": 0}
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    texts = {"validation": TEXTS, "test": TEXTS}
+    reviews = Reviews(
+        dict(enumerate("abcd")), texts, dict.fromkeys(texts, torch.from_numpy(labels))
+    )
+    add_bag(tmp_path, NBSVM().fit(TEXTS, labels, 4), reviews, None, 0)
+    ngrams = json.loads((tmp_path / "bag.json").read_text())["ngrams"]
+    assert len(ngrams) == 40 // 4 + 1
+    assert ensemble_figures(tmp_path)[0]["accuracy"] > 0.5  # the network knows nothing
 
 
 GOOD = {"network": 1.0, "bag": 1.0, "figures": {}, "ngrams": {"": [0.0], "a": [1.0]}}

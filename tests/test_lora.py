@@ -456,6 +456,17 @@ def options(*runs, out, weights=None, overwrite=False, base=None):
     return SimpleNamespace(merge=runs, weights=weights, out=out, overwrite=overwrite, base=base)
 
 
+def test_a_bag_of_words_is_not_merged_and_that_is_said(base, tmp_path, capsys):
+    saved(tmp_path / "run", "lora", base)
+    ngrams = {"": [0.0] * 3, "film": [1.0] * 3}
+    bag = {"network": 1.0, "bag": 1.0, "ngrams": ngrams}
+    (tmp_path / "run" / "bag.json").write_text(json.dumps(bag))
+    merge_runs(options(tmp_path / "run", out=tmp_path / "merged"))
+    assert "without their bags of words" in capsys.readouterr().out
+    assert Classifier.load(str(tmp_path / "run"), FP32).bag
+    assert Classifier.load(str(tmp_path / "merged"), FP32).bag is None
+
+
 @each_of_ours
 def test_a_merged_directory_predicts_as_the_run(base, tmp_path, case):
     saved(tmp_path / "run", case, base)
