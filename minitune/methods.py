@@ -66,7 +66,7 @@ class Method:
     trains_words: bool = False  # the word vectors too
     least_batches: int = LEAST_BATCHES  # where training rows are few
     most_epochs: int = MOST_EPOCHS
-    slower: float = 1.0  # of the rates of what it trains, for `prompt`
+    full_rate_rows: int = 0  # with fewer training rows the rates are lower, by their square root
 
     def recipe(self, args: argparse.Namespace, train: Examples, size: int, source: Path) -> dict:
         """The numbers of a training: those in `args`, else what suits these training rows.
@@ -82,7 +82,8 @@ class Method:
             batch_tokens = args.batch_tokens
         steps = -(-train.tokens // batch_tokens)  # in an epoch
         epochs = args.epochs or max(self.epochs, min(-(-LEAST_STEPS // steps), self.most_epochs))
-        lr = args.lr or self.slower * part.lr(size)
+        share = min(1.0, len(train) / max(self.full_rate_rows, 1)) ** 0.5
+        lr = args.lr or share * part.lr(size)
         # A word's vector moves only at steps that read the word. After a random start and a short
         # pretraining it is far from its place, and gets a larger rate.
         far = began_at_random(source) or not self.pretrained
@@ -168,8 +169,9 @@ METHODS = {
         "the pretrained head fills the blank of a cloze, and learns to fill it with a label's word",
         trained=all_parameters, pooling="cloze",
         options=("train", "template", "words", "cloze_len"),
-        # Long training on few rows forgets what the prompt knew: few epochs, small rates.
-        lr=for_all_parameters, slower=1 / 3, batch_rows=16, least_batches=1, most_epochs=10,
+        # Large steps on few rows forget what the prompt knew. The rates are those of what trains.
+        lr=for_all_parameters, full_rate_rows=8192,
+        batch_rows=16, least_batches=1, most_epochs=6,
     ),
 }  # fmt: skip
 
