@@ -418,3 +418,11 @@ def test_the_interval_of_an_accuracy_is_wilsons(right, n, low, high):
 def test_more_rows_make_a_narrower_interval_around_the_accuracy():
     (low, high), (inner_low, inner_high) = interval(0.9, 100), interval(0.9, 10_000)
     assert low < inner_low < 0.9 < inner_high < high
+
+
+@pytest.mark.parametrize("start_counts", [False, True])
+def test_where_the_start_counts_the_smallest_loss_is_best(examples, start_counts):
+    shape = {"batch_tokens": 60, "epochs": 1, "seed": 0}
+    task = Classification(examples, examples, **shape, start_counts=start_counts)
+    likely, lucky = {"accuracy": 0.8, "loss": 0.4}, {"accuracy": 0.9, "loss": 0.5}
+    assert (task.score(likely) > task.score(lucky)) == start_counts
