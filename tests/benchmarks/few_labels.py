@@ -207,7 +207,7 @@ def plot(
             axes.annotate("", (many, y), (x, y), arrowprops=style)
             words = f"the {method} is worth {many - few:,.0f} labels of {head}"
             middle = math.sqrt(many * x)
-            axes.text(middle, y - 0.5, words, ha="center", va="top", fontsize=9, color=GREY)
+            axes.text(middle, y + 0.3, words, ha="center", va="bottom", fontsize=9, color=GREY)
             break
     counts = sorted({n for curve in found.values() for n in curve})
     axes.set_xscale("log")
