@@ -120,6 +120,7 @@ def quicker(words: list[str], out: Path, tiny) -> list:
         return [*words, "--model", tiny.fine_tuned, *few]
     if "finetune.py" in words:
         limits = ["--epochs", "1", "--max-len", "32", "--data", tiny.data]
+        limits += ["--words", "negative=the", "positive=a"]  # tokens of the small vocabulary
         sizes = ["8", "16"] if "--train-examples" in words else ["16"]
         return [
             *words,
