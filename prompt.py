@@ -35,7 +35,7 @@ from torch import Tensor
 
 from minitune import checkpoint
 from minitune.attention import resolve_backend
-from minitune.calibration import Ensemble, compare_prompts
+from minitune.calibration import Ensemble, compare_prompts, draw_unlabelled
 from minitune.cloze import ClozeClassifier, OneTemplate
 from minitune.commands.labelling import rows_to_label
 from minitune.commands.pages import page_of_prompts
@@ -212,7 +212,7 @@ def explain_answer(ensemble: Ensemble, text: str) -> ExplainedPrediction:
 
 def choose_unlabelled(args: argparse.Namespace, texts: list[str]) -> list[str]:
     """--unlabelled of these texts, drawn at random without a look at their labels."""
-    rows = np.random.default_rng(args.seed).permutation(len(texts))[: args.unlabelled]
+    rows = draw_unlabelled(args.unlabelled, len(texts), args.seed)
     return [texts[i] for i in rows]
 
 

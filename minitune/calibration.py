@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -74,6 +75,11 @@ def match_prior(scores: Tensor) -> Tensor:
         if step.abs().max() < 1e-6:
             break
     return bias.float()
+
+
+def draw_unlabelled(count: int, texts: int, seed: int) -> np.ndarray:
+    """Which of so many texts the prior is matched on: `count` indices, drawn at random."""
+    return np.random.default_rng(seed).permutation(texts)[:count]
 
 
 Calibration = Callable[[Prompt, Sequence[list[int]]], Tensor]

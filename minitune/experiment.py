@@ -4,9 +4,9 @@ import argparse
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 from torch import Tensor, nn
 
+from minitune.calibration import draw_unlabelled
 from minitune.classification import Examples, TokenizedTexts
 from minitune.cloze import UNLABELLED, ClozeClassifier
 from minitune.data import SPLITS, Reviews
@@ -89,8 +89,7 @@ class Experiment:
 
 def choose_unlabelled(texts: TokenizedTexts, seed: int) -> TokenizedTexts:
     """Some of these texts, drawn at random: the same as prompt.py draws."""
-    order = np.random.default_rng(seed).permutation(len(texts.lengths))
-    return texts.select(order[:UNLABELLED])
+    return texts.select(draw_unlabelled(UNLABELLED, len(texts.lengths), seed))
 
 
 def choose_rows(

@@ -40,7 +40,7 @@ from minitune.temperature import logits_of
 KEPT = 0.5  # of the texts: those with the surest answers
 HELD_OUT = 40  # every so many texts one chooses the epoch, where no label is given
 FOLDS = 2  # of the texts, for the second view
-ROUNDS = 2  # in each the bag of words learns anew, from the mean of both views
+ROUNDS = 2  # in each the bag of words is fitted again, to the mean of both views
 
 
 def surest(logs: Tensor, share: float = KEPT) -> np.ndarray:

@@ -1360,7 +1360,7 @@ def test_a_finished_command_only_prints_its_table_again(compared):
     again = succeed("--resume", "--out", out)
     assert rows_of_networks(again.out) == rows_of_networks(printed)
     after = contents(out)
-    for name in ("compare.json", "compare.png"):  # these are made again
+    for name in ("compare.json", "compare.png"):  # these are recomputed
         assert before.pop(name) and after.pop(name)
     assert after == before
 

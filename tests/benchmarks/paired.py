@@ -3,7 +3,7 @@
     python -m tests.benchmarks.paired runs/finetune/full runs/bag/full
 
 The runs must have the same test rows. Their answers are those in answers.json; NB-SVM is fitted
-anew to the train rows, all of them. A line a pair: the rows that only one of both has right, and
+again to the train rows, all of them. A line a pair: the rows that only one of both has right, and
 the probability of a difference at least as large by chance.
 """
 
