@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -129,9 +129,14 @@ class Reviews:
     @classmethod
     def load(cls, dataset: Dataset) -> "Reviews":
         """All labelled rows. UserError if rows lack a label, or a split or the labels are unfit."""
+        return cls.of(dataset.split_rows(), dataset)
+
+    @classmethod
+    def of(cls, given: Iterable[Row], dataset: Dataset) -> "Reviews":
+        """Those of the rows `given`, which were read from `dataset`; UserError as in `load`."""
         source = f"{dataset.option} {dataset.name}"
         rows, unlabelled = {split: [] for split in SPLITS}, Counter()
-        for row in dataset.split_rows():
+        for row in given:
             if row.label:
                 rows[row.split].append(row)
             else:
@@ -149,8 +154,8 @@ class Reviews:
         for split in SPLITS:
             if not rows[split]:
                 raise UserError(f"{source} has too few rows: none is left for {split}")
-            given = (row.label for row in rows[split])
-            indices = [label_index(label, names, dataset.source.binary) for label in given]
+            words = (row.label for row in rows[split])
+            indices = [label_index(word, names, dataset.source.binary) for word in words]
             if None in indices:
                 wrong = rows[split][indices.index(None)].label
                 raise UserError(f"{split} rows: the label {wrong} is in no train row of {source}")
