@@ -32,6 +32,7 @@ class Setup:
     runtime: Runtime
     attention: str  # the backend
     ends: dict[str, Examples] = field(default_factory=dict)  # `examples` as a cloze has them
+    prompted: Tensor | None = None  # (N, L), what a prompt answers for the training rows
     teachers: dict[tuple, Tensor] = field(default_factory=dict)  # their answers, by known labels
     test_features: Tensor | None = None  # (N, F)
     offsets: Tensor | None = None  # of its templates, the same for all experiments

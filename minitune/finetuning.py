@@ -54,7 +54,7 @@ def fine_tune(experiment: Experiment, setup: Setup) -> dict:
     labelled = len(examples["train"])
     if args.unlabelled:
         known = known_labels(experiment, setup)
-        examples |= taught_rows(texts, ask_teacher(experiment, setup, known, started), known)
+        examples |= taught_rows(texts, ask_teacher(experiment, setup, known), known)
     if isinstance(model, FeatureClassifier):  # each text is read once, and the head alone trains
         learner, (examples, reading) = model.head, read_features(model, examples, run, setup)
         even = args.unlabelled or args.class_weights != "none"  # all labels count alike

@@ -4,21 +4,28 @@ A prompt needs no label (prompting.py) and is right about most reviews. Its answ
 unlabelled reviews are what another model, the student, learns from. Three choices let the student
 end above its teacher:
 
-    two views      The prompt reads the end of a review, a bag of words reads all of it. They are
-                   wrong about different reviews, so their mean is right more often than either.
-    sure answers   Only the half of the reviews is kept of which both together are surest.
+    several views  The prompt reads the end of a review, a bag of words reads all of it. They are
+                   wrong about different reviews, so together they are right more often than either.
+                   Where labels are known, another bag of words learns from these alone.
+    sure answers   Only the half of the reviews is kept of which all views together are surest.
     balance        All labels are equally frequent in it; else the student would learn which label
                    the teacher prefers.
 
 The bag of words (support/baselines.py) learns from the surest answers. It then answers for reviews
 that it has not learned from: about the others it would repeat what it was told.
 
-Labels that are given stay as they are. No label of another row is read. Two views: Blum & Mitchell
-1998, "Combining Labeled and Unlabeled Data with Co-Training". A prompt as the teacher: Schick &
-Schütze 2021, "Exploiting Cloze Questions for Few Shot Text Classification", section 3.4.
+How much each view counts is fitted on the labels that are given, and each view answers for them
+without having learned from them. Without labels prompt and bag of words count alike. No label of
+another row is read.
+
+Two views: Blum & Mitchell 1998, "Combining Labeled and
+Unlabeled Data with Co-Training". A prompt as the teacher: Schick & Schütze 2021, "Exploiting Cloze
+Questions for Few Shot Text Classification", section 3.4.
 
 Shapes: N texts, L labels.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -26,21 +33,22 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
+from minitune.bag_of_words import fit_ensemble
 from minitune.batching import reading_tokens
-from minitune.calibration import match_prior, mean_log_probabilities
+from minitune.calibration import match_prior
 from minitune.classification import Examples, TokenizedTexts
-from minitune.experiment import Experiment, Setup, choose_rows, choose_unlabelled
-from minitune.methods import METHODS, build, options_of
-from minitune.soup import train
+from minitune.experiment import Experiment, Setup, choose_unlabelled
+from minitune.methods import build, options_of
 from minitune.support.baselines import NBSVM
 from minitune.support.errors import plural
-from minitune.support.runs import Run, write_tensors
+from minitune.support.runs import write_tensors
 from minitune.temperature import logits_of
 
 KEPT = 0.5  # of the texts: those with the surest answers
 HELD_OUT = 40  # every so many texts one chooses the epoch, where no label is given
 FOLDS = 2  # of the texts, for the second view
-ROUNDS = 2  # in each the bag of words is fitted again, to the mean of both views
+KNOWN_FOLDS = 8  # of the texts whose labels are given, for the third
+ROUNDS = 2  # in each the bag of words is fitted again, to the answer of all views together
 
 
 def surest(logs: Tensor, share: float = KEPT) -> np.ndarray:
@@ -50,35 +58,73 @@ def surest(logs: Tensor, share: float = KEPT) -> np.ndarray:
     return torch.cat(rows).unique().numpy()
 
 
+def fit_and_answer(
+    texts: list[str], learned: np.ndarray, answers: np.ndarray, asked: Sequence[int], count: int
+) -> Tensor:
+    """Scores (len(asked), L) of the texts that are `asked`, by a bag of words.
+
+    It learns `answers` (N,), indices of `count` labels, to the texts with the indices `learned`.
+    """
+    bag = NBSVM().fit([texts[i] for i in learned], answers[learned], count)
+    return torch.from_numpy(bag.scores([texts[i] for i in asked])).float()
+
+
+def scaled_like(logs: Tensor, scores: Tensor) -> Tensor:
+    """Scores (N, L), which are no probabilities, scaled to vary from text to text as `logs` do."""
+    return scores * (logs.std(0).mean() / scores.std(0).mean().clamp_min(1e-6))
+
+
 def second_view(texts: list[str], logs: Tensor, known: dict[int, int]) -> Tensor:
     """Log-probabilities (N, L) by a bag of words that learned from the surest answers in `logs`.
 
     `known` has the labels that are given, by their rows. A text is answered by the bag of words of
-    the other fold. Scores of an NB-SVM are no probabilities: they are scaled to vary as much as
-    `logs` do from text to text, and the prior is matched.
+    the other fold. The prior is matched.
     """
-    answers, scores = logs.argmax(1).numpy(), torch.zeros_like(logs)
+    answers, view = logs.argmax(1).numpy(), torch.zeros_like(logs)
     answers[list(known)] = list(known.values())
     learned = np.union1d(surest(logs), np.array(list(known), dtype=int))
     for fold in range(FOLDS):
         others, mine = learned[learned % FOLDS != fold], range(fold, len(texts), FOLDS)
-        bag = NBSVM().fit([texts[i] for i in others], answers[others], logs.size(1))
-        found = torch.from_numpy(bag.scores([texts[i] for i in mine])).float()
-        found *= logs.std(0).mean() / found.std(0).mean().clamp_min(1e-6)
-        scores[fold::FOLDS] = found + match_prior(found)
-    return scores.log_softmax(1)
+        scores = fit_and_answer(texts, others, answers, mine, logs.size(1))
+        scores = scaled_like(logs[fold::FOLDS], scores)
+        view[fold::FOLDS] = scores + match_prior(scores)
+    return view.log_softmax(1)
 
 
-def both_views(texts: list[str], prompted: Tensor, known: dict[int, int]) -> Tensor:
-    """Log-probabilities (N, L) by a prompt and a bag of words that learned from each other.
+def third_view(texts: list[str], logs: Tensor, known: dict[int, int]) -> Tensor:
+    """Log-probabilities (N, L) by a bag of words that learned from the labels that are given.
 
-    `prompted` (N, L) are the prompt's; the prior is matched over all texts.
+    A text with such a label is answered by one that learned from other folds. `known` begins with a
+    row of each label, then another of each: a fold has as many of each as there can be.
     """
-    both = prompted = (prompted + match_prior(prompted)).log_softmax(1)
+    rows, answers = np.array(list(known)), np.zeros(len(texts), dtype=int)
+    answers[rows] = list(known.values())
+    scores = fit_and_answer(texts, rows, answers, range(len(texts)), logs.size(1))
+    folds = np.arange(len(rows)) // logs.size(1) % KNOWN_FOLDS
+    for fold in np.unique(folds):
+        mine, others = rows[folds == fold], rows[folds != fold]
+        asked = (texts, others, answers, mine, logs.size(1))
+        scores[mine] = fit_and_answer(*asked) if len(others) else torch.zeros(len(mine), asked[-1])
+    return scaled_like(logs, scores).log_softmax(1)
+
+
+def all_views(texts: list[str], prompted: Tensor, known: dict[int, int]) -> Tensor:
+    """Log-probabilities (N, L) by a prompt and by bags of words that learned from it and labels.
+
+    `prompted` (N, L) are the prompt's. The prior is matched over all texts.
+    """
+    together = prompted = (prompted + match_prior(prompted)).log_softmax(1)
+    rows, labels = list(known), torch.tensor(list(known.values()), dtype=torch.long)
+    weights, others = [0.5, 0.5], []
+    if known:
+        start, others = [*weights, 0.0], [third_view(texts, prompted, known)]
     for _ in range(ROUNDS):
-        both = mean_log_probabilities([prompted, second_view(texts, both, known)])
-        both = (both + match_prior(both)).log_softmax(1)
-    return both
+        views = [prompted, second_view(texts, together, known), *others]
+        if known:
+            weights = fit_ensemble([view[rows] for view in views], labels, start)
+        together = sum(weight * view for weight, view in zip(weights, views, strict=True))
+        together = (together + match_prior(together)).log_softmax(1)
+    return together
 
 
 def taught_rows(inputs: TokenizedTexts, logs: Tensor, known: dict[int, int]) -> dict[str, Examples]:
@@ -102,35 +148,29 @@ def taught_rows(inputs: TokenizedTexts, logs: Tensor, known: dict[int, int]) -> 
     return examples
 
 
-def ask_teacher(
-    experiment: Experiment, setup: Setup, known: dict[int, int], started: float
-) -> Tensor:
-    """Log-probabilities (N, L) of all training rows, by a prompt and a bag of words.
+def ask_prompt(setup: Setup) -> Tensor:
+    """Log-probabilities (N, L) of the training rows, by one template."""
+    if setup.prompted is None:
+        options = options_of("prompt", setup.args) | {"template": setup.args.template[:1]}
+        model = build("prompt", setup.source, setup.reviews.names, setup.attention, **options)
+        model.to(setup.runtime.device)
+        rows = setup.read(model)["train"]
+        model.calibrate(choose_unlabelled(rows.inputs, setup.args.seed), setup.runtime)
+        size = reading_tokens(setup.runtime.device)
+        setup.prompted = logits_of(model, rows, len(setup.reviews.names), size, setup.runtime)
+    return setup.prompted
 
-    Where labels are known, the prompt learns from them first.
-    """
-    run, runtime = Run(experiment.run.state_path.parent / "teacher"), setup.runtime
-    path, texts = run.directory / "answers.safetensors", setup.reviews.texts["train"]
+
+def ask_teacher(experiment: Experiment, setup: Setup, known: dict[int, int]) -> Tensor:
+    """Log-probabilities (N, L) of all training rows, by a prompt and by bags of words."""
+    path = experiment.run.state_path.with_name("teacher.safetensors")
     key = tuple(known.items())
     if path.is_file():  # the run is resumed
         setup.teachers[key] = load_file(path)["logs"]
-    run.state_path.parent.mkdir(parents=True, exist_ok=True)
     if key not in setup.teachers:
-        runtime.log(f"the teacher: a prompt that learned from {plural(len(key), 'label')}")
-        options = options_of("prompt", setup.args) | {"template": setup.args.template[:1]}
-        model = build("prompt", setup.source, setup.reviews.names, setup.attention, **options)
-        model.to(runtime.device)
-        examples = setup.read(model)
-        model.calibrate(choose_unlabelled(examples["train"].inputs, setup.args.seed), runtime)
-        if known:
-            pupil = Experiment("prompt", len(known), experiment.seed, run)
-            few = choose_rows(pupil, setup, examples)
-            size = model.bert.config.hidden_size
-            recipe = METHODS["prompt"].recipe(setup.args, few["train"], size, setup.source)
-            train(model, few, recipe, pupil, setup, started)
-        rows, size = examples["train"], reading_tokens(runtime.device)
-        logs = logits_of(model, rows, len(setup.reviews.names), size, runtime)
-        setup.teachers[key] = both_views(texts, logs, known)
-    if runtime.is_main and not path.is_file():
+        setup.runtime.log(f"the teacher: a prompt and bags of words, {plural(len(key), 'label')}")
+        setup.teachers[key] = all_views(setup.reviews.texts["train"], ask_prompt(setup), known)
+    if setup.runtime.is_main and not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(path, {"logs": setup.teachers[key]}, {})
     return setup.teachers[key]

@@ -49,7 +49,8 @@ def test_the_readme_has_the_two_commands_of_a_fresh_machine():
     lines = [line for page, _, block in BLOCKS if page == README for line in block.splitlines()]
     assert "pip install -r requirements.txt && python train.py" in lines
     assert any(
-        line.startswith("pip install") and line.endswith("python -m pytest -n auto") for line in lines
+        line.startswith("pip install") and line.endswith("python -m pytest -n auto")
+        for line in lines
     )
 
 

@@ -7,10 +7,11 @@ import torch
 from minitune.self_training import (
     FOLDS,
     HELD_OUT,
-    both_views,
+    all_views,
     second_view,
     surest,
     taught_rows,
+    third_view,
 )
 
 N = 400
@@ -50,7 +51,7 @@ def test_the_surest_rows_are_as_many_of_each_label_even_where_the_prior_is_not_m
 
 def test_both_views_together_are_right_more_often_than_the_prompt(reviews):
     texts, labels, logs = reviews
-    joint = both_views(texts, logs, {})
+    joint = all_views(texts, logs, {})
     assert accuracy(logs, labels) < 0.78
     assert accuracy(joint, labels) > 0.9
     torch.testing.assert_close(joint.exp().sum(1), torch.ones(N))
@@ -71,6 +72,45 @@ def test_the_bag_of_words_learns_the_labels_that_are_given_not_the_prompts(revie
     known = {row: int(labels[row]) for row in wrong}
     before, after = second_view(texts, logs, {}), second_view(texts, logs, known)
     assert accuracy(after, labels) > accuracy(before, labels)
+
+
+def balanced(labels, count):
+    """Labels of the first rows, one of each label, then another of each."""
+    rows = [
+        int(row)
+        for pair in zip(*((labels == label).nonzero().flatten() for label in (0, 1)), strict=True)
+        for row in pair
+    ]
+    return {row: int(labels[row]) for row in rows[:count]}
+
+
+def test_labels_that_are_given_make_the_joint_answer_better_where_the_prompt_guesses(reviews):
+    texts, labels, logs = reviews
+    guesses = logs[torch.randperm(N, generator=torch.Generator().manual_seed(0))]
+    known = balanced(labels, 80)
+    rest = [row for row in range(N) if row not in known]
+    joint = all_views(texts, guesses, known)
+    assert accuracy(guesses[rest], labels[rest]) < 0.6
+    assert accuracy(third_view(texts, guesses, known)[rest], labels[rest]) > 0.9
+    assert accuracy(joint[rest], labels[rest]) > 0.9
+
+
+def test_the_third_view_does_not_repeat_the_labels_that_it_learned(reviews):
+    """Each text has a word of its own, by which a label could be repeated, right or wrong."""
+    texts, labels, logs = reviews
+    texts = [f"{text} only{i}" for i, text in enumerate(texts)]
+    wrong = np.random.default_rng(1).permutation(80) % 2
+    known = {row: int(answer) for row, answer in zip(balanced(labels, 80), wrong, strict=True)}
+    answers = third_view(texts, logs, known)[list(known)]
+    assert accuracy(answers, torch.tensor(list(known.values()))) < 0.7
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_very_few_labels_do_no_harm(reviews, count):
+    texts, labels, logs = reviews
+    joint = all_views(texts, logs, balanced(labels, count))
+    assert torch.isfinite(joint).all()
+    assert accuracy(joint, labels) > accuracy(all_views(texts, logs, {}), labels) - 0.02
 
 
 class Rows:
