@@ -37,22 +37,21 @@ NGRAMS = 1 << 17  # are saved, those with the largest weights; the others hardly
 WEIGHTS = 1 << 20  # are saved at most: with many labels fewer n-grams
 
 
-def fit_ensemble(voters: list[Tensor], labels: Tensor, start: list[float]) -> list[float]:
+def fit_ensemble(voters: list[Tensor], labels: Tensor) -> list[float]:
     """The weights w for which softmax(sum of w[k] * voters[k]) has the smallest loss.
 
     `voters` are logits (N, L) of the same texts, `labels` (N,). The sum of the losses gets half the
-    squared distance of w from `start` added: of few rows the loss alone may have no minimum.
+    squared distance of w from ones added: of few rows the loss alone may have no minimum.
     """
     stacked = torch.stack(voters).double()  # (voters, N, L)
-    start = torch.tensor(start, dtype=torch.float64)
-    weights = start.clone().requires_grad_()
+    weights = torch.ones(len(voters), dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([weights], max_iter=100, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimizer.zero_grad()
         together = torch.einsum("k,knl->nl", weights, stacked)
         total = F.cross_entropy(together, labels, reduction="sum")
-        total = total + (weights - start).square().sum() / 2
+        total = total + (weights - 1).square().sum() / 2
         total.backward()
         return total
 
@@ -71,7 +70,7 @@ class Bag:
     def fit(self, logits: Tensor, texts: list[str], labels: Tensor) -> None:
         """Find both weights, from the network's logits (N, L) for validation texts."""
         scores = torch.from_numpy(self.model.scores(texts))
-        self.network, self.bag = fit_ensemble([logits, scores], labels, [1.0, 1.0])
+        self.network, self.bag = fit_ensemble([logits, scores], labels)
 
     def together(self, logits: Tensor, texts: list[str]) -> Tensor:
         """The logits (N, L) of the ensemble, from those of the network for these texts."""

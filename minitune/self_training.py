@@ -14,9 +14,8 @@ end above its teacher:
 The bag of words (support/baselines.py) learns from the surest answers. It then answers for reviews
 that it has not learned from: about the others it would repeat what it was told.
 
-How much each view counts is fitted on the labels that are given, and each view answers for them
-without having learned from them. Without labels prompt and bag of words count alike. No label of
-another row is read.
+The more labels are given, the more the bag of words counts that learned from them alone. Labels
+that are given stay as they are. No label of another row is read.
 
 Two views: Blum & Mitchell 1998, "Combining Labeled and
 Unlabeled Data with Co-Training". A prompt as the teacher: Schick & Schütze 2021, "Exploiting Cloze
@@ -25,15 +24,12 @@ Questions for Few Shot Text Classification", section 3.4.
 Shapes: N texts, L labels.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from minitune.bag_of_words import fit_ensemble
 from minitune.batching import reading_tokens
 from minitune.calibration import match_prior
 from minitune.classification import Examples, TokenizedTexts
@@ -47,7 +43,7 @@ from minitune.temperature import logits_of
 KEPT = 0.5  # of the texts: those with the surest answers
 HELD_OUT = 40  # every so many texts one chooses the epoch, where no label is given
 FOLDS = 2  # of the texts, for the second view
-KNOWN_FOLDS = 8  # of the texts whose labels are given, for the third
+AS_MANY = 256  # labels: the bag of words that learned from so many counts half of another view
 ROUNDS = 2  # in each the bag of words is fitted again, to the answer of all views together
 
 
@@ -58,19 +54,9 @@ def surest(logs: Tensor, share: float = KEPT) -> np.ndarray:
     return torch.cat(rows).unique().numpy()
 
 
-def fit_and_answer(
-    texts: list[str], learned: np.ndarray, answers: np.ndarray, asked: Sequence[int], count: int
-) -> Tensor:
-    """Scores (len(asked), L) of the texts that are `asked`, by a bag of words.
-
-    It learns `answers` (N,), indices of `count` labels, to the texts with the indices `learned`.
-    """
-    bag = NBSVM().fit([texts[i] for i in learned], answers[learned], count)
-    return torch.from_numpy(bag.scores([texts[i] for i in asked])).float()
-
-
-def scaled_like(logs: Tensor, scores: Tensor) -> Tensor:
-    """Scores (N, L), which are no probabilities, scaled to vary from text to text as `logs` do."""
+def scaled_like(logs: Tensor, bag: NBSVM, texts: list[str]) -> Tensor:
+    """The scores (N, L) of a bag of words, which are no probabilities, scaled to vary as `logs`."""
+    scores = torch.from_numpy(bag.scores(texts)).float()
     return scores * (logs.std(0).mean() / scores.std(0).mean().clamp_min(1e-6))
 
 
@@ -85,27 +71,10 @@ def second_view(texts: list[str], logs: Tensor, known: dict[int, int]) -> Tensor
     learned = np.union1d(surest(logs), np.array(list(known), dtype=int))
     for fold in range(FOLDS):
         others, mine = learned[learned % FOLDS != fold], range(fold, len(texts), FOLDS)
-        scores = fit_and_answer(texts, others, answers, mine, logs.size(1))
-        scores = scaled_like(logs[fold::FOLDS], scores)
+        bag = NBSVM().fit([texts[i] for i in others], answers[others], logs.size(1))
+        scores = scaled_like(logs, bag, [texts[i] for i in mine])
         view[fold::FOLDS] = scores + match_prior(scores)
     return view.log_softmax(1)
-
-
-def third_view(texts: list[str], logs: Tensor, known: dict[int, int]) -> Tensor:
-    """Log-probabilities (N, L) by a bag of words that learned from the labels that are given.
-
-    A text with such a label is answered by one that learned from other folds. `known` begins with a
-    row of each label, then another of each: a fold has as many of each as there can be.
-    """
-    rows, answers = np.array(list(known)), np.zeros(len(texts), dtype=int)
-    answers[rows] = list(known.values())
-    scores = fit_and_answer(texts, rows, answers, range(len(texts)), logs.size(1))
-    folds = np.arange(len(rows)) // logs.size(1) % KNOWN_FOLDS
-    for fold in np.unique(folds):
-        mine, others = rows[folds == fold], rows[folds != fold]
-        asked = (texts, others, answers, mine, logs.size(1))
-        scores[mine] = fit_and_answer(*asked) if len(others) else torch.zeros(len(mine), asked[-1])
-    return scaled_like(logs, scores).log_softmax(1)
 
 
 def all_views(texts: list[str], prompted: Tensor, known: dict[int, int]) -> Tensor:
@@ -114,15 +83,15 @@ def all_views(texts: list[str], prompted: Tensor, known: dict[int, int]) -> Tens
     `prompted` (N, L) are the prompt's. The prior is matched over all texts.
     """
     together = prompted = (prompted + match_prior(prompted)).log_softmax(1)
-    rows, labels = list(known), torch.tensor(list(known.values()), dtype=torch.long)
-    weights, others = [0.5, 0.5], []
+    weights, others = [1.0, 1.0], []
     if known:
-        start, others = [*weights, 0.0], [third_view(texts, prompted, known)]
+        bag = NBSVM().fit([texts[i] for i in known], np.array([*known.values()]), prompted.size(1))
+        weights.append(len(known) / (len(known) + AS_MANY))
+        others.append(scaled_like(prompted, bag, texts).log_softmax(1))
     for _ in range(ROUNDS):
         views = [prompted, second_view(texts, together, known), *others]
-        if known:
-            weights = fit_ensemble([view[rows] for view in views], labels, start)
         together = sum(weight * view for weight, view in zip(weights, views, strict=True))
+        together = together / sum(weights)
         together = (together + match_prior(together)).log_softmax(1)
     return together
 

@@ -24,7 +24,6 @@ TEXTS = [
     "bad , bad",
 ]
 LABELS = np.array([1, 1, 1, 0, 0, 0])
-ONES = [1.0, 1.0]
 NEW = ["a good story", "bad at what ?", "not good", "", "xyzzy", "A GOOD<br />film not bad"]
 
 
@@ -46,7 +45,7 @@ def penalised_loss(weights: list[float], logits: list[torch.Tensor], labels: tor
 @pytest.mark.parametrize("seed", range(3))
 def test_both_numbers_are_where_the_loss_is_smallest(seed):
     logits, labels = voters(seed)
-    found = fit_ensemble(logits, labels, ONES)
+    found = fit_ensemble(logits, labels)
     lowest = penalised_loss(found, logits, labels)
     for a, b in itertools.product((-0.01, 0, 0.01), repeat=2):
         if a or b:
@@ -56,22 +55,15 @@ def test_both_numbers_are_where_the_loss_is_smallest(seed):
 def test_one_that_guesses_counts_for_nothing_and_one_that_shouts_for_less():
     [good, _], labels = voters(0, rows=4000)
     noise = torch.randn(good.shape, generator=torch.Generator().manual_seed(9)).double()
-    guesses = fit_ensemble([good, noise], labels, ONES)
+    guesses = fit_ensemble([good, noise], labels)
     assert abs(guesses[1]) < 0.1 < guesses[0]
-    assert fit_ensemble([good, 10 * noise], labels, ONES)[0] == pytest.approx(guesses[0], abs=0.01)
-    assert fit_ensemble([10 * good], labels, [1.0])[0] == pytest.approx(guesses[0] / 10, abs=0.01)
-
-
-def test_few_rows_leave_the_weights_near_their_start():
-    logits, labels = voters(0, rows=2)
-    for start in ([1.0, 1.0], [0.5, 0.0]):
-        found = fit_ensemble([logit / 100 for logit in logits], labels, start)
-        assert found == pytest.approx(start, abs=0.1)
+    assert fit_ensemble([good, 10 * noise], labels)[0] == pytest.approx(guesses[0], abs=0.01)
+    assert fit_ensemble([10 * good], labels)[0] == pytest.approx(guesses[0] / 10, abs=0.01)
 
 
 def test_few_rows_that_are_all_right_do_not_make_it_certain():
     logits = torch.tensor([[2.0, -2.0], [-2.0, 2.0]])
-    for weight in fit_ensemble([logits, 10 * logits], torch.tensor([0, 1]), ONES):
+    for weight in fit_ensemble([logits, 10 * logits], torch.tensor([0, 1])):
         assert 0 < weight < 2
 
 

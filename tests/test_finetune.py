@@ -611,7 +611,7 @@ def test_a_bag_of_words_answers_together_with_the_network(compared, folder, tmp_
     best = fit_ensemble(
         [torch.tensor(answers["validation"]["logits"]),
          torch.from_numpy(model.scores([row["text"] for row in rows["validation"]]))],
-        torch.tensor(answers["validation"]["labels"]), [1.0, 1.0],
+        torch.tensor(answers["validation"]["labels"]),
     )  # fmt: skip
     assert [saved["network"], saved["bag"]] == pytest.approx(best, abs=1e-3)
     said = succeed("--model", run_directory, "--predict", "A superb film", "--explain").err
@@ -641,7 +641,7 @@ def test_the_bag_of_words_of_few_rows_has_learned_from_these_alone(folder, tmp_p
     assert answers["validation"]["labels"] == known
     scores = torch.from_numpy(model.scores([row["text"] for row in few_rows["validation"]]))
     logits = torch.tensor(answers["validation"]["logits"])
-    best = fit_ensemble([logits, scores], torch.tensor(known), [1.0, 1.0])
+    best = fit_ensemble([logits, scores], torch.tensor(known))
     assert [saved["network"], saved["bag"]] == pytest.approx(best, abs=1e-3)
     assert saved["figures"]["train_examples"] == 24
 
