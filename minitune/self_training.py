@@ -17,9 +17,9 @@ that it has not learned from: about the others it would repeat what it was told.
 The more labels are given, the more the bag of words counts that learned from them alone. Labels
 that are given stay as they are. No label of another row is read.
 
-Two views: Blum & Mitchell 1998, "Combining Labeled and
-Unlabeled Data with Co-Training". A prompt as the teacher: Schick & Schütze 2021, "Exploiting Cloze
-Questions for Few Shot Text Classification", section 3.4.
+Two views: Blum & Mitchell 1998, "Combining Labeled and Unlabeled Data with Co-Training". A prompt
+as the teacher: Schick & Schütze 2021, "Exploiting Cloze Questions for Few Shot Text
+Classification", section 3.4.
 
 Shapes: N texts, L labels.
 """
@@ -33,7 +33,7 @@ from torch import Tensor
 from minitune.batching import reading_tokens
 from minitune.calibration import match_prior
 from minitune.classification import Examples, TokenizedTexts
-from minitune.experiment import Experiment, Setup, choose_unlabelled
+from minitune.experiment import Experiment, Setup
 from minitune.methods import build, options_of
 from minitune.support.baselines import NBSVM
 from minitune.support.errors import plural
@@ -123,9 +123,7 @@ def ask_prompt(setup: Setup) -> Tensor:
         options = options_of("prompt", setup.args) | {"template": setup.args.template[:1]}
         model = build("prompt", setup.source, setup.reviews.names, setup.attention, **options)
         model.to(setup.runtime.device)
-        rows = setup.read(model)["train"]
-        model.calibrate(choose_unlabelled(rows.inputs, setup.args.seed), setup.runtime)
-        size = reading_tokens(setup.runtime.device)
+        rows, size = setup.read(model)["train"], reading_tokens(setup.runtime.device)
         setup.prompted = logits_of(model, rows, len(setup.reviews.names), size, setup.runtime)
     return setup.prompted
 
