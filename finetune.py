@@ -86,8 +86,8 @@ def read_arguments() -> argparse.Namespace:
         raise UserError(f"--train-examples {min(sizes)}: 2 rows or more, or 0 with --unlabelled")
     if args.unlabelled and (not sizes or args.class_weights != "none"):
         raise UserError("--unlabelled goes with --train-examples, and not with --class-weights")
-    if args.bag and 0 in sizes:
-        raise UserError("--bag needs labels: not with --train-examples 0")
+    if args.bag and args.unlabelled:  # the weights of a bag are fitted on labelled rows
+        raise UserError("--bag does not go with --unlabelled")
     return args
 
 

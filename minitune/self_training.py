@@ -41,7 +41,7 @@ from minitune.support.runs import write_tensors
 from minitune.temperature import logits_of
 
 KEPT = 0.5  # of the texts: those with the surest answers
-HELD_OUT = 40  # every so many texts one chooses the epoch, where no label is given
+HELD_OUT = 40  # every so many texts one chooses the epoch
 FOLDS = 2  # of the texts, for the second view
 AS_MANY = 256  # labels: the bag of words that learned from so many counts half of another view
 ROUNDS = 2  # in each the bag of words is fitted again, to the answer of all views together
@@ -97,24 +97,23 @@ def all_views(texts: list[str], prompted: Tensor, known: dict[int, int]) -> Tens
 
 
 def taught_rows(inputs: TokenizedTexts, logs: Tensor, known: dict[int, int]) -> dict[str, Examples]:
-    """What the student learns from, and, where no label is given, what its epoch is chosen by.
+    """What the student learns from, and what its epoch is chosen by.
 
-    The surest rows, with the teacher's probabilities as labels, and all rows of `known`. Without
-    these the best epoch is the one that agrees most often with the teacher on other rows, sure or
-    not.
+    The surest rows, with the teacher's probabilities as labels, and all rows of `known`. The best
+    epoch is the one that agrees most often with the teacher on other rows, sure or not: they are
+    more than the validation rows of a few labels, which would choose by chance.
     """
     probabilities, rows = logs.exp(), surest(logs)
     for row, label in known.items():
         probabilities[row] = F.one_hot(torch.tensor(label), logs.size(1)).float()
-    examples = {}
-    if not known:
-        held_out = np.arange(0, len(logs), HELD_OUT)
-        rows = np.setdiff1d(rows, held_out)
-        answers = logs.argmax(1)[torch.from_numpy(held_out)]
-        examples["validation"] = Examples(inputs.select(held_out), answers)
-    rows = np.union1d(rows, np.array(list(known), dtype=int))
-    examples["train"] = Examples(inputs, probabilities).select(rows)
-    return examples
+    given = np.array(list(known), dtype=int)
+    held_out = np.setdiff1d(np.arange(0, len(logs), HELD_OUT), given)
+    rows = np.union1d(np.setdiff1d(rows, held_out), given)
+    answers = logs.argmax(1)[torch.from_numpy(held_out)]
+    return {
+        "train": Examples(inputs, probabilities).select(rows),
+        "validation": Examples(inputs.select(held_out), answers),
+    }
 
 
 def ask_prompt(setup: Setup) -> Tensor:

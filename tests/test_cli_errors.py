@@ -748,6 +748,18 @@ def test_bad_test_rows(not_finetuned, folder, case):
     not_finetuned("--test", name, naming=naming)
 
 
+@pytest.mark.parametrize(
+    "options, naming",
+    [
+        (["--unlabelled"], ["--unlabelled", "--train-examples"]),
+        (["--unlabelled", "--train-examples", "8", "--bag"], ["--unlabelled", "--bag"]),
+        (["--train-examples", "0"], ["--train-examples 0", "--unlabelled"]),
+    ],
+)
+def test_learning_without_labels_that_cannot_be(not_finetuned, options, naming):
+    not_finetuned(*options, naming=naming)
+
+
 def test_more_train_examples_than_rows(not_finetuned):
     not_finetuned("--train-examples", "8", "1000", naming=["train rows", "1,000"])
 

@@ -119,19 +119,21 @@ def test_the_student_learns_from_sure_rows_and_from_the_labels_that_are_given(re
     unsure = logs.max(1).values.argsort()[:4].tolist()
     known = {row: 1 - int(logs[row].argmax()) for row in unsure}
     examples = taught_rows(Rows(np.arange(N)), logs, known)
-    assert examples.keys() == {"train"}  # the given labels are for the choice of the epoch too
     rows, answers = examples["train"].inputs.rows.tolist(), examples["train"].labels
-    assert set(rows) == set(surest(logs)) | set(unsure)
+    held_out = set(examples["validation"].inputs.rows.tolist())
+    assert set(rows) == (set(surest(logs)) - held_out) | set(unsure)
     for row, answer in zip(rows, answers, strict=True):
         expected = torch.eye(2)[known[row]] if row in known else logs[row].exp()
         torch.testing.assert_close(answer, expected)
 
 
-def test_without_labels_other_rows_choose_the_epoch_by_the_teachers_answers(reviews):
+@pytest.mark.parametrize("known", [{}, {HELD_OUT: 0, 3: 1}])
+def test_rows_without_a_label_choose_the_epoch_by_the_teachers_answers(reviews, known):
     _, _, logs = reviews
-    examples = taught_rows(Rows(np.arange(N)), logs, {})
+    examples = taught_rows(Rows(np.arange(N)), logs, known)
     train, validation = (examples[split].inputs.rows for split in ("train", "validation"))
-    assert not set(train) & set(validation) and len(validation) == N // HELD_OUT
-    assert set(train) == set(surest(logs)) - set(validation)
+    assert not set(train) & set(validation) and not set(known) & set(validation)
+    assert len(validation) == N // HELD_OUT - (HELD_OUT in known)
+    assert set(train) == (set(surest(logs)) - set(validation)) | set(known)
     assert set(validation) - set(surest(logs))  # the student's answers to sure rows are all right
     assert examples["validation"].labels.tolist() == logs.argmax(1)[validation].tolist()
