@@ -197,6 +197,8 @@ def fine_tune_all(args: argparse.Namespace, experiments: list[Experiment]) -> No
         raise UserError(f"{directory} has the labels {', '.join(start.labels.values())}")
     for experiment in experiments:  # too many rows are an error now, not after the first run
         reviews.balanced_subset("train", experiment.train_examples or 0, experiment.seed)
+    if args.unlabelled and max(args.train_examples) >= len(reviews.texts["train"]):
+        raise UserError("--unlabelled: --train-examples leaves no row without a label")
     asks = start is None and any(experiment.method == "prompt" for experiment in experiments)
     if args.unlabelled or asks:  # a base that fills no blanks is an error now, too
         build("prompt", source, reviews.names, **options_of("prompt", args))

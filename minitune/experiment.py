@@ -33,7 +33,8 @@ class Setup:
     attention: str  # the backend
     ends: dict[str, Examples] = field(default_factory=dict)  # `examples` as a cloze has them
     prompted: Tensor | None = None  # (N, L), what a prompt answers for the training rows
-    teachers: dict[tuple, Tensor] = field(default_factory=dict)  # their answers, by known labels
+    # (N, L) each, what the teacher answers for the training rows, by the labels that are known.
+    teachers: dict[tuple, Tensor] = field(default_factory=dict)
     test_features: Tensor | None = None  # (N, F)
     offsets: Tensor | None = None  # of its templates, the same for all experiments
 
@@ -98,9 +99,9 @@ def choose_rows(
 ) -> dict[str, Examples]:
     """The rows of each split.
 
-    With --train-examples N at most N / 2 validation rows choose the epoch: whoever has few labels
-    to train on has no thousand to choose by (Perez et al. 2021, "True Few-Shot Learning with
-    Language Models").
+    With --train-examples N at most N / 2 validation rows choose the epoch, or, with --unlabelled,
+    rows without a label (self_training.taught_rows): whoever has few labels to train on has no
+    thousand to choose by (Perez et al. 2021, "True Few-Shot Learning with Language Models").
     """
     examples = dict(examples)
     if experiment.train_examples is not None:

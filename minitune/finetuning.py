@@ -22,6 +22,7 @@ from minitune.methods import METHODS
 from minitune.peft_files import METHODS_OF_PEFT, PeftDirectory
 from minitune.self_training import ask_teacher, taught_rows
 from minitune.soup import train
+from minitune.support.errors import plural
 from minitune.support.runs import Run
 from minitune.temperature import fit_temperature, logits_of, save_answers, score
 from minitune.trained import Trained
@@ -55,6 +56,8 @@ def fine_tune(experiment: Experiment, setup: Setup) -> dict:
     if args.unlabelled:
         known = known_labels(experiment, setup)
         examples |= taught_rows(texts, ask_teacher(experiment, setup, known), known)
+        rows = plural(len(examples["validation"]), "row")
+        runtime.log(f"validation: agreement with the teacher on {rows} without a label")
     if isinstance(model, FeatureClassifier):  # each text is read once, and the head alone trains
         learner, (examples, reading) = model.head, read_features(model, examples, run, setup)
         even = args.unlabelled or args.class_weights != "none"  # all labels count alike
@@ -74,7 +77,8 @@ def fine_tune(experiment: Experiment, setup: Setup) -> dict:
     for split in ("validation", "test"):
         rows, shape = examples[split], (len(labels), recipe["batch_tokens"])
         answers[split] = logits_of(learner, rows, *shape, runtime), rows.labels
-    model.temperature = fit_temperature(*answers["validation"])
+    if not args.unlabelled:  # a student agrees with its teacher more often than it is right
+        model.temperature = fit_temperature(*answers["validation"])
     test = score(*answers["test"])
     runtime.log(f"test accuracy {test['accuracy']:.2%}")
 

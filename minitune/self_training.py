@@ -6,16 +6,15 @@ end above its teacher:
 
     several views  The prompt reads the end of a review, a bag of words reads all of it. They are
                    wrong about different reviews, so together they are right more often than either.
-                   Where labels are known, another bag of words learns from these alone.
-    sure answers   Only the half of the reviews is kept of which all views together are surest.
+    sure answers   Only that half of the reviews is kept of which all views together are surest.
     balance        All labels are equally frequent in it; else the student would learn which label
-                   the teacher prefers.
+                   the teacher prefers. So labels are taken to be equally frequent among all texts.
 
-The bag of words (support/baselines.py) learns from the surest answers. It then answers for reviews
-that it has not learned from: about the others it would repeat what it was told.
-
-The more labels are given, the more the bag of words counts that learned from them alone. Labels
-that are given stay as they are. No label of another row is read.
+The second view is a bag of words (support/baselines.py) that learns from the surest answers and
+from the labels that are given. It is fitted twice, on one half of the reviews each, and answers for
+the other half: about its own it would repeat what it was told. Where labels are given, a third view
+learns from these alone. The more there are, the more it counts. Labels that are given stay as they
+are. No label of another row is read.
 
 Two views: Blum & Mitchell 1998, "Combining Labeled and Unlabeled Data with Co-Training". A prompt
 as the teacher: Schick & Schütze 2021, "Exploiting Cloze Questions for Few Shot Text
@@ -27,7 +26,6 @@ Shapes: N texts, L labels.
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor
 
 from minitune.batching import reading_tokens
@@ -38,17 +36,21 @@ from minitune.methods import build, options_of
 from minitune.support.baselines import NBSVM
 from minitune.support.errors import plural
 from minitune.support.runs import write_tensors
+from minitune.support.tensor_file import TensorFile
 from minitune.temperature import logits_of
 
 KEPT = 0.5  # of the texts: those with the surest answers
-HELD_OUT = 40  # every so many texts one chooses the epoch
+HELD_OUT = 40  # one of so many texts without a label chooses the epoch
 FOLDS = 2  # of the texts, for the second view
-AS_MANY = 256  # labels: the bag of words that learned from so many counts half of another view
+AS_MANY = 256  # with so many labels the third view counts half as much as another
 ROUNDS = 2  # in each the bag of words is fitted again, to the answer of all views together
 
 
 def surest(logs: Tensor, share: float = KEPT) -> np.ndarray:
-    """Ascending indices of this share of the rows: the surest of each label, in equal numbers."""
+    """Ascending indices of this share of the rows: the surest of each label, in equal numbers.
+
+    The prior of `logs` (N, L) is matched, so that a row is among the surest of one label only.
+    """
     count = int(share * len(logs) / logs.size(1))
     rows = [logs[:, label].topk(count).indices for label in range(logs.size(1))]
     return torch.cat(rows).unique().numpy()
@@ -64,16 +66,17 @@ def second_view(texts: list[str], logs: Tensor, known: dict[int, int]) -> Tensor
     """Log-probabilities (N, L) by a bag of words that learned from the surest answers in `logs`.
 
     `known` has the labels that are given, by their rows. A text is answered by the bag of words of
-    the other fold. The prior is matched.
+    the other fold. Folds are drawn at random: rows may stand in an order. The prior is matched.
     """
+    folds = np.random.default_rng(0).permutation(len(texts)) % FOLDS
     answers, view = logs.argmax(1).numpy(), torch.zeros_like(logs)
     answers[list(known)] = list(known.values())
     learned = np.union1d(surest(logs), np.array(list(known), dtype=int))
     for fold in range(FOLDS):
-        others, mine = learned[learned % FOLDS != fold], range(fold, len(texts), FOLDS)
+        others, mine = learned[folds[learned] != fold], np.flatnonzero(folds == fold)
         bag = NBSVM().fit([texts[i] for i in others], answers[others], logs.size(1))
         scores = scaled_like(logs, bag, [texts[i] for i in mine])
-        view[fold::FOLDS] = scores + match_prior(scores)
+        view[torch.from_numpy(mine)] = scores + match_prior(scores)
     return view.log_softmax(1)
 
 
@@ -100,15 +103,16 @@ def taught_rows(inputs: TokenizedTexts, logs: Tensor, known: dict[int, int]) -> 
     """What the student learns from, and what its epoch is chosen by.
 
     The surest rows, with the teacher's probabilities as labels, and all rows of `known`. The best
-    epoch is the one that agrees most often with the teacher on other rows, sure or not: they are
-    more than the validation rows of a few labels, which would choose by chance.
+    epoch is the one that agrees most often with the teacher on other rows without a label, sure or
+    not. Of few labels the N / 2 labelled validation rows would choose by chance.
     """
-    probabilities, rows = logs.exp(), surest(logs)
+    probabilities, given = logs.exp(), np.array(list(known), dtype=int)
     for row, label in known.items():
         probabilities[row] = F.one_hot(torch.tensor(label), logs.size(1)).float()
-    given = np.array(list(known), dtype=int)
-    held_out = np.setdiff1d(np.arange(0, len(logs), HELD_OUT), given)
-    rows = np.union1d(np.setdiff1d(rows, held_out), given)
+    others = np.setdiff1d(np.arange(len(logs)), given)
+    count = -(-len(others) // HELD_OUT)
+    held_out = np.sort(np.random.default_rng(0).permutation(others)[:count])
+    rows = np.union1d(np.setdiff1d(surest(logs), held_out), given)
     answers = logs.argmax(1)[torch.from_numpy(held_out)]
     return {
         "train": Examples(inputs, probabilities).select(rows),
@@ -128,15 +132,17 @@ def ask_prompt(setup: Setup) -> Tensor:
 
 
 def ask_teacher(experiment: Experiment, setup: Setup, known: dict[int, int]) -> Tensor:
-    """Log-probabilities (N, L) of all training rows, by a prompt and by bags of words."""
-    path = experiment.run.state_path.with_name("teacher.safetensors")
-    key = tuple(known.items())
+    """Log-probabilities (N, L) of all training rows, by a prompt and by bags of words.
+
+    UserError where the answers of a run that is resumed are damaged.
+    """
+    path, key = experiment.run.state_path.with_name("teacher.safetensors"), tuple(known.items())
+    texts, count = setup.reviews.texts["train"], len(setup.reviews.names)
     if path.is_file():  # the run is resumed
-        setup.teachers[key] = load_file(path)["logs"]
+        setup.teachers[key] = TensorFile(path, "the data").read("logs", (len(texts), count))
     if key not in setup.teachers:
         setup.runtime.log(f"the teacher: a prompt and bags of words, {plural(len(key), 'label')}")
-        setup.teachers[key] = all_views(setup.reviews.texts["train"], ask_prompt(setup), known)
+        setup.teachers[key] = all_views(texts, ask_prompt(setup), known)
     if setup.runtime.is_main and not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(path, {"logs": setup.teachers[key]}, {})
     return setup.teachers[key]

@@ -1,1 +1,1 @@
-"""What the scripts do besides training: label and explain new texts, write pages, show lessons."""
+"""What the scripts do besides training: label, explain, examine, write pages, show lessons."""

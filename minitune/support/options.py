@@ -92,7 +92,7 @@ def finetune_options() -> Parser:
     add_columns(add)
     few = "train on N rows only; several N draw accuracy against the number of labels"
     add("--train-examples", few, int_range(0, 10**9), nargs="+", metavar="N")
-    unlabelled = "learn from the other training rows too, as a prompt labels them"
+    unlabelled = "learn from the other training rows too, as a prompt and a bag of words label them"
     add("--unlabelled", unlabelled, bool)
     seeds = "train with N seeds, from --seed on; with --train-examples each draws its rows"
     add("--seeds", seeds, int_range(1, 100), 1, metavar="N")
