@@ -753,6 +753,7 @@ def test_bad_test_rows(not_finetuned, folder, case):
     [
         (["--unlabelled"], ["--unlabelled", "--train-examples"]),
         (["--unlabelled", "--train-examples", "8", "--bag"], ["--unlabelled", "--bag"]),
+        (["--unlabelled", "--train-examples", "0", "68"], ["--unlabelled", "--train-examples"]),
         (["--train-examples", "0"], ["--train-examples 0", "--unlabelled"]),
     ],
 )

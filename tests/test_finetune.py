@@ -28,7 +28,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import finetune
-from minitune import finetuning, methods, soup
+from minitune import finetuning, methods, self_training, soup
 from minitune.bag_of_words import fit_ensemble
 from minitune.checkpoint import load_classifier, save_model
 from minitune.classification import Examples, TokenizedTexts
@@ -798,7 +798,25 @@ def test_no_label_but_those_that_are_given_is_read(folder, tmp_path, method, cou
     assert_same_bits(one / method, other / method)
     figures = metrics(one / method)
     assert figures["train_examples"] == count and figures["unlabelled"] > 80
+    assert figures["temperature"] == 1  # a teacher's answers do not tell how sure one may be
     assert figures["accuracy"] == metrics(other / method)["accuracy"]
+
+
+def test_the_prompt_is_asked_once_for_all_sizes_and_not_again_by_a_run_that_is_resumed(
+    folder, tmp_path, monkeypatch
+):
+    asked, ask = [], self_training.build
+    monkeypatch.setattr(self_training, "build", lambda *a, **k: asked.append(1) or ask(*a, **k))
+    words = ["--method", "feature", *UNLABELLED, "--train-examples"]
+    succeed(*options(folder, tmp_path / "both", *words, "0", "8"))
+    assert len(asked) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(finetuning, "train", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run(*options(folder, tmp_path / "one", *words, "8")).status == 130
+    assert len(asked) == 2
+    succeed(*options(folder, tmp_path / "one", *words, "8", "--resume"))
+    assert len(asked) == 2
+    assert_same_bits(tmp_path / "both" / "feature" / "8", tmp_path / "one" / "feature")
 
 
 def test_a_soup_keeps_the_best_of_its_trainings_and_of_their_averages(folder, tmp_path):

@@ -95,7 +95,7 @@ def test_a_bag_of_words_of_the_labels_alone_helps_where_the_prompt_guesses(revie
     with_it = accuracy(all_views(texts, guesses, known)[rest], labels[rest])
     monkeypatch.setattr(self_training, "AS_MANY", 1e9)
     without = accuracy(all_views(texts, guesses, known)[rest], labels[rest])
-    assert accuracy(guesses[rest], labels[rest]) < 0.6 and with_it > 0.8
+    assert accuracy(guesses[rest], labels[rest]) < 0.6 and with_it > 0.7
     assert with_it > without + 0.05
 
 
