@@ -182,8 +182,11 @@ def reliability(logits: np.ndarray, labels: np.ndarray, answers: dict) -> Html:
         rows += [
             (f"{name}, from {low:.0%}", f"{n:,}", f"{x:.1%}", f"{y:.1%}") for low, n, x, y in bins
         ]
-    words = "One number, the temperature, divides all logits. It was fitted on the validation rows "
-    words += f"and is saved with the model: {temperature:.3f}. "
+    words = "One number, the temperature, divides all logits, and is saved with the model. "
+    if temperature == 1:
+        words += "Here it is 1: no labelled rows could tell how sure the model may be. "
+    else:
+        words += f"It was fitted on the validation rows: {temperature:.3f}. "
     words += "Above 1 it makes answers less sure, below 1 surer; no label changes."
     head = ["", "temperature", "ECE, test", "loss, test", "loss, validation"]
     return section(
