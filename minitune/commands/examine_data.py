@@ -68,15 +68,15 @@ def examine_data(name: str, columns: Columns = DEFAULT_COLUMNS) -> Iterator[Find
 
 def _examine_duplicates(name: str, rows: list[Row]) -> Iterator[Finding]:
     """Texts that occur twice: within a split they count double, across splits they leak."""
-    splits: dict[str, set[str]] = {}
-    labels: dict[str, set[str]] = {}
+    same: dict[str, list[Row]] = {}  # the rows of each text
     for row in rows:
-        splits.setdefault(row.text.strip(), set()).add(row.split)
-        labels.setdefault(row.text.strip(), set()).update({row.label} - {None})
-    if contradictions := sum(len(given) > 1 for given in labels.values()):
+        same.setdefault(row.text.strip(), []).append(row)
+    labels = [{row.label for row in each} - {None} for each in same.values()]
+    if contradictions := sum(len(given) > 1 for given in labels):
         found = f"{name}: {plural(contradictions, 'text')} with more than one label"
         yield Finding(name, WRONG, found, "decide which label is right, and keep that row")
-    twice, across = len(rows) - len(splits), sum(len(where) > 1 for where in splits.values())
+    twice = len(rows) - len(same)
+    across = sum(len({row.split for row in each}) > 1 for each in same.values())
     if across:
         found = f"{name}: {plural(across, 'text')} in two splits: the test is too easy"
         yield Finding(name, WRONG, found, "keep one row of each text")
