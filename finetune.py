@@ -54,7 +54,8 @@ UNEVEN = 1.5  # times the rows of the rarest label; where one has more, the tabl
 
 # On resume these may differ from the saved settings; the others must be the same.
 MAY_CHANGE = {"method", "bag", "seed", "seeds", "train_examples", "lr",
-              "device", "threads", "precision", "attention", "compile", "save_minutes"}  # fmt: skip
+              "device", "threads", "precision", "attention", "compile", "cuda_graphs",
+              "save_minutes"}  # fmt: skip
 
 
 # What a run was computed from, beside its options, by the key of its hash in settings.json.
@@ -210,9 +211,9 @@ def fine_tune_all(args: argparse.Namespace, experiments: list[Experiment]) -> No
     runtime.log(
         f"{cut:.0%} of the training rows have over {args.max_len} tokens; two ends are kept"
     )
-    layers = f"attention: {attention}; compile: {'on' if compiles else 'off'}"
-    precision = f"precision: {runtime.describe_precision()}; {layers}"
-    runtime.log(f"device: {runtime.describe()}\n{precision}")
+    graphs = runtime.repeats_graphs(args.cuda_graphs, attention, args.accumulate)
+    ways = runtime.describe_ways(attention, compiles, graphs)
+    runtime.log(f"device: {runtime.describe()}\n{ways}")
 
     # 3. Train each method from the same weights, on the same rows.
     settings = options_to_save(args)

@@ -28,6 +28,7 @@ from minitune.attention import resolve_backend
 from minitune.checkpoint import load_masked_lm, load_tokenizer, read_config, save_model
 from minitune.corpus import Chunks, Corpus
 from minitune.data import Dataset
+from minitune.fast.graphs import MOST_MASKED
 from minitune.initialization import start_with_frequencies, start_with_neighbours
 from minitune.model import PRESETS, BertForMaskedLM
 from minitune.optimizer import Optimizer
@@ -58,7 +59,7 @@ FEW_STEPS = 200  # where a run is planned by time
 TOO_FEW = "warning: so few steps teach next to nothing; take more --minutes or a smaller --preset"
 # Options that may differ when a run is resumed.
 MAY_CHANGE = {"lr", "adamw_lr", "save_minutes",
-              "device", "threads", "precision", "attention", "compile"}  # fmt: skip
+              "device", "threads", "precision", "attention", "compile", "cuda_graphs"}  # fmt: skip
 
 
 def main() -> None:
@@ -86,6 +87,8 @@ def pretrain(args: argparse.Namespace, run: Run) -> None:
     config = read_config(source) if source else PRESETS[args.preset]
     attention = resolve_backend(args.attention, runtime.device, runtime.dtype, config.head_size)
     compiles = runtime.compiles(args.compile, attention)
+    graphs = runtime.repeats_graphs(args.cuda_graphs, attention, args.accumulate)
+    graphs &= args.mask_rate <= MOST_MASKED
     args.max_len = choose_max_len(args.max_len, config.max_position_embeddings, args.batch_tokens)
     tokenizer, origin = None, f"{args.preset}, from random weights"
     if source:
@@ -118,8 +121,7 @@ def pretrain(args: argparse.Namespace, run: Run) -> None:
     tokens, sequences = corpus.unigrams.sum(), len(task.train)
     runtime.log(f"data: {args.data}, {tokens:,} training tokens in {sequences:,} sequences")
     runtime.log(f"{parameters:,} parameters on {runtime.describe()}")
-    layers = f"attention: {attention}; compile: {'on' if compiles else 'off'}"
-    runtime.log(f"precision: {runtime.describe_precision()}; {layers}")
+    runtime.log(runtime.describe_ways(attention, compiles, graphs))
     rates = f"{args.lr:g} ({args.optimizer}) and {args.adamw_lr:g} (adamw)"
     runtime.log(f"a step: {args.batch_tokens:,} tokens; peak learning rates: {rates}")
     runtime.log(
@@ -129,7 +131,7 @@ def pretrain(args: argparse.Namespace, run: Run) -> None:
 
     # 4. Train.
     optimizer = Optimizer(model, args.optimizer, args.lr, args.adamw_lr, args.weight_decay)
-    options = {"accumulate": args.accumulate, "save_minutes": args.save_minutes}
+    options = {"accumulate": args.accumulate, "save_minutes": args.save_minutes, "graphs": graphs}
     trainer = Trainer(model, optimizer, task, run, runtime, seed=args.seed, **options)
     trainer.started, trainer.steps = STARTED, args.steps or 0
     fill_mask = FillMask(model, corpus.tokenizer, runtime)
@@ -169,7 +171,7 @@ def pretrain(args: argparse.Namespace, run: Run) -> None:
     metrics |= {"saved_bytes": (args.out / "model.safetensors").stat().st_size}
     metrics |= {"peak_memory_bytes": runtime.peak_memory(), "device": runtime.describe()}
     metrics |= {"threads": torch.get_num_threads(), "precision": runtime.precision}
-    run.finish(metrics | {"attention": attention, "compiled": compiles})
+    run.finish(metrics | {"attention": attention, "compiled": compiles, "graphs": graphs})
     model.eval()
     for line in fill_examples(fill_mask, task.held_out):
         runtime.log(line)

@@ -211,6 +211,16 @@ def attention(
     return ON_ANY_DEVICE[backend](q, k, v, cu_seqlens_q, cu_seqlens)
 
 
+def self_attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, backend: str) -> Tensor:
+    """Attention where all tokens are queries, for q, k and v in one tensor (T, 3, H, D)."""
+    if backend == "triton":
+        from minitune.fast.fused_attention import fused_self
+
+        out, _ = fused_self(qkv, cu_seqlens, max_seqlen)
+        return out
+    return attention(*qkv.unbind(1), cu_seqlens, max_seqlen, backend)
+
+
 if __name__ == "__main__":
     from minitune.commands import demos
 

@@ -148,11 +148,12 @@ class Classification:
 
         Only the first has class weights.
         """
-        losses = F.cross_entropy(model(*inputs).float(), labels, reduction="none")
+        logits = model(*inputs).float()
+        loss = F.cross_entropy(logits, labels, reduction="sum")
         if self.weights is None:
-            return losses.sum(), losses.sum()
+            return loss, loss
         self.weights = self.weights.to(labels.device)  # copied to a GPU once
-        return (self.weights[labels] * losses).sum(), losses.sum()
+        return F.cross_entropy(logits, labels, self.weights, reduction="sum"), loss
 
     def evaluation_due(self, step: int, steps: int) -> bool:
         """At the end of each epoch."""

@@ -27,15 +27,17 @@ def mask_tokens(
     count = round(rate * ordinary.numel())
     if not whole_word:
         draw = torch.rand(ordinary.numel(), generator=generator)
+        chosen = draw.topk(count, largest=False, sorted=False).indices
     else:  # one number for all tokens of a word, so that `order` keeps them together
         words = (~tokenizer.continuation[tokens]).cumsum(0)  # of each token, counted from 1
         draw = torch.rand(tokens.numel() + 1, generator=generator)[words][ordinary]
-    order = draw.argsort()
-    if whole_word and 0 < count < order.numel():
-        # Stop before the word that would be cut in two: in draw[order], which ascends, the first
-        # place that has the same number as place `count`.
-        count = int(torch.searchsorted(draw[order], draw[order[count]]))
-    positions = ordinary[order[:count]].sort().values
+        order = draw.argsort()
+        if 0 < count < order.numel():
+            # Stop before the word that would be cut in two: in draw[order], which ascends, the
+            # first place that has the same number as place `count`.
+            count = int(torch.searchsorted(draw[order], draw[order[count]]))
+        chosen = order[:count]
+    positions = ordinary[chosen].sort().values
     labels = tokens[positions]
 
     # One number for each chosen token: below 0.8 it is masked, below 0.9 replaced, else kept.

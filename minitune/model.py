@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minitune.attention import attention
+from minitune.attention import attention, self_attention
 from minitune.batching import PackedBatch
 from minitune.fast.layers import ByteDropout, gelu_linear, pad_rows
 
@@ -90,12 +90,14 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor, batch: PackedBatch, positions: Tensor | None = None) -> Tensor:
-        T = batch.tokens.numel()
-        q, k, v = self.qkv(x)[:T].unflatten(1, (3, self.heads, -1)).unbind(1)  # (T, H, D) each
-        cu_seqlens_q = batch.cu_seqlens
-        if positions is not None:
-            q, cu_seqlens_q = q.index_select(0, positions), batch.count_before(positions)
-        y = attention(q, k, v, batch.cu_seqlens, batch.max_seqlen, self.backend, cu_seqlens_q)
+        qkv = self.qkv(x)[: batch.tokens.numel()].unflatten(1, (3, self.heads, -1))  # (T, 3, H, D)
+        lengths = batch.cu_seqlens, batch.max_seqlen, self.backend
+        if positions is None:
+            y = self_attention(qkv, *lengths)
+        else:
+            q, k, v = qkv.unbind(1)
+            q = q.index_select(0, positions)
+            y = attention(q, k, v, *lengths, batch.count_before(positions))
         return self.out(pad_rows(y.flatten(1)))
 
 

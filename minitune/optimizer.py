@@ -46,7 +46,7 @@ class Muon(torch.optim.Optimizer):
                 # So that the outputs of a tall matrix change as much as those of a square one.
                 rate = lr * max(1, rows / columns) ** 0.5
                 torch._foreach_mul_(matrices, 1 - lr * group["weight_decay"])
-                torch._foreach_add_(matrices, list(updates), alpha=-rate)
+                torch._foreach_sub_(matrices, list(rate * updates))
 
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # chosen so that small singular values grow fast
@@ -127,9 +127,20 @@ class Optimizer:
         self.groups = [group for part in self.parts for group in part.param_groups]
         for group in self.groups:
             group["peak_lr"] = group["lr"]
+        self.rates = None
+
+    def keep_rates_on(self, device: torch.device) -> None:
+        """Keep the learning rates in a tensor, from which a CUDA graph reads them."""
+        self.peaks = torch.tensor([group["peak_lr"] for group in self.groups], device=device)
+        self.rates = self.peaks.clone()
+        for group, rate in zip(self.groups, self.rates, strict=True):
+            group |= {"lr": rate, "capturable": True}
 
     def set_rate(self, factor: float) -> None:
         """Set all learning rates to this fraction of their peaks."""
+        if self.rates is not None:
+            torch.mul(self.peaks, factor, out=self.rates)
+            return
         for group in self.groups:
             group["lr"] = group["peak_lr"] * factor
 

@@ -17,6 +17,7 @@ from minitune.classification import Classification, Examples
 from minitune.cloze import ClozeClassifier
 from minitune.experiment import Experiment, Setup
 from minitune.methods import describe_recipe
+from minitune.model import BertForSequenceClassification
 from minitune.optimizer import LRMultipliers, Optimizer
 from minitune.support.runs import Run, write_atomically
 from minitune.training import Trainer
@@ -42,6 +43,9 @@ def train(
     rates = [recipe[key] for key in ("optimizer", "lr", "adamw_lr")]
     rates += [args.weight_decay, LRMultipliers(**recipe["lr_multipliers"])]
     options = {"accumulate": args.accumulate, "save_minutes": args.save_minutes, "warmup": 0.1}
+    graphs = runtime.repeats_graphs(args.cuda_graphs, setup.attention, args.accumulate)
+    # A cloze is filled in by the processor, and a head alone needs no graph.
+    options["graphs"] = graphs and isinstance(learner, BertForSequenceClassification)
     plan = {key: recipe[key] for key in ("batch_tokens", "epochs")}
     plan["class_weights"] = args.class_weights
     # A student that has not learned from its teacher yet must not be kept by chance.

@@ -30,12 +30,14 @@ import math
 import sys
 import time
 from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minitune.fast.graphs import Graphs
 from minitune.optimizer import Optimizer, one_cycle
 from minitune.support.errors import UserError
 from minitune.support.plan import RECENT_STEPS, keep_deadline, report_progress
@@ -66,11 +68,15 @@ class Trainer:
         warmup: float = 0.05,
         accumulate: int = 1,
         save_minutes: float = 2.0,
+        graphs: bool = False,
     ):
-        """`warmup` is a share of all steps, `accumulate` the parts that a batch is computed in."""
+        """`warmup` is a share of all steps, `accumulate` the parts that a batch is computed in.
+
+        `graphs`: a GPU repeats recorded steps (fast/graphs.py).
+        """
         self.model, self.optimizer, self.task, self.run = model, optimizer, task, run
         self.runtime, self.seed, self.warmup = runtime, seed, warmup
-        self.accumulate, self.save_minutes = accumulate, save_minutes
+        self.accumulate, self.save_minutes, self.graphs = accumulate, save_minutes, graphs
         self.step = self.steps = self.tokens = 0  # steps done, steps in all, tokens trained on
         self.seconds = 0.0  # of training, without evaluations
         self.started, self.earlier_seconds = time.monotonic(), 0.0  # of processes before this one
@@ -103,10 +109,11 @@ class Trainer:
             self.model.train()
             if self.step == 0 and self.task.start_counts:
                 self._log_start()
-            batches = self.runtime.shares(self.task.batches(self.step), self.accumulate)
+            steps = self.by_graphs()
+            batches = steps.shares(self.step)
             while self.step < self.steps:
                 started, (batch, parts) = time.monotonic(), next(batches)
-                loss, norm = self.backward(batch, parts)
+                loss, norm = steps.backward(batch, parts)
                 if (self.step + 1) % self.look_every == 0:
                     signals = self._look()
                     # Saved before the update: of these weights we know that their loss is finite.
@@ -114,7 +121,7 @@ class Trainer:
                         self.save()
                     self._stop(signals)
                     bar.set_postfix_str(f"loss {loss:.3f} ({self.task.baseline})")
-                self.update(norm)
+                steps.update(norm)
                 self.step, self.tokens = self.step + 1, self.tokens + batch.tokens
                 self.recent.append((batch.tokens, time.monotonic() - started))
                 self.seconds += self.recent[-1][1]
@@ -135,38 +142,62 @@ class Trainer:
             self._stop(self.runtime.sum(torch.tensor(len(self.signals))).item())
         return final
 
+    def by_graphs(self) -> "Trainer | Graphs":
+        """What computes the steps, by `shares`, `backward` and `update`: this, or CUDA graphs."""
+        return Graphs(self) if self.graphs else self
+
+    def shares(self, first_step: int) -> Iterator[tuple[Any, list]]:
+        """The batch of each step from `first_step` on, and the parts that this process computes."""
+        return self.runtime.shares(self.task.batches(first_step), self.accumulate)
+
     def backward(self, batch: Any, parts: list[tuple[tuple, Tensor]]) -> tuple[Tensor, Tensor]:
         """Compute the gradients of a batch, and clip them. `parts` are those of this process.
 
         Returns (mean loss, norm of the gradients before clipping), both on the device.
         """
-        # Dropout must not depend on where the run was resumed. (The factors are primes: each seed,
-        # step and process has a number of its own.)
+        self.set_seed()
+        return self.gradients(parts, max(len(batch), 1), len(self.signals))
+
+    def set_seed(self) -> None:
+        """Dropout must not depend on where the run was resumed."""
+        # The factors are primes: each seed, step and process has a number of its own.
         torch.manual_seed((self.seed * 1_000_003 + self.step) * 1009 + self.runtime.rank)
+
+    def gradients(
+        self, parts: list[tuple[tuple, Tensor]], count: int | Tensor, signals: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """What `backward` does, for a batch of `count` predictions and after so many signals."""
         total = torch.zeros(2, device=self.runtime.device)
-        total[1] = len(self.signals)
+        total[1] = signals
         self.scaler.scale(total)  # `unscale_` fails if nothing was scaled; `parts` may be empty
         for inputs, labels in parts:
             with self.runtime.autocast():
                 minimised, reported = self.task.loss(self.model, inputs, labels)
             # A mean over the whole batch: parts have different numbers of predictions.
-            self.scaler.scale(minimised / max(len(batch), 1)).backward()
-            total[0] += reported.detach() / max(len(batch), 1)
+            self.scaler.scale(minimised / count).backward()
+            total[0] += reported.detach() / count
         parameters = list(self.trained.values())
         self.runtime.sum_gradients(parameters)
         loss, signals = self.runtime.sum(total)
         for optimizer in self.optimizer.parts:
             self.scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
-        # Scaled float16 gradients overflow now and then, and `update` skips such a step.
+        # Scaled float16 gradients overflow now and then, and `descend` skips such a step.
         checked = loss if self.scaler.is_enabled() else loss + norm
-        self.watched = self.watched + torch.stack([checked, signals])
+        self.watched += torch.stack([checked, signals])
         return loss, norm
 
     def update(self, norm: Tensor) -> None:
-        """Update the weights, and drop the gradients."""
+        """Update the weights at the rate of this step, and drop the gradients."""
+        self.set_rate()
+        self.descend(norm)
+
+    def set_rate(self) -> None:
+        """The learning rates of this step."""
         self.optimizer.set_rate(one_cycle(self.step, self.steps, self.warmup))
-        # After an overflow neither optimizer may take a step.
+
+    def descend(self, norm: Tensor) -> None:
+        """The optimizers' steps. After an overflow neither may take one."""
         if not self.scaler.is_enabled() or math.isfinite(norm):
             for optimizer in self.optimizer.parts:
                 self.scaler.step(optimizer)

@@ -8,7 +8,7 @@ import torch
 
 from minitune.attention import resolve_backend
 from minitune.batching import PackedBatch
-from minitune.fast.fused_attention import fused, fused_backward
+from minitune.fast.fused_attention import fused, fused_backward, fused_self, fused_self_backward
 from minitune.fast.layers import pad_rows
 from minitune.model import BertConfig, Layer
 from minitune.support.errors import UserError
@@ -94,7 +94,18 @@ def test_equal_inputs_give_equal_bits_whatever_the_neighbours_are():
         assert torch.equal(x[first : first + second], z)
 
 
-def test_torch_knows_the_shapes_strides_and_gradients_of_both_operations():
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_q_k_and_v_in_one_tensor_give_the_same_bits(lengths):
+    q, k, v, upstream = inputs(lengths, 64, torch.bfloat16)
+    out, *gradients = run(lengths, [q, k, v, upstream])
+    qkv = torch.stack([q.detach(), k.detach(), v.detach()], 1).requires_grad_()
+    same, _ = fused_self(qkv, cumulative(lengths).to(DEVICE), max(lengths))
+    assert torch.equal(same, out)
+    (gradient,) = torch.autograd.grad(same, qkv, upstream)
+    assert torch.equal(gradient, torch.stack(gradients, 1))
+
+
+def test_torch_knows_the_shapes_strides_and_gradients_of_all_operations():
     lengths = [5, 3]
     q, k, v, upstream = inputs(lengths, 32)
     cu_seqlens = cumulative(lengths).to(DEVICE)
@@ -103,6 +114,10 @@ def test_torch_knows_the_shapes_strides_and_gradients_of_both_operations():
     out, lse = fused(q, k, v, cu_seqlens, cu_seqlens, 5)
     saved = q, k, v, out, lse, cu_seqlens, cu_seqlens, 5
     torch.library.opcheck(fused_backward, (upstream, *saved))
+    together = torch.stack([q, k, v], 1)
+    torch.library.opcheck(fused_self, (together.detach().requires_grad_(), cu_seqlens, 5))
+    out, lse = fused_self(together, cu_seqlens, 5)
+    torch.library.opcheck(fused_self_backward, (upstream, together, out, lse, cu_seqlens, 5))
 
 
 def test_a_layer_under_autocast_is_close_to_the_same_without():

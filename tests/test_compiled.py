@@ -30,7 +30,7 @@ from minitune.training import Trainer
 
 pytest.importorskip("triton")  # there is none for macOS
 
-from minitune.fast.fused_attention import fused, fused_backward
+from minitune.fast.fused_attention import fused, fused_backward, fused_self, fused_self_backward
 
 CONFIG = BertConfig(50, 64, 3, 2, 64)  # vocabulary, hidden, layers, heads, intermediate
 FP32 = Runtime.start("cpu", "fp32")
@@ -55,6 +55,17 @@ def _(d_out, q, k, v, out, lse, cu_seqlens_q, cu_seqlens, max_seqlen):
     ctx = Context()
     ctx.save_for_backward(q, k, v, out, lse.T.unsqueeze(-1), cu_seqlens_q, cu_seqlens)
     return tuple(x.contiguous() for x in Tiled.backward(ctx, d_out)[:3])
+
+
+@fused_self.register_kernel("cpu")
+def _(qkv, cu_seqlens, max_seqlen):
+    return fused(*qkv.unbind(1), cu_seqlens, cu_seqlens, max_seqlen)
+
+
+@fused_self_backward.register_kernel("cpu")
+def _(d_out, qkv, out, lse, cu_seqlens, max_seqlen):
+    given = *qkv.unbind(1), out, lse, cu_seqlens, cu_seqlens, max_seqlen
+    return torch.stack(fused_backward(d_out, *given), 1)
 
 
 @pytest.fixture

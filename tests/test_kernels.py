@@ -33,7 +33,8 @@ from minitune.fast.fused_attention import DELTA_ROWS, FUSE, choose_tiles
 
 three = kernels.forward_kernel, kernels.dq_kernel, kernels.dkdv_kernel
 types = {"cu_q": "*i32", "cu_k": "*i32", "Lse": "*fp32", "Delta": "*fp32"}
-sizes = ["M", "T", "H", "q_stride", "q_head_stride", "kv_stride", "kv_head_stride"]
+sizes = ["M", "H", "q_stride", "q_head_stride", "kv_stride", "kv_head_stride"]
+sizes += ["dq_stride", "dkv_stride"]
 types |= dict.fromkeys(sizes, "i32")
 dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import minitune.model
+import minitune.attention
 from minitune.adapters import insert_adapters
 from minitune.attention import resolve_backend
 from minitune.batching import PackedBatch
@@ -220,13 +220,13 @@ def test_states_at_positions_and_their_gradients_are_those_of_all_tokens(backend
 
 def test_the_last_layer_works_at_the_positions_only(monkeypatch):
     bert, rows, queries = Bert(CONFIG), [], []
-    compute = minitune.model.attention
+    compute = minitune.attention.sdpa
 
     def record(q, *rest):
         queries.append(len(q))
         return compute(q, *rest)
 
-    monkeypatch.setattr(minitune.model, "attention", record)
+    monkeypatch.setitem(minitune.attention.ON_ANY_DEVICE, "sdpa", record)
     for layer in bert.layers:
         layer.feed_forward.register_forward_hook(
             lambda module, inputs, output: rows.append(len(output))

@@ -48,6 +48,35 @@ def choose_tiles(dtype: torch.dtype, D: int, max_seqlen: int) -> tuple[Tile, Til
     return TILES["short" if max_seqlen < 128 else "long"]
 
 
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens: Tensor, max_seqlen: int
+) -> tuple[Tensor, Tensor]:
+    """(out (M, H, D), lse (H, M)) for q (M, H, D), and k and v (T, H, D) of equal strides."""
+    M, H, D = q.shape
+    out, lse = q.new_empty(M, H, D), q.new_empty(H, M, dtype=torch.float32)
+    tile, _, _ = choose_tiles(q.dtype, D, max_seqlen)
+    lengths = cu_seqlens_q, cu_seqlens, max_seqlen
+    launch(kernels.forward_kernel, (q, k, v, out, lse), *lengths, tile, tile.QUERY_BLOCK)
+    return out, lse
+
+
+def backward(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    cu_seqlens_q: Tensor, cu_seqlens: Tensor, max_seqlen: int,
+    dq: Tensor, dk: Tensor, dv: Tensor,
+) -> None:  # fmt: skip
+    """Write the gradients into dq, dk and dv, whose heads lie side by side."""
+    M, H, D = q.shape
+    d_out, delta = d_out.contiguous(), torch.empty_like(lse)
+    _, dq_tile, dkdv_tile = choose_tiles(q.dtype, D, max_seqlen)
+    with torch.cuda.device_of(q):  # triton launches on the current GPU
+        grid = triton.cdiv(M, DELTA_ROWS), H
+        kernels.delta_kernel[grid](out, d_out, delta, M, H, D=D, ROWS=DELTA_ROWS, **FUSE)
+    given, lengths = (q, k, v, d_out, lse, delta), (cu_seqlens_q, cu_seqlens, max_seqlen)
+    launch(kernels.dq_kernel, (*given, dq), *lengths, dq_tile, dq_tile.QUERY_BLOCK, dq)
+    launch(kernels.dkdv_kernel, (*given, dk, dv), *lengths, dkdv_tile, dkdv_tile.KEY_BLOCK, dk)
+
+
 @torch.library.custom_op("minitune::attention", mutates_args=())
 def fused(
     q: Tensor,
@@ -62,14 +91,7 @@ def fused(
     Returns (out (M, H, D), lse (H, M)). The gradient is that of `out`. For it q, k, v, the output
     and lse are saved, and all sums are float32.
     """
-    M, H, D = q.shape
-    # The model's q, k and v are views of one tensor (T, 3, H, D), and are not copied.
-    q, k, v = inputs(q, k, v)
-    out, lse = q.new_empty(M, H, D), q.new_empty(H, M, dtype=torch.float32)
-    tile, _, _ = choose_tiles(q.dtype, D, max_seqlen)
-    lengths = cu_seqlens_q, cu_seqlens, max_seqlen
-    launch(kernels.forward_kernel, (q, k, v, out, lse), *lengths, tile, tile.QUERY_BLOCK)
-    return out, lse
+    return forward(*inputs(q, k, v), cu_seqlens_q, cu_seqlens, max_seqlen)
 
 
 @torch.library.custom_op("minitune::attention_backward", mutates_args=())
@@ -85,17 +107,29 @@ def fused_backward(
     max_seqlen: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) from what `fused` was given and gave."""
-    M, H, D = q.shape
-    (q, k, v), d_out, delta = inputs(q, k, v), d_out.contiguous(), torch.empty_like(lse)
-    dq, dk, dv = q.new_empty(M, H, D), k.new_empty(k.shape), v.new_empty(v.shape)
-    _, dq_tile, dkdv_tile = choose_tiles(q.dtype, D, max_seqlen)
-    with torch.cuda.device_of(q):  # triton launches on the current GPU
-        grid = triton.cdiv(M, DELTA_ROWS), H
-        kernels.delta_kernel[grid](out, d_out, delta, M, H, D=D, ROWS=DELTA_ROWS, **FUSE)
-    given, lengths = (q, k, v, d_out, lse, delta), (cu_seqlens_q, cu_seqlens, max_seqlen)
-    launch(kernels.dq_kernel, (*given, dq), *lengths, dq_tile, dq_tile.QUERY_BLOCK)
-    launch(kernels.dkdv_kernel, (*given, dk, dv), *lengths, dkdv_tile, dkdv_tile.KEY_BLOCK)
-    return dq, dk, dv
+    given, lengths = (d_out, *inputs(q, k, v), out, lse), (cu_seqlens_q, cu_seqlens, max_seqlen)
+    gradients = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    backward(*given, *lengths, *gradients)
+    return gradients
+
+
+@torch.library.custom_op("minitune::self_attention", mutates_args=())
+def fused_self(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
+    """The same where all tokens are queries, for contiguous qkv (T, 3, H, D).
+
+    Its gradient is one tensor, too. Three would have to be copied into one.
+    """
+    return forward(*qkv.unbind(1), cu_seqlens, cu_seqlens, max_seqlen)
+
+
+@torch.library.custom_op("minitune::self_attention_backward", mutates_args=())
+def fused_self_backward(
+    d_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, max_seqlen: int
+) -> Tensor:
+    """The gradient (T, 3, H, D) of qkv."""
+    gradient, lengths = torch.empty_like(qkv), (cu_seqlens, cu_seqlens, max_seqlen)
+    backward(d_out, *qkv.unbind(1), out, lse, *lengths, *gradient.unbind(1))
+    return gradient
 
 
 def inputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -115,18 +149,20 @@ def launch(
     max_seqlen: int,
     tile: Tile,
     block: int,
+    gradient: Tensor | None = None,
 ) -> None:
     """Run a kernel for each block of each head of each sequence; `tensors` begin with q and k."""
     q, k, *_ = tensors
-    (M, H, D), T = q.shape, k.size(0)
+    M, H, D = q.shape
     # CUDA allows 2³¹ programs along the first axis, and 65,535 along the second.
     grid = (cu_seqlens.numel() - 1) * H, triton.cdiv(max_seqlen, block)
-    sizes = M, T, H, *q.stride()[:2], *k.stride()[:2]
+    sizes = [M, H, *q.stride()[:2], *k.stride()[:2]]
+    sizes += [] if gradient is None else [gradient.stride(0)]
     with torch.cuda.device_of(q):
         kernel[grid](*tensors, cu_seqlens_q, cu_seqlens, *sizes, D=D, **tile._asdict(), **FUSE)
 
 
-# What torch.compile must know of both: the shapes and dtypes that they give.
+# What torch.compile must know of them: the shapes and dtypes that they give.
 
 
 @fused.register_fake
@@ -140,21 +176,43 @@ def _(d_out, q, k, v, out, lse, cu_seqlens_q, cu_seqlens, max_seqlen):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
+@fused_self.register_fake
+def _(qkv, cu_seqlens, max_seqlen):
+    T, _, H, D = qkv.shape
+    return qkv.new_empty((T, H, D)), qkv.new_empty((H, T), dtype=torch.float32)
+
+
+@fused_self_backward.register_fake
+def _(d_out, qkv, out, lse, cu_seqlens, max_seqlen):
+    return torch.empty_like(qkv)
+
+
 # And what autograd must know: what is saved, and the gradients of the inputs.
 
 
 def save_for_backward(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     """Keep what `fused_backward` reads."""
     q, k, v, cu_seqlens_q, cu_seqlens, ctx.max_seqlen = inputs
-    out, lse = output
-    ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens)
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens_q, cu_seqlens)
     ctx.set_materialize_grads(False)  # none is needed for lse
 
 
-def backward(ctx, d_out: Tensor, d_lse: None) -> tuple[Tensor | None, ...]:
+def gradients(ctx, d_out: Tensor, d_lse: None) -> tuple[Tensor | None, ...]:
     """The gradients of the six inputs of `fused`."""
-    dq, dk, dv = fused_backward(d_out, *ctx.saved_tensors, ctx.max_seqlen)
-    return dq, dk, dv, None, None, None
+    return *fused_backward(d_out, *ctx.saved_tensors, ctx.max_seqlen), None, None, None
 
 
-fused.register_autograd(backward, setup_context=save_for_backward)
+def save_for_self_backward(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    """The same for `fused_self`."""
+    qkv, cu_seqlens, ctx.max_seqlen = inputs
+    ctx.save_for_backward(qkv, *output, cu_seqlens)
+    ctx.set_materialize_grads(False)
+
+
+def self_gradients(ctx, d_out: Tensor, d_lse: None) -> tuple[Tensor | None, ...]:
+    """The gradients of the three inputs of `fused_self`."""
+    return fused_self_backward(d_out, *ctx.saved_tensors, ctx.max_seqlen), None, None
+
+
+fused.register_autograd(gradients, setup_context=save_for_backward)
+fused_self.register_autograd(self_gradients, setup_context=save_for_self_backward)

@@ -31,17 +31,12 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
-def find_work(cu_seqlens, T, H, stride, head_stride, D: tl.constexpr):
-    """Where the sequence and the head of this program begin among T rows, and the length.
-
-    There are three offsets: into a tensor with these strides, into a contiguous tensor (T, H, D),
-    and into one (H, T).
-    """
-    sequence, head = tl.program_id(0) // H, (tl.program_id(0) % H).to(tl.int64)
+def find_work(cu_seqlens, H):
+    """The first row of the sequence of this program, how many rows it has, and the head."""
+    sequence, head = tl.program_id(0) // H, tl.program_id(0) % H
     start = tl.load(cu_seqlens + sequence)
     length = tl.load(cu_seqlens + sequence + 1) - start
-    first = start.to(tl.int64)
-    return first * stride + head * head_stride, (first * H + head) * D, head * T + first, length
+    return start.to(tl.int64), length, head.to(tl.int64)
 
 
 @triton.jit
@@ -82,15 +77,18 @@ def forward_block(q, kT, v, is_key, top, total, out):
 
 @triton.jit
 def forward_kernel(
-    Q, K, V, Out, Lse, cu_q, cu_k, M, T, H,
+    Q, K, V, Out, Lse, cu_q, cu_k, M, H,
     q_stride, q_head_stride, kv_stride, kv_head_stride,
     D: tl.constexpr, QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Out and Lse for a block of queries: the online softmax over blocks of keys."""
-    q_start, out_start, sums_start, q_count = find_work(cu_q, M, H, q_stride, q_head_stride, D)
-    kv_start, _, _, k_count = find_work(cu_k, T, H, kv_stride, kv_head_stride, D)
+    q_first, q_count, head = find_work(cu_q, H)
+    k_first, k_count, _ = find_work(cu_k, H)
     if tl.program_id(1) * QUERY_BLOCK >= q_count:  # as many programs as the longest one needs
         return
+    q_start = q_first * q_stride + head * q_head_stride
+    kv_start = k_first * kv_stride + head * kv_head_stride
+    out_start, sums_start = (q_first * H + head) * D, head * M + q_first
     queries = tl.program_id(1) * QUERY_BLOCK + tl.arange(0, QUERY_BLOCK)
     is_query = queries < q_count
     q = tl.load(rows_of(Q + q_start, queries, q_stride, D), mask=is_query[:, None], other=0.0)
@@ -142,15 +140,18 @@ def dq_block(q, kT, vT, d_out, lse, delta, is_key, dq):
 
 @triton.jit
 def dq_kernel(
-    Q, K, V, dOut, Lse, Delta, dQ, cu_q, cu_k, M, T, H,
-    q_stride, q_head_stride, kv_stride, kv_head_stride,
+    Q, K, V, dOut, Lse, Delta, dQ, cu_q, cu_k, M, H,
+    q_stride, q_head_stride, kv_stride, kv_head_stride, dq_stride,
     D: tl.constexpr, QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dQ for a block of queries."""
-    q_start, out_start, sums_start, q_count = find_work(cu_q, M, H, q_stride, q_head_stride, D)
-    kv_start, _, _, k_count = find_work(cu_k, T, H, kv_stride, kv_head_stride, D)
+    q_first, q_count, head = find_work(cu_q, H)
+    k_first, k_count, _ = find_work(cu_k, H)
     if tl.program_id(1) * QUERY_BLOCK >= q_count:
         return
+    q_start = q_first * q_stride + head * q_head_stride
+    kv_start = k_first * kv_stride + head * kv_head_stride
+    out_start, sums_start = (q_first * H + head) * D, head * M + q_first
     queries = tl.program_id(1) * QUERY_BLOCK + tl.arange(0, QUERY_BLOCK)
     is_query = queries < q_count
     q = tl.load(rows_of(Q + q_start, queries, q_stride, D), mask=is_query[:, None], other=0.0)
@@ -173,7 +174,7 @@ def dq_kernel(
         kT = tl.load(k_next, mask=is_key[None, :], other=0.0)
         vT = tl.load(v_next, mask=is_key[None, :], other=0.0)
         dq = dq_block(q, kT, vT, d_out, lse, delta, is_key, dq)
-    dq_rows = rows_of(dQ + out_start, queries, H * D, D)
+    dq_rows = rows_of(dQ + q_first * dq_stride + head * D, queries, dq_stride, D)
     tl.store(dq_rows, (dq * D**-0.5).to(dQ.dtype.element_ty), mask=is_query[:, None])
 
 
@@ -190,15 +191,18 @@ def dkdv_block(qT, k, v, d_out, lse, delta, dk, dv):
 
 @triton.jit
 def dkdv_kernel(
-    Q, K, V, dOut, Lse, Delta, dK, dV, cu_q, cu_k, M, T, H,
-    q_stride, q_head_stride, kv_stride, kv_head_stride,
+    Q, K, V, dOut, Lse, Delta, dK, dV, cu_q, cu_k, M, H,
+    q_stride, q_head_stride, kv_stride, kv_head_stride, dkv_stride,
     D: tl.constexpr, QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dK and dV for a block of keys."""
-    q_start, out_start, sums_start, q_count = find_work(cu_q, M, H, q_stride, q_head_stride, D)
-    kv_start, dkv_start, _, k_count = find_work(cu_k, T, H, kv_stride, kv_head_stride, D)
+    q_first, q_count, head = find_work(cu_q, H)
+    k_first, k_count, _ = find_work(cu_k, H)
     if tl.program_id(1) * KEY_BLOCK >= k_count:
         return
+    q_start = q_first * q_stride + head * q_head_stride
+    kv_start = k_first * kv_stride + head * kv_head_stride
+    out_start, sums_start = (q_first * H + head) * D, head * M + q_first
     keys = tl.program_id(1) * KEY_BLOCK + tl.arange(0, KEY_BLOCK)
     is_key = keys < k_count  # other rows are wrong, affect no other row and are not stored
     k = tl.load(rows_of(K + kv_start, keys, kv_stride, D), mask=is_key[:, None], other=0.0)
@@ -226,7 +230,8 @@ def dkdv_kernel(
         lse = tl.load(lse_next, mask=is_query, other=0.0)
         delta = tl.load(delta_next, mask=is_query, other=0.0)
         dk, dv = dkdv_block(qT, k, v, d_out, lse, delta, dk, dv)
-    dk_rows = rows_of(dK + dkv_start, keys, H * D, D)
-    dv_rows = rows_of(dV + dkv_start, keys, H * D, D)
+    dkv_start = k_first * dkv_stride + head * D
+    dk_rows = rows_of(dK + dkv_start, keys, dkv_stride, D)
+    dv_rows = rows_of(dV + dkv_start, keys, dkv_stride, D)
     tl.store(dk_rows, (dk * D**-0.5).to(dK.dtype.element_ty), mask=is_key[:, None])
     tl.store(dv_rows, dv.to(dV.dtype.element_ty), mask=is_key[:, None])

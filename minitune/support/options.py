@@ -230,4 +230,6 @@ def _add_machine_options(parser: Parser, compiles: str | None = None) -> None:
     if compiles:
         what = "fuse the operations of a layer by torch.compile; auto: on a GPU"
         add("--compile", what, ["auto", "on", "off"], compiles)
+        graphs = "repeat recorded training steps; auto: on a GPU"
+        add("--cuda-graphs", graphs, ["auto", "off"], "auto")
     add("--seed", "of everything that is random", int_range(0, 2**31), 0)

@@ -34,12 +34,13 @@ def plan_steps(trainer: Any, deadline: float) -> None:
     probe, times, tokens = copy.copy(trainer), [], 0
     parts = trainer.model.train(), trainer.trained, trainer.optimizer, trainer.scaler
     probe.model, probe.trained, probe.optimizer, probe.scaler = copy.deepcopy(parts)
+    probe.watched = trainer.watched.clone()
     keep_compiled(trainer.model, probe.model)
-    shares = trainer.runtime.shares(trainer.task.batches(0), trainer.accumulate)
-    for batch, share in islice(shares, PROBE_STEPS):
+    by = probe.by_graphs()
+    for batch, share in islice(by.shares(0), PROBE_STEPS):
         before = time.monotonic()
-        _, norm = probe.backward(batch, share)
-        probe.update(norm)
+        _, norm = by.backward(batch, share)
+        by.update(norm)
         norm.item()  # waits for a GPU
         times.append(time.monotonic() - before)
         tokens += batch.tokens

@@ -13,7 +13,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -102,6 +102,14 @@ class Runtime:
             raise UserError("--compile on needs a CUDA device and --attention triton")
         return possible and choice != "off"
 
+    def repeats_graphs(self, choice: str, attention: str, accumulate: int) -> bool:
+        """Whether training steps are recorded as CUDA graphs: by --cuda-graphs ("auto" or "off").
+
+        "auto": on a GPU with attention by Triton, where each step is one part of one process.
+        """
+        one = self.world_size == accumulate == 1 and self.precision != "fp16"  # which has a scaler
+        return choice == "auto" and one and self.device.type == "cuda" and attention == "triton"
+
     def compile_layers(self, bert: nn.Module, max_len: int, batch_tokens: int) -> None:
         """Compile the layers of a `Bert` for training with such batches."""
         # Imported here, since it takes seconds.
@@ -146,15 +154,24 @@ class Runtime:
         """The precision, and why."""
         return f"{self.precision} ({self.precision_reason})"
 
-    def shares(self, batches: Iterator[Any], accumulate: int) -> Iterator[tuple[Any, list]]:
+    def describe_ways(self, attention: str, compiles: bool, graphs: bool) -> str:
+        """How it computes, for the first lines of a run."""
+        compiled, repeated = ("on" if way else "off" for way in (compiles, graphs))
+        ways = f"attention: {attention}; compile: {compiled}; CUDA graphs: {repeated}"
+        return f"precision: {self.describe_precision()}; {ways}"
+
+    def shares(
+        self, batches: Iterator[Any], accumulate: int, prepare: Callable = lambda part: part
+    ) -> Iterator[tuple[Any, list]]:
         """Each batch with the parts of it that this process computes, `accumulate` at most.
 
-        A part is (inputs, labels) on the device. Those for a GPU are prepared while it computes.
+        A part is (inputs, labels) on the device, after `prepare`. Those for a GPU are made while it
+        computes.
         """
 
         def with_parts(batch: Any) -> tuple[Any, list]:
-            parts = batch.split(self.world_size * accumulate)
-            return batch, [part.to(self.device) for part in parts[self.rank :: self.world_size]]
+            parts = batch.split(self.world_size * accumulate)[self.rank :: self.world_size]
+            return batch, [prepare(part).to(self.device) for part in parts]
 
         shares = map(with_parts, batches)
         return prefetch(shares) if self.device.type == "cuda" else shares
