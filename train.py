@@ -47,9 +47,9 @@ from minitune.training import Trainer
 STARTED = time.monotonic()
 PEAK_LR = {"muon": 0.01, "adamw": 0.001}
 # Where --batch-tokens is not given: tokens in a step, and a factor for the rates above, which were
-# measured with those of a CPU. A GPU is busy with more tokens only (tests/benchmarks/RESULTS.md).
-# For 16 times as many the square-root rule (Malladi et al. 2022) gives 4; that is not measured.
-DEFAULTS_BY_DEVICE = {"cpu": (4096, 1), "cuda": (65536, 4)}
+# measured with those of a CPU. A GPU is busy with more tokens only, and for these twice the rate
+# is better than four times (tests/benchmarks/LOG.md).
+DEFAULTS_BY_DEVICE = {"cpu": (4096, 1), "cuda": (65536, 2)}
 # Options that the loss depends on, and {steps: loss} as measured with their defaults
 # (tests/benchmarks/LOG.md).
 RECIPE = ("data", "preset", "init", "vocab_size", "mask_rate", "whole_word", "summary_weight",
@@ -86,7 +86,7 @@ def pretrain(args: argparse.Namespace, run: Run) -> None:
     source = find_model(args.init) if args.init else None
     config = read_config(source) if source else PRESETS[args.preset]
     attention = resolve_backend(args.attention, runtime.device, runtime.dtype, config.head_size)
-    compiles = runtime.compiles(args.compile, attention)
+    compiles = runtime.compiles(args.compile, attention, 0 if args.steps else args.minutes)
     graphs = runtime.repeats_graphs(args.cuda_graphs, attention, args.accumulate)
     graphs &= args.mask_rate <= MOST_MASKED
     args.max_len = choose_max_len(args.max_len, config.max_position_embeddings, args.batch_tokens)

@@ -134,7 +134,7 @@ class Optimizer:
         self.peaks = torch.tensor([group["peak_lr"] for group in self.groups], device=device)
         self.rates = self.peaks.clone()
         for group, rate in zip(self.groups, self.rates, strict=True):
-            group |= {"lr": rate, "capturable": True}
+            group["lr"] = rate
 
     def set_rate(self, factor: float) -> None:
         """Set all learning rates to this fraction of their peaks."""

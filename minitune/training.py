@@ -81,13 +81,13 @@ class Trainer:
         self.seconds = 0.0  # of training, without evaluations
         self.started, self.earlier_seconds = time.monotonic(), 0.0  # of processes before this one
         self.deadline = None  # of time.monotonic(), where `steps` are planned by time
-        self.recent = deque(maxlen=RECENT_STEPS)  # (tokens, seconds) of each of the last steps
         self.validation_every = 1  # 2: every second validation batch is read, and so on
         self.observe = dict  # a function: what else an evaluation writes into the log
         self.signals: list[int] = []  # Ctrl-C and the like
         # Sums over all steps: of losses and norms, and of signals. Reading them waits for a GPU.
         self.watched = torch.zeros(2, device=runtime.device)
         self.look_every = LOG_EVERY if runtime.device.type == "cuda" else 1  # steps
+        self.recent = deque(maxlen=RECENT_STEPS * self.look_every)  # (tokens, seconds) of steps
         self.last_save = self.last_report = -math.inf  # so both come at the first step
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.best_step, self.best_loss, self.best_accuracy = 0, 0.0, 0.0
@@ -168,7 +168,7 @@ class Trainer:
     ) -> tuple[Tensor, Tensor]:
         """What `backward` does, for a batch of `count` predictions and after so many signals."""
         total = torch.zeros(2, device=self.runtime.device)
-        total[1] = signals
+        total[1] += signals
         self.scaler.scale(total)  # `unscale_` fails if nothing was scaled; `parts` may be empty
         for inputs, labels in parts:
             with self.runtime.autocast():

@@ -192,7 +192,7 @@ def pretrain(compiler, tmp_path, monkeypatch):
     """Runs a small train.py as on a GPU, in this process; gives the directory and the settings."""
     monkeypatch.setitem(train.PRESETS, "tiny", replace(CONFIG, vocab_size=8192))
     monkeypatch.setattr(train, "resolve_backend", lambda *_: "triton")
-    monkeypatch.setattr(Runtime, "compiles", lambda self, choice, attention: choice == "on")
+    monkeypatch.setattr(Runtime, "compiles", lambda self, choice, *others: choice == "on")
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"a film of {n} words " * (n % 9 + 2) for n in range(40)))
 
@@ -270,10 +270,13 @@ def test_on_a_gpu_ragged_batches_are_compiled_once_and_a_resumed_run_has_the_sam
     assert_equal_bits(second, model)
 
 
-@pytest.mark.parametrize(("choice", "compiles"), [("auto", True), ("on", True), ("off", False)])
-def test_layers_are_compiled_on_a_gpu_unless_that_is_off(choice, compiles):
+@pytest.mark.parametrize(
+    ("choice", "minutes", "compiles"),
+    [("auto", 5, True), ("auto", 4, False), ("on", 0, True), ("off", 17, False)],
+)
+def test_layers_are_compiled_on_a_gpu_where_that_pays(choice, minutes, compiles):
     gpu = Runtime(torch.device("cuda"), "bf16")
-    assert gpu.compiles(choice, "triton") == compiles
+    assert gpu.compiles(choice, "triton", minutes) == compiles
 
 
 def test_layers_are_not_compiled_on_a_cpu_or_with_other_attention():

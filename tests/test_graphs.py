@@ -22,7 +22,6 @@ from minitune.support.runs import Run
 from minitune.support.runtime import Runtime
 from minitune.training import Trainer
 from tests.test_compiled import ragged_batches
-from tests.test_training import small_model
 
 FP32 = Runtime.start("cpu", "fp32")
 SAMPLE = Path(__file__).parents[1] / "data" / "samples" / "reviews.txt"
@@ -68,7 +67,9 @@ def test_a_filled_batch_has_the_same_sequences_and_more_of_padding(most):
         assert torch.equal(filled.tokens[:T], batch.tokens)
         assert torch.equal(filled.cu_seqlens[:B], batch.cu_seqlens)
         assert filled.cu_seqlens.dtype == batch.cu_seqlens.dtype
-        assert set(filled.tokens[T:].tolist()) == {7} and filled.cu_seqlens[-1] == len(filled.tokens)
+        assert set(filled.tokens[T:].tolist()) == {7} and filled.cu_seqlens[-1] == len(
+            filled.tokens
+        )
         lengths = filled.cu_seqlens.diff()
         assert 1 <= lengths.min() and lengths.max() <= filled.max_seqlen <= most
         assert filled.tokens.numel() % 64 == 0 and filled.tokens.numel() - T >= 64 + len(lengths)
@@ -95,7 +96,9 @@ def pretrainer(corpus, directory, runtime=FP32, rate=0.15, **options):
     directory.mkdir(exist_ok=True)
     run, optimizer = Run(directory), Optimizer(model, "muon", 0.01, 0.001, 0.01)
     run.start({})
-    trainer = Trainer(model, optimizer, make_task(corpus, rate=rate), run, runtime, seed=0, **options)
+    trainer = Trainer(
+        model, optimizer, make_task(corpus, rate=rate), run, runtime, seed=0, **options
+    )
     trainer.steps = 16
     return trainer
 
@@ -106,7 +109,9 @@ def classifier_trainer(directory, labels, graphs, class_weights="none"):
     model = BertForSequenceClassification(config)
     texts = object.__new__(TokenizedTexts)
     draw = np.random.default_rng(0)
-    texts.ids = [draw.integers(5, 90, n).astype(np.int32) for n in draw.integers(3, 60, len(labels))]
+    texts.ids = [
+        draw.integers(5, 90, n).astype(np.int32) for n in draw.integers(3, 60, len(labels))
+    ]
     texts.lengths = np.array([len(ids) for ids in texts.ids])
     texts.truncated = [False] * len(labels)
     rows = Examples(texts, labels)
@@ -124,7 +129,9 @@ def classifier_trainer(directory, labels, graphs, class_weights="none"):
 def assert_same_gradients(plain, filled):
     by = filled.by_graphs()
     assert isinstance(by, Graphs)
-    for (batch, parts), (same, more) in itertools.islice(zip(plain.shares(0), by.shares(0), strict=False), 6):
+    for (batch, parts), (same, more) in itertools.islice(
+        zip(plain.shares(0), by.shares(0), strict=False), 6
+    ):
         assert batch.tokens == same.tokens
         loss, norm = plain.backward(batch, parts)
         loss2, norm2 = by.backward(same, more)
@@ -157,9 +164,7 @@ def test_padding_changes_no_gradient_of_labels(tmp_path, called, labels, class_w
 
 
 def test_a_run_by_graphs_learns_as_one_without(corpus, tmp_path, called):
-    plain, graphed = (
-        pretrainer(corpus, tmp_path / str(way), graphs=way) for way in (False, True)
-    )
+    plain, graphed = (pretrainer(corpus, tmp_path / str(way), graphs=way) for way in (False, True))
     assert graphed.train()["loss"] == pytest.approx(plain.train()["loss"], abs=2e-4)
     assert 2 <= called.count <= 8  # graphs, two for each shape
     logged = [[e["loss"] for e in t.run.read_log()] for t in (plain, graphed)]
@@ -222,6 +227,16 @@ def test_a_signal_and_a_nan_are_seen(corpus, tmp_path, called):
     trainer.signals.append(2)
     by.backward(batch, parts)
     assert trainer._look() == 1
+
+
+def test_a_step_that_cannot_be_recorded_has_a_way_out(corpus, tmp_path, monkeypatch):
+    def fail(work, pool):
+        raise RuntimeError("operation not permitted")
+
+    monkeypatch.setattr(graphs, "Recorded", fail)
+    with pytest.raises(RuntimeError, match="operation not permitted") as raised:
+        pretrainer(corpus, tmp_path, graphs=True).train()
+    assert raised.value.__notes__[0].endswith("try --cuda-graphs off")
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minitune.batching import PackedBatch, copy_to
-from minitune.pretraining import MaskedBatch
 
 MULTIPLE = 64  # of the tokens and of the predictions in a filled batch
 SPARE = 128  # tokens to fill with at least, beside one for each sequence
@@ -66,7 +65,7 @@ def fill_to(number: int) -> int:
     return -(-number // MULTIPLE) * MULTIPLE
 
 
-def fill_masked(part: MaskedBatch, task: Any, most_positions: int) -> Filled:
+def fill_masked(part: Any, task: Any, most_positions: int) -> Filled:
     """A batch of masked-language modelling. Some [PAD] are read too: their label is [PAD]."""
     batch, T = fill(part.batch, task.batch_tokens, most_positions, task.pad_id), part.tokens
     missing = fill_to(round(task.rate * task.batch_tokens)) - len(part)
@@ -118,8 +117,8 @@ class Graphs:
         most = trainer.model.config.max_position_embeddings
 
         def fill_up(part: Any) -> Filled:
-            filled = fill_masked if isinstance(part, MaskedBatch) else fill_examples
-            return filled(part, task, most)
+            fill_part = fill_masked if hasattr(part, "positions") else fill_examples
+            return fill_part(part, task, most)
 
         return trainer.runtime.shares(task.batches(first_step), 1, fill_up)
 
@@ -149,11 +148,19 @@ class Graphs:
         """(inputs, graph of `gradients`, graph of `descend`) for batches of this shape."""
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # the graphs have memory of their own
-        trainer, count = self.trainer, self.count
-        backward = Recorded(
-            lambda: trainer.gradients([unflatten(inputs, longest)], count), self.pool
-        )
-        update = Recorded(lambda: trainer.descend(None), self.pool)
+        trainer = self.trainer
+        for group in trainer.optimizer.groups:
+            group["capturable"] = True  # or AdamW refuses to be recorded
+        try:
+            backward = Recorded(
+                lambda: trainer.gradients([unflatten(inputs, longest)], self.count), self.pool
+            )
+            update = Recorded(lambda: trainer.descend(None), self.pool)
+        except RuntimeError as error:
+            error.add_note("no CUDA graph of a step could be recorded; try --cuda-graphs off")
+            raise
+        for group in trainer.optimizer.groups:
+            group["capturable"] = False  # or it warns in steps that are not recorded
         return inputs, backward, update
 
     def update(self, norm: Tensor) -> None:

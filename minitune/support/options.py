@@ -67,7 +67,7 @@ def train_options() -> Parser:
         "--accumulate", "compute a batch in N parts, for memory", int_range(1, 1024), 1, metavar="N"
     )
     add("--optimizer", "for the hidden matrices", ["muon", "adamw"], "muon")
-    lr = "its peak rate (default: muon 0.01, adamw 0.001; 4 times that with a GPU's default batch)"
+    lr = "its peak rate (default: muon 0.01, adamw 0.001; 2 times that with a GPU's default batch)"
     add("--lr", lr, float_range(0, 1e38))
     adamw_lr = "peak rate for the rest, beside muon (default: that of adamw)"
     add("--adamw-lr", adamw_lr, float_range(0, 1e38))
@@ -228,7 +228,7 @@ def _add_machine_options(parser: Parser, compiles: str | None = None) -> None:
     add("--device", "auto: a GPU if there is one", ["auto", "cpu", "cuda"], "auto")
     add("--threads", "of the processor (default: torch decides)", int_range(1, 1024))
     if compiles:
-        what = "fuse the operations of a layer by torch.compile; auto: on a GPU"
+        what = "fuse operations by torch.compile; auto: on a GPU, for --minutes 5 or more"
         add("--compile", what, ["auto", "on", "off"], compiles)
         graphs = "repeat recorded training steps; auto: on a GPU"
         add("--cuda-graphs", graphs, ["auto", "off"], "auto")

@@ -19,7 +19,7 @@ PROBE_STEPS = 100  # the speed is measured over this many steps at most,
 PROBE_SHARE = 0.05  # and in this share of the time at most
 EVALUATION_SHARE = 0.2  # of the time, for all evaluations, at most
 CHECK_EVERY = 5  # steps: then the plan is compared with the speed of the last steps
-RECENT_STEPS = 20  # a multiple of training.LOG_EVERY: a GPU is waited for only then
+RECENT_STEPS = 20  # the last ones; for a GPU times LOG_EVERY, since it is waited for only then
 TOLERANCE = 0.1  # the plan is changed if the steps to go are wrong by more than this share
 
 
@@ -61,7 +61,8 @@ def plan_steps(trainer: Any, deadline: float) -> None:
 def keep_deadline(trainer: Any) -> None:
     """Move the end of the run, and of its schedule, where the speed is not what was planned."""
     to_go = trainer.steps - trainer.step
-    if to_go and trainer.step % max(CHECK_EVERY, trainer.look_every) == 0:
+    every = CHECK_EVERY if trainer.look_every == 1 else trainer.recent.maxlen
+    if to_go and trainer.step % every == 0:
         tokens, seconds = map(sum, zip(*trainer.recent, strict=True))
         left = steps_left(trainer, tokens / seconds, trainer.tokens / trainer.step)
         if abs(left - to_go) > max(2, TOLERANCE * to_go):

@@ -28,6 +28,8 @@ from minitune.fast.compiled import compile_layers, warm_up
 from minitune.fast.prefetch import prefetch
 from minitune.support.errors import UserError, plural
 
+# Compiling takes 5 to 30 s, and makes a step on an H100 6% (tiny) to 19% (base) faster.
+COMPILE_MINUTES = 5
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -92,15 +94,16 @@ class Runtime:
         for p in (p for m in linear for p in m.parameters() if not p.requires_grad):
             p.data = p.data.to(self.dtype)
 
-    def compiles(self, choice: str, attention: str) -> bool:
+    def compiles(self, choice: str, attention: str, minutes: float = 0) -> bool:
         """Whether the layers are compiled for training: by --compile ("auto", "on" or "off").
 
-        "auto": on a GPU with attention by Triton. Raises UserError if "on" cannot be.
+        "auto": on a GPU with attention by Triton, in a run that is planned for so many minutes that
+        the time to compile comes back. Raises UserError if "on" cannot be.
         """
         possible = self.device.type == "cuda" and attention == "triton"
         if choice == "on" and not possible:
             raise UserError("--compile on needs a CUDA device and --attention triton")
-        return possible and choice != "off"
+        return possible and (choice == "on" or choice == "auto" and minutes >= COMPILE_MINUTES)
 
     def repeats_graphs(self, choice: str, attention: str, accumulate: int) -> bool:
         """Whether training steps are recorded as CUDA graphs: by --cuda-graphs ("auto" or "off").

@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from minitune.attention import attention, reference, resolve_backend
+from minitune.attention import reference, resolve_backend, self_attention
 from minitune.corpus import Corpus
 from minitune.data import Dataset
 from minitune.model import PRESETS, BertConfig, BertForMaskedLM
@@ -101,7 +101,8 @@ def seconds(work: Callable, repeats: int) -> float:
     cache = torch.empty(1 << 30, dtype=torch.int8, device="cuda")
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
     for start, end in events:
-        cache.zero_()
+        for _ in range(10):  # for some milliseconds
+            cache.zero_()
         start.record()
         work()
         end.record()
@@ -143,25 +144,25 @@ def batches() -> Iterator[tuple[str, list[int], str]]:
 def sides(
     lengths: list[int], cu_seqlens: Tensor, backend: str, with_flex: bool
 ) -> dict[str, Callable]:
-    """{name: its attention over packed q, k and v (T, H, D)} of whatever runs here."""
+    """{name: its attention over packed qkv (T, 3, H, D), as a model has them} of what runs here."""
     n = max(lengths)
-    found = {backend: lambda q, k, v: attention(q, k, v, cu_seqlens, n, backend)}
+    found = {backend: lambda qkv: self_attention(qkv, cu_seqlens, n, backend)}
     if ON_GPU and find_spec("torch.nn.attention.varlen"):
         from torch.nn.attention.varlen import varlen_attn
 
-        found["varlen_attn"] = lambda q, k, v: varlen_attn(q, k, v, cu_seqlens, cu_seqlens, n, n)
+        found["varlen_attn"] = lambda qkv: varlen_attn(*qkv.unbind(1), cu_seqlens, cu_seqlens, n, n)
     if min(lengths) == n:
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
-        def equal(q: Tensor, k: Tensor, v: Tensor, kernel: SDPBackend) -> Tensor:
-            q, k, v = (x.unflatten(0, (-1, n)).transpose(1, 2) for x in (q, k, v))
+        def equal(qkv: Tensor, kernel: SDPBackend) -> Tensor:
+            q, k, v = (x.unflatten(0, (-1, n)).transpose(1, 2) for x in qkv.unbind(1))
             with sdpa_kernel(kernel):
                 return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)
 
         names = ("FLASH_ATTENTION", "CUDNN_ATTENTION") if ON_GPU else ("MATH",)
         for name in names:
             kernel = SDPBackend.__members__[name]
-            found[f"SDPA {name}"] = lambda q, k, v, kernel=kernel: equal(q, k, v, kernel)
+            found[f"SDPA {name}"] = lambda qkv, kernel=kernel: equal(qkv, kernel)
     if with_flex:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -172,8 +173,8 @@ def sides(
             make, flex = torch.compile(make), torch.compile(flex)
         mask = make(lambda b, h, i, j: text[i] == text[j], None, None, T, T, device)
 
-        def over_all(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        def over_all(qkv: Tensor) -> Tensor:
+            q, k, v = (x.transpose(0, 1)[None] for x in qkv.unbind(1))
             return flex(q, k, v, block_mask=mask)[0].transpose(0, 1)
 
         found["flex_attention"] = over_all
@@ -196,11 +197,11 @@ def measure_attention(runtime: Runtime) -> Iterator[Row]:
         for name, attend in sides(lengths, cu_seqlens, backend, "mixed" in what).items():
             figures = row.minitune if name == backend else row.others
             try:
-                error = (attend(*qkv.unbind(1)) - exact).norm() / exact.norm()
+                error = (attend(qkv) - exact).norm() / exact.norm()
                 if not error < 0.02:
                     raise ArithmeticError(f"its output is off by {error:.1%}")
                 row.notes[f"{name} forward"] = 1000 * seconds(
-                    functools.partial(attend, *qkv.unbind(1)), repeats
+                    functools.partial(attend, qkv), repeats
                 )
                 figures[name] = 1000 * seconds(
                     functools.partial(forward_and_backward, attend, qkv, upstream), repeats
@@ -220,7 +221,7 @@ def why(problem: Exception) -> str:
 def forward_and_backward(attend: Callable, qkv: Tensor, upstream: Tensor) -> None:
     """The gradient of (T, 3, H, D), from that of the output (T, H, D)."""
     qkv = qkv.detach().requires_grad_()
-    torch.autograd.grad(attend(*qkv.unbind(1)), qkv, upstream)
+    torch.autograd.grad(attend(qkv), qkv, upstream)
 
 
 # Steps of pretraining
@@ -233,7 +234,9 @@ def peak(dtype: torch.dtype) -> float:
     return 2 * n**3 / seconds(lambda: a @ a, 10)
 
 
-WARM, COUNTED = (10, 30) if ON_GPU else (1, 2)  # steps
+WARM, COUNTED = (20, 30) if ON_GPU else (1, 2)  # steps
+WAYS = "eager", "graphs", "graphs, compiled"
+THEIR_WAYS = "eager", "compiled"
 
 
 def repeat(step: Callable, times: int) -> float:
@@ -250,7 +253,9 @@ def launches(work: Callable) -> int:
     with torch.profiler.profile() as profile:
         work()
         wait()
-    return sum(e.count for e in profile.key_averages() if "launchkernel" in e.key.lower())
+    started = "launchkernel", "graphlaunch"
+    events = profile.key_averages()
+    return sum(e.count for e in events if any(name in e.key.lower() for name in started))
 
 
 def waits(work: Callable) -> int:
@@ -274,12 +279,12 @@ def measure_steps(runtime: Runtime) -> Iterator[Row]:
         what = f"{preset}, {name}, {batch_tokens:,} tokens a step"
         row = Row(what, "tokens/s", {}, goal=goal)
         config = replace(PRESETS[preset], vocab_size=corpus.tokenizer.vocab_size)
-        for way in ("eager", "compiled") if ON_GPU else ("eager",):
+        for way in WAYS if ON_GPU else ("eager",):
             row.minitune[way], notes = pretrain(runtime, corpus, config, batch_tokens, name, way)
             shares = {"share of the peak": notes.pop("operations/s") / best}
             row.notes |= {f"{way}: {key}": value for key, value in (shares | notes).items()}
         if batch_tokens in (32768, 256) and find_spec("transformers"):
-            for way in ("eager", "compiled") if ON_GPU else ("eager",):
+            for way in THEIR_WAYS if ON_GPU else ("eager",):
                 try:
                     speed = of_transformers(runtime, config, way)
                 except Exception as problem:
@@ -298,20 +303,21 @@ def pretrain(
     backend = resolve_backend("auto", runtime.device, runtime.dtype, config.head_size)
     model = BertForMaskedLM(config, backend).to(runtime.device).train()
     started = time.perf_counter()
-    if way == "compiled":
+    if "compiled" in way:
         runtime.compile_layers(model.bert, max_len, batch_tokens)
     shape = {"max_len": max_len, "batch_tokens": batch_tokens}
     task = MaskedLanguageModelling(corpus, rate=0.15, whole_word=False, seed=0, **shape)
     optimizer = Optimizer(model, name, PEAK_LR[name], PEAK_LR["adamw"], 0.01)
-    trainer = Trainer(model, optimizer, task, Run(Path()), runtime, seed=0)
+    trainer = Trainer(model, optimizer, task, Run(Path()), runtime, seed=0, graphs="graphs" in way)
     trainer.steps = 10**6
-    shares = runtime.shares(task.batches(0), 1)
-    done = []
+    runtime.reset_peak_memory()
+    by = trainer.by_graphs()
+    shares, done = by.shares(0), []
 
     def step() -> None:
         batch, parts = next(shares)
-        _, norm = trainer.backward(batch, parts)
-        trainer.update(norm)
+        _, norm = by.backward(batch, parts)
+        by.update(norm)
         done.append(batch)
 
     repeat(step, WARM)
@@ -320,6 +326,8 @@ def pretrain(
     elapsed, counted = repeat(step, COUNTED), done[WARM:]
     notes["operations/s"] = sum(flops(batch, config) for batch in counted) / elapsed
     notes["compiled again"] = counters["stats"]["unique_graphs"] - graphs
+    notes["peak memory, GB"] = runtime.peak_memory() / 1e9
+    runtime.reset_peak_memory()
     if ON_GPU:
         notes |= {"launches": launches(step), "waits": waits(step)}
     return sum(batch.tokens for batch in counted) / elapsed, notes
