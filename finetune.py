@@ -211,9 +211,7 @@ def fine_tune_all(args: argparse.Namespace, experiments: list[Experiment]) -> No
     runtime.log(
         f"{cut:.0%} of the training rows have over {args.max_len} tokens; two ends are kept"
     )
-    graphs = runtime.repeats_graphs(args.cuda_graphs, attention, args.accumulate)
-    ways = runtime.describe_ways(attention, compiles, graphs)
-    runtime.log(f"device: {runtime.describe()}\n{ways}")
+    runtime.log(f"device: {runtime.describe()}\n{runtime.describe_ways(attention, compiles)}")
 
     # 3. Train each method from the same weights, on the same rows.
     settings = options_to_save(args)

@@ -28,7 +28,6 @@ from minitune.attention import resolve_backend
 from minitune.checkpoint import load_masked_lm, load_tokenizer, read_config, save_model
 from minitune.corpus import Chunks, Corpus
 from minitune.data import Dataset
-from minitune.fast.graphs import MOST_MASKED
 from minitune.initialization import start_with_frequencies, start_with_neighbours
 from minitune.model import PRESETS, BertForMaskedLM
 from minitune.optimizer import Optimizer
@@ -88,7 +87,6 @@ def pretrain(args: argparse.Namespace, run: Run) -> None:
     attention = resolve_backend(args.attention, runtime.device, runtime.dtype, config.head_size)
     compiles = runtime.compiles(args.compile, attention, 0 if args.steps else args.minutes)
     graphs = runtime.repeats_graphs(args.cuda_graphs, attention, args.accumulate)
-    graphs &= args.mask_rate <= MOST_MASKED
     args.max_len = choose_max_len(args.max_len, config.max_position_embeddings, args.batch_tokens)
     tokenizer, origin = None, f"{args.preset}, from random weights"
     if source:
@@ -121,7 +119,8 @@ def pretrain(args: argparse.Namespace, run: Run) -> None:
     tokens, sequences = corpus.unigrams.sum(), len(task.train)
     runtime.log(f"data: {args.data}, {tokens:,} training tokens in {sequences:,} sequences")
     runtime.log(f"{parameters:,} parameters on {runtime.describe()}")
-    runtime.log(runtime.describe_ways(attention, compiles, graphs))
+    by = "; CUDA graphs: on" if graphs else ""
+    runtime.log(runtime.describe_ways(attention, compiles) + by)
     rates = f"{args.lr:g} ({args.optimizer}) and {args.adamw_lr:g} (adamw)"
     runtime.log(f"a step: {args.batch_tokens:,} tokens; peak learning rates: {rates}")
     runtime.log(

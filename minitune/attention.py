@@ -212,11 +212,14 @@ def attention(
 
 
 def self_attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, backend: str) -> Tensor:
-    """Attention where all tokens are queries, for q, k and v in one tensor (T, 3, H, D)."""
+    """Attention where all tokens are queries, for q, k and v in one tensor (T, 3, H, D).
+
+    Its gradient then is one tensor, too, and three need not be copied into one.
+    """
     if backend == "triton":
         from minitune.fast.fused_attention import fused_self
 
-        out, _ = fused_self(qkv, cu_seqlens, max_seqlen)
+        out, _ = fused_self(qkv.contiguous(), cu_seqlens, max_seqlen)
         return out
     return attention(*qkv.unbind(1), cu_seqlens, max_seqlen, backend)
 

@@ -64,10 +64,12 @@ class LoRA(nn.Linear):
         narrow = F.linear(self.dropout(x), self.A.flatten(0, 1))  # (R, chosen · rank)
         # All B in one matrix, with zeros where a map would read what belongs to another. One
         # multiplication then adds scale · B A x to all maps, without a copy of y.
-        chosen, outputs, rank = self.B.shape
-        wide_B = self.B.new_zeros(chosen, rank, self.maps, outputs)
-        wide_B[range(chosen), :, self.chosen] = self.scale * self.B.mT
-        y = y.addmm_(narrow, wide_B.flatten(2).flatten(0, 1).to(y.dtype))
+        outputs, updates = self.B.size(1), self.scale * self.B.mT
+        wide = [
+            F.pad(update, (k * outputs, (self.maps - 1 - k) * outputs))
+            for k, update in zip(self.chosen, updates, strict=True)
+        ]
+        y = y.addmm_(narrow, torch.cat(wide).to(y.dtype))  # (chosen · rank, maps · outputs)
         return y if self.magnitude is None else self._rescale(y)
 
     def _rescale(self, y: Tensor) -> Tensor:
@@ -75,13 +77,16 @@ class LoRA(nn.Linear):
 
         The length that a row has by itself counts as a constant in the backward pass (section 4.3).
         """
-        factors = self.magnitude.new_ones(self.maps, self.magnitude.size(1))
-        factors[self.chosen] = self.magnitude / self.adapted().norm(dim=2)
-        return (y - self.bias) * factors.flatten() + self.bias
+        lengths = self.magnitude / self.adapted().norm(dim=2)
+        factors = [torch.ones_like(lengths[0])] * self.maps
+        for k, factor in zip(self.chosen, lengths, strict=True):
+            factors[k] = factor
+        return (y - self.bias) * torch.cat(factors) + self.bias
 
     def rows(self) -> Tensor:
         """W of the chosen maps: (chosen, outputs, inputs), in float32."""
-        return self.weight.detach().float().unflatten(0, (self.maps, -1))[self.chosen]
+        maps = self.weight.detach().float().chunk(self.maps)
+        return torch.stack([maps[k] for k in self.chosen])
 
     @torch.no_grad()
     def adapted(self) -> Tensor:

@@ -94,7 +94,7 @@ class SelfAttention(nn.Module):
         lengths = batch.cu_seqlens, batch.max_seqlen, self.backend
         if positions is None:
             y = self_attention(qkv, *lengths)
-        else:
+        else:  # in the last layer a head asks for few tokens
             q, k, v = qkv.unbind(1)
             q = q.index_select(0, positions)
             y = attention(q, k, v, *lengths, batch.count_before(positions))

@@ -127,7 +127,7 @@ class Optimizer:
         self.groups = [group for part in self.parts for group in part.param_groups]
         for group in self.groups:
             group["peak_lr"] = group["lr"]
-        self.rates = None
+        self.peaks = self.rates = None  # tensors after `keep_rates_on`
 
     def keep_rates_on(self, device: torch.device) -> None:
         """Keep the learning rates in a tensor, from which a CUDA graph reads them."""

@@ -124,7 +124,7 @@ class MaskedLanguageModelling:
         batch, positions = inputs
         logits = model(batch, torch.cat([positions, batch.cls_positions])).float()
         masked_logits, cls_logits = logits.split([len(positions), len(batch.cls_positions)])
-        # No blank hides a [PAD]: those that fast/graphs.py fills a batch with have no loss.
+        # No blank hides a [PAD]: such a label only fills a batch up (fast/graphs.py).
         masked_loss = F.cross_entropy(
             masked_logits, labels, reduction="sum", ignore_index=self.pad_id
         )

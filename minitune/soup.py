@@ -63,7 +63,8 @@ def train(
         trainer = Trainer(learner, optimizer, task, part, runtime, seed=seed, **options)
         trainer.steps, trainer.started = task.steps, started
         name = f"training {k + 1} of {args.soup}: " if args.soup > 1 else ""
-        runtime.log(f"{name}{task.steps:,} steps, {describe_recipe(recipe, task.unit)}")
+        by = "; CUDA graphs: on" if trainer.graphs else ""
+        runtime.log(f"{name}{task.steps:,} steps, {describe_recipe(recipe, task.unit)}{by}")
         if checkpoint := part.load():
             trainer.restore(checkpoint)
             runtime.log(f"resumed at step {trainer.step:,} of {trainer.steps:,}")

@@ -109,11 +109,11 @@ class Trainer:
             self.model.train()
             if self.step == 0 and self.task.start_counts:
                 self._log_start()
-            steps = self.by_graphs()
-            batches = steps.shares(self.step)
+            computer = self.computer()
+            batches = computer.shares(self.step)
             while self.step < self.steps:
                 started, (batch, parts) = time.monotonic(), next(batches)
-                loss, norm = steps.backward(batch, parts)
+                loss, norm = computer.backward(batch, parts)
                 if (self.step + 1) % self.look_every == 0:
                     signals = self._look()
                     # Saved before the update: of these weights we know that their loss is finite.
@@ -121,7 +121,7 @@ class Trainer:
                         self.save()
                     self._stop(signals)
                     bar.set_postfix_str(f"loss {loss:.3f} ({self.task.baseline})")
-                steps.update(norm)
+                computer.update(norm)
                 self.step, self.tokens = self.step + 1, self.tokens + batch.tokens
                 self.recent.append((batch.tokens, time.monotonic() - started))
                 self.seconds += self.recent[-1][1]
@@ -142,8 +142,8 @@ class Trainer:
             self._stop(self.runtime.sum(torch.tensor(len(self.signals))).item())
         return final
 
-    def by_graphs(self) -> "Trainer | Graphs":
-        """What computes the steps, by `shares`, `backward` and `update`: this, or CUDA graphs."""
+    def computer(self) -> "Trainer | Graphs":
+        """Whose `shares`, `backward` and `update` compute the steps: this trainer's, or graphs'."""
         return Graphs(self) if self.graphs else self
 
     def shares(self, first_step: int) -> Iterator[tuple[Any, list]]:
@@ -166,7 +166,7 @@ class Trainer:
     def gradients(
         self, parts: list[tuple[tuple, Tensor]], count: int | Tensor, signals: int = 0
     ) -> tuple[Tensor, Tensor]:
-        """What `backward` does, for a batch of `count` predictions and after so many signals."""
+        """Of the mean over `count` predictions, clipped. A CUDA graph can record all of it."""
         total = torch.zeros(2, device=self.runtime.device)
         total[1] += signals
         self.scaler.scale(total)  # `unscale_` fails if nothing was scaled; `parts` may be empty
@@ -178,13 +178,13 @@ class Trainer:
             total[0] += reported.detach() / count
         parameters = list(self.trained.values())
         self.runtime.sum_gradients(parameters)
-        loss, signals = self.runtime.sum(total)
+        loss, all_signals = self.runtime.sum(total)
         for optimizer in self.optimizer.parts:
             self.scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
         # Scaled float16 gradients overflow now and then, and `descend` skips such a step.
         checked = loss if self.scaler.is_enabled() else loss + norm
-        self.watched += torch.stack([checked, signals])
+        self.watched += torch.stack([checked, all_signals])
         return loss, norm
 
     def update(self, norm: Tensor) -> None:

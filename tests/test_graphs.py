@@ -2,22 +2,29 @@
 
 import copy
 import itertools
+import math
 import random
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import minitune.attention
+import minitune.model
 from minitune.attention import resolve_backend
 from minitune.classification import Classification, Examples, TokenizedTexts
 from minitune.corpus import Corpus
 from minitune.data import Dataset
 from minitune.fast import graphs
 from minitune.fast.graphs import Graphs, fill
+from minitune.methods import METHODS, options_of
 from minitune.model import BertConfig, BertForMaskedLM, BertForSequenceClassification
 from minitune.optimizer import Optimizer
 from minitune.pretraining import MaskedLanguageModelling
+from minitune.support.errors import UserError
+from minitune.support.options import finetune_options
 from minitune.support.runs import Run
 from minitune.support.runtime import Runtime
 from minitune.training import Trainer
@@ -60,10 +67,11 @@ def sizes(batch):
     return batch.tokens.numel(), batch.cu_seqlens.numel(), batch.max_seqlen
 
 
-@pytest.mark.parametrize("most", [64, 100, 512])
-def test_a_filled_batch_has_the_same_sequences_and_more_of_padding(most):
+@pytest.mark.parametrize(("most", "least"), [(64, 0), (100, 500), (512, 2000)])
+def test_a_filled_batch_has_the_same_sequences_and_more_of_padding(most, least):
     for batch in ragged_batches(40):
-        filled, T, B = fill(batch, 600, most, pad_id=7), batch.tokens.numel(), len(batch.cu_seqlens)
+        T, B = batch.tokens.numel(), len(batch.cu_seqlens)
+        filled = fill(batch, 600, most, pad_id=7, least=least)
         assert torch.equal(filled.tokens[:T], batch.tokens)
         assert torch.equal(filled.cu_seqlens[:B], batch.cu_seqlens)
         assert filled.cu_seqlens.dtype == batch.cu_seqlens.dtype
@@ -72,12 +80,15 @@ def test_a_filled_batch_has_the_same_sequences_and_more_of_padding(most):
         )
         lengths = filled.cu_seqlens.diff()
         assert 1 <= lengths.min() and lengths.max() <= filled.max_seqlen <= most
-        assert filled.tokens.numel() % 64 == 0 and filled.tokens.numel() - T >= 64 + len(lengths)
+        assert lengths[B - 1 :].max() < filled.max_seqlen
+        assert filled.tokens.numel() % 64 == 0 and filled.tokens.numel() - T >= least
 
 
 def test_batches_of_all_sizes_have_few_shapes(corpus):
     task = make_task(corpus, 512, 64)
-    shapes = {sizes(fill(one.batch, 512, 64, 0)) for one in itertools.islice(task.batches(0), 300)}
+    shapes = {
+        sizes(fill(one.batch, 512, 64, 0, 0)) for one in itertools.islice(task.batches(0), 300)
+    }
     plain = {sizes(one.batch) for one in itertools.islice(task.batches(0), 300)}
     assert len(shapes) <= 4 and len(plain) > 60
 
@@ -103,10 +114,15 @@ def pretrainer(corpus, directory, runtime=FP32, rate=0.15, **options):
     return trainer
 
 
-def classifier_trainer(directory, labels, graphs, class_weights="none"):
+def classifier_trainer(directory, labels, graphs, class_weights="none", method="full", options=""):
     torch.manual_seed(0)
     config = BertConfig(90, 64, 2, 2, 64, id2label={0: "bad", 1: "fair", 2: "good"})
-    model = BertForSequenceClassification(config)
+    model = BertForSequenceClassification(config, pooling=METHODS[method].pooling)
+    args = finetune_options().parse_args(options.split())
+    METHODS[method].insert(model.bert, **options_of(method, args))
+    model.requires_grad_(False)
+    for name in METHODS[method].trained(model):
+        model.get_parameter(name).requires_grad_()
     texts = object.__new__(TokenizedTexts)
     draw = np.random.default_rng(0)
     texts.ids = [
@@ -127,7 +143,7 @@ def classifier_trainer(directory, labels, graphs, class_weights="none"):
 
 
 def assert_same_gradients(plain, filled):
-    by = filled.by_graphs()
+    by = filled.computer()
     assert isinstance(by, Graphs)
     for (batch, parts), (same, more) in itertools.islice(
         zip(plain.shares(0), by.shares(0), strict=False), 6
@@ -161,6 +177,61 @@ def test_padding_changes_no_gradient_of_labels(tmp_path, called, labels, class_w
     plain = classifier_trainer(tmp_path / "a", labels, False, class_weights)
     filled = classifier_trainer(tmp_path / "b", labels, True, class_weights)
     assert_same_gradients(plain, filled)
+    assert called.count > 0
+
+
+class Refuse(TorchDispatchMode):
+    """Refuses what a CUDA graph cannot record: reading a number, and tensors from Python's."""
+
+    NOT_RECORDED = {
+        torch.ops.aten._local_scalar_dense.default,
+        torch.ops.aten.lift_fresh.default,
+        torch.ops.aten.nonzero.default,
+    }
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function not in self.NOT_RECORDED, function
+        return function(*args, **(kwargs or {}))
+
+
+class Watched(Called):
+    def replay(self):
+        with Refuse():
+            super().replay()
+
+
+WAYS = [("full", ""), ("bitfit", ""), ("ia3", ""), ("adapter", ""), ("lora", "")]
+WAYS.append(("lora", "--dora --lora-targets key,value"))
+
+
+@pytest.mark.parametrize(("method", "options"), WAYS)
+def test_the_steps_of_every_method_can_be_recorded(tmp_path, monkeypatch, method, options):
+    monkeypatch.setattr(graphs, "Recorded", Watched)
+    # Its lengths are read on the processor alone.
+    monkeypatch.setitem(
+        minitune.attention.ON_ANY_DEVICE, "sdpa", lambda q, k, v, *_: q + k.mean(0) + v.mean(0)
+    )
+    trainer = classifier_trainer(tmp_path, LABELS, True, method=method, options=options)
+    trainer.train()
+
+
+def test_steps_of_pretraining_can_be_recorded(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(graphs, "Recorded", Watched)
+    monkeypatch.setattr(minitune.model, "attention", lambda q, k, v, *_: q)
+    monkeypatch.setattr(minitune.model, "self_attention", lambda qkv, *_: qkv.sum(1))
+    pretrainer(corpus, tmp_path, graphs=True).train()
+
+
+def test_batches_of_unknown_words_are_filled(corpus, tmp_path, called):
+    trainer = pretrainer(corpus, tmp_path, rate=0.5, graphs=True)
+    read = trainer.task.train.read
+
+    def spoil(indices):
+        return [torch.where(ids > 4, trainer.task.tokenizer.unk_id, ids) for ids in read(indices)]
+
+    trainer.task.train.read = spoil
+    for _, [((batch, positions), _)] in itertools.islice(trainer.computer().shares(0), 20):
+        assert positions.max() < batch.tokens.numel() and positions.diff().min() == 1
 
 
 def test_a_run_by_graphs_learns_as_one_without(corpus, tmp_path, called):
@@ -179,7 +250,7 @@ def assert_resumes(corpus, tmp_path, runtime):
     whole = pretrainer(corpus, tmp_path / "whole", runtime, graphs=True, dropout=True)
     whole.train()
     first = pretrainer(corpus, tmp_path / "part", runtime, graphs=True, dropout=True)
-    by = first.by_graphs()
+    by = first.computer()
     for batch, parts in itertools.islice(by.shares(0), 9):
         _, norm = by.backward(batch, parts)
         by.update(norm)
@@ -198,7 +269,7 @@ def test_a_resumed_run_has_the_same_bits(corpus, tmp_path, called):
 
 def test_rates_of_a_graph_follow_the_schedule(corpus, tmp_path, called):
     trainer, plain = (pretrainer(corpus, tmp_path / str(k), graphs=not k) for k in range(2))
-    trainer.by_graphs()
+    trainer.computer()
     for trainer.step in (0, 3, 15):
         plain.step = trainer.step
         trainer.set_rate(), plain.set_rate()
@@ -209,10 +280,10 @@ def test_rates_of_a_graph_follow_the_schedule(corpus, tmp_path, called):
 
 def test_a_copy_for_the_plan_has_rates_of_its_own(corpus, tmp_path, called):
     trainer = pretrainer(corpus, tmp_path, graphs=True)
-    trainer.by_graphs()
+    trainer.computer()
     probe = copy.copy(trainer)
     probe.optimizer = copy.deepcopy(trainer.optimizer)
-    probe.by_graphs()
+    probe.computer()
     before = [float(group["lr"]) for group in trainer.optimizer.groups]
     probe.optimizer.set_rate(0.0)
     assert [float(group["lr"]) for group in trainer.optimizer.groups] == before
@@ -220,13 +291,18 @@ def test_a_copy_for_the_plan_has_rates_of_its_own(corpus, tmp_path, called):
 
 def test_a_signal_and_a_nan_are_seen(corpus, tmp_path, called):
     trainer = pretrainer(corpus, tmp_path, graphs=True)
-    by = trainer.by_graphs()
+    by = trainer.computer()
     (batch, parts), *_ = itertools.islice(by.shares(0), 1)
     for _ in range(3):
         by.backward(batch, parts)
     trainer.signals.append(2)
     by.backward(batch, parts)
     assert trainer._look() == 1
+    with torch.no_grad():
+        trainer.model.head.bias[7] = math.nan
+    by.backward(batch, parts)
+    with pytest.raises(UserError, match="is nan"):
+        trainer._look()
 
 
 def test_a_step_that_cannot_be_recorded_has_a_way_out(corpus, tmp_path, monkeypatch):

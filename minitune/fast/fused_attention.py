@@ -115,10 +115,7 @@ def fused_backward(
 
 @torch.library.custom_op("minitune::self_attention", mutates_args=())
 def fused_self(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
-    """The same where all tokens are queries, for contiguous qkv (T, 3, H, D).
-
-    Its gradient is one tensor, too. Three would have to be copied into one.
-    """
+    """The same where all tokens are queries, for contiguous qkv (T, 3, H, D)."""
     return forward(*qkv.unbind(1), cu_seqlens, cu_seqlens, max_seqlen)
 
 

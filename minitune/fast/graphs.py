@@ -19,8 +19,6 @@ from torch import Tensor
 from minitune.batching import PackedBatch, copy_to
 
 MULTIPLE = 64  # of the tokens and of the predictions in a filled batch
-SPARE = 128  # tokens to fill with at least, beside one for each sequence
-MOST_MASKED = 0.5  # with more blanks those that fill a batch need not fit into its [PAD] tokens
 IGNORED = -100  # the label that cross_entropy ignores
 
 
@@ -38,21 +36,24 @@ class Filled:
         return (self.batch.to(device), *positions), labels
 
 
-def fill(batch: PackedBatch, budget: int, most_positions: int, pad_id: int) -> PackedBatch:
-    """The batch, of at most `budget` tokens, with more sequences of [PAD].
+def fill(batch: PackedBatch, budget: int, at_most: int, pad_id: int, least: int) -> PackedBatch:
+    """The batch, of at most `budget` tokens, with `least` or more tokens of [PAD] behind it.
 
-    Its three sizes depend on the sizes of the batch alone: a step that is computed again, after a
-    kill, has the same ones. No sequence is longer than `most_positions`.
+    Its sizes depend on the sizes of the batch alone: a step that is computed again, after a kill,
+    has the same ones. No sequence is longer than `at_most`, and those of [PAD] are shorter than
+    `max_seqlen`: their first token may be read twice, as [CLS] and as a prediction.
     """
     T, B = batch.tokens.numel(), batch.cu_seqlens.numel() - 1
-    longest = min(power_of_two(max(batch.max_seqlen, MULTIPLE)), most_positions)
+    longest = min(power_of_two(max(batch.max_seqlen, MULTIPLE)), at_most)
     sequences = power_of_two(B + 1)
-    while (missing := fill_to(budget + SPARE + sequences) - T) > (sequences - B) * longest:
+    while True:
+        more, missing = sequences - B, multiple(budget + sequences) - T
+        if least <= missing <= more * (longest - 1):
+            break
         sequences *= 2
-    more, tokens = sequences - B, F.pad(batch.tokens, (0, missing), value=pad_id)
     ends = T + torch.arange(1, more + 1) * missing // more  # about equally long
     cu_seqlens = torch.cat([batch.cu_seqlens, ends.to(batch.cu_seqlens.dtype)])
-    return PackedBatch(tokens, cu_seqlens, longest)
+    return PackedBatch(F.pad(batch.tokens, (0, missing), value=pad_id), cu_seqlens, longest)
 
 
 def power_of_two(number: int) -> int:
@@ -60,23 +61,29 @@ def power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def fill_to(number: int) -> int:
+def multiple(number: int) -> int:
     """The next multiple of MULTIPLE."""
     return -(-number // MULTIPLE) * MULTIPLE
 
 
-def fill_masked(part: Any, task: Any, most_positions: int) -> Filled:
+def budget_for(tokens: int, most: int) -> int:
+    """How many tokens a filled batch has room for: `most`, if it is not less than half full."""
+    return min(most, power_of_two(max(tokens, MULTIPLE)))
+
+
+def fill_masked(part: Any, task: Any, at_most: int) -> Filled:
     """A batch of masked-language modelling. Some [PAD] are read too: their label is [PAD]."""
-    batch, T = fill(part.batch, task.batch_tokens, most_positions, task.pad_id), part.tokens
-    missing = fill_to(round(task.rate * task.batch_tokens)) - len(part)
+    T, budget = part.tokens, budget_for(part.tokens, task.batch_tokens)
+    missing = multiple(round(task.rate * budget)) - len(part)  # predictions
+    batch = fill(part.batch, budget, at_most, task.pad_id, least=missing)
     positions = torch.cat([part.positions, torch.arange(T, T + missing)])
     return Filled(batch, (positions,), F.pad(part.labels, (0, missing), value=task.pad_id))
 
 
-def fill_examples(part: Any, task: Any, most_positions: int) -> Filled:
+def fill_examples(part: Any, task: Any, at_most: int) -> Filled:
     """A batch of texts and their labels; [PAD] texts have the label -100, or a probability of 0."""
-    packed = part.inputs.pack()
-    batch = fill(packed, task.batch_tokens, most_positions, 0)  # whatever token: no text sees it
+    packed, budget = part.inputs.pack(), budget_for(part.tokens, task.batch_tokens)
+    batch = fill(packed, budget, at_most, pad_id=0, least=0)  # any id: no text sees it
     missing = batch.cu_seqlens.numel() - packed.cu_seqlens.numel()
     if part.labels.is_floating_point():
         return Filled(batch, (), F.pad(part.labels, (0, 0, 0, missing)))
@@ -114,11 +121,11 @@ class Graphs:
     def shares(self, first_step: int) -> Iterator[tuple[Any, list]]:
         """As that of `Trainer`, but filled up."""
         trainer, task = self.trainer, self.trainer.task
-        most = trainer.model.config.max_position_embeddings
+        at_most = trainer.model.config.max_position_embeddings
 
         def fill_up(part: Any) -> Filled:
             fill_part = fill_masked if hasattr(part, "positions") else fill_examples
-            return fill_part(part, task, most)
+            return fill_part(part, task, at_most)
 
         return trainer.runtime.shares(task.batches(first_step), 1, fill_up)
 
@@ -155,7 +162,7 @@ class Graphs:
             backward = Recorded(
                 lambda: trainer.gradients([unflatten(inputs, longest)], self.count), self.pool
             )
-            update = Recorded(lambda: trainer.descend(None), self.pool)
+            update = Recorded(lambda: trainer.descend(backward.result[1]), self.pool)
         except RuntimeError as error:
             error.add_note("no CUDA graph of a step could be recorded; try --cuda-graphs off")
             raise

@@ -217,7 +217,8 @@ def run_script(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         status = 130
     except torch.OutOfMemoryError:
-        status, error = 2, "out of GPU memory; try a smaller --batch-tokens, or --accumulate"
+        error = "out of GPU memory; try a smaller --batch-tokens, --accumulate, --cuda-graphs off"
+        status = 2
     except (UserError, OSError) as caught:  # OSError: a full disk, a path that is forbidden
         status, error = 2, " ".join(str(caught).split())
     if status == 2:

@@ -72,7 +72,7 @@ def train_options() -> Parser:
     adamw_lr = "peak rate for the rest, beside muon (default: that of adamw)"
     add("--adamw-lr", adamw_lr, float_range(0, 1e38))
     add("--weight-decay", "of matrices", float_range(0, 100, above=False), 0.01)
-    _add_machine_options(options, compiles="auto")
+    _add_machine_options(options, compiles=["auto", "on", "off"])
     return options
 
 
@@ -157,7 +157,7 @@ def finetune_options() -> Parser:
         metavar="W",
     )
     # Fine-tuning on a GPU may be done before compiling has paid off.
-    _add_machine_options(options, compiles="off")
+    _add_machine_options(options, compiles=["off", "on"])
     return options
 
 
@@ -214,8 +214,11 @@ def _add_cloze(add: Callable, lesson: str) -> None:
     add("--words", words, default=default, nargs="+", metavar="LABEL=WORD,WORD")
 
 
-def _add_machine_options(parser: Parser, compiles: str | None = None) -> None:
-    """The options about how to compute, in every script; --compile, if there is a default of it."""
+def _add_machine_options(parser: Parser, compiles: list[str] | None = None) -> None:
+    """The options about how to compute, in every script; where one trains, the values of --compile.
+
+    The first of these is the default.
+    """
     add = parser.group("how it is computed")
     precision = "of matrix multiplications; auto: bf16 where it is fast"
     add("--precision", precision, ["auto", "fp32", "bf16", "fp16"], "auto")
@@ -228,8 +231,10 @@ def _add_machine_options(parser: Parser, compiles: str | None = None) -> None:
     add("--device", "auto: a GPU if there is one", ["auto", "cpu", "cuda"], "auto")
     add("--threads", "of the processor (default: torch decides)", int_range(1, 1024))
     if compiles:
-        what = "fuse operations by torch.compile; auto: on a GPU, for --minutes 5 or more"
-        add("--compile", what, ["auto", "on", "off"], compiles)
+        what = "fuse operations by torch.compile, on a GPU"
+        if "auto" in compiles:
+            what += "; auto: for --minutes 5 or more, not for --steps"
+        add("--compile", what, compiles, compiles[0])
         graphs = "repeat recorded training steps; auto: on a GPU"
         add("--cuda-graphs", graphs, ["auto", "off"], "auto")
     add("--seed", "of everything that is random", int_range(0, 2**31), 0)

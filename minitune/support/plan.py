@@ -36,11 +36,11 @@ def plan_steps(trainer: Any, deadline: float) -> None:
     probe.model, probe.trained, probe.optimizer, probe.scaler = copy.deepcopy(parts)
     probe.watched = trainer.watched.clone()
     keep_compiled(trainer.model, probe.model)
-    by = probe.by_graphs()
-    for batch, share in islice(by.shares(0), PROBE_STEPS):
+    computer = probe.computer()
+    for batch, share in islice(computer.shares(0), PROBE_STEPS):
         before = time.monotonic()
-        _, norm = by.backward(batch, share)
-        by.update(norm)
+        _, norm = computer.backward(batch, share)
+        computer.update(norm)
         norm.item()  # waits for a GPU
         times.append(time.monotonic() - before)
         tokens += batch.tokens
@@ -61,7 +61,10 @@ def plan_steps(trainer: Any, deadline: float) -> None:
 def keep_deadline(trainer: Any) -> None:
     """Move the end of the run, and of its schedule, where the speed is not what was planned."""
     to_go = trainer.steps - trainer.step
-    every = CHECK_EVERY if trainer.look_every == 1 else trainer.recent.maxlen
+    every = CHECK_EVERY
+    if trainer.look_every > 1:  # a tenth of the run, at least two looks
+        every = max(2, min(RECENT_STEPS, trainer.steps // 10 // trainer.look_every))
+        every *= trainer.look_every
     if to_go and trainer.step % every == 0:
         tokens, seconds = map(sum, zip(*trainer.recent, strict=True))
         left = steps_left(trainer, tokens / seconds, trainer.tokens / trainer.step)

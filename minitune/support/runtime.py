@@ -157,11 +157,10 @@ class Runtime:
         """The precision, and why."""
         return f"{self.precision} ({self.precision_reason})"
 
-    def describe_ways(self, attention: str, compiles: bool, graphs: bool) -> str:
+    def describe_ways(self, attention: str, compiles: bool) -> str:
         """How it computes, for the first lines of a run."""
-        compiled, repeated = ("on" if way else "off" for way in (compiles, graphs))
-        ways = f"attention: {attention}; compile: {compiled}; CUDA graphs: {repeated}"
-        return f"precision: {self.describe_precision()}; {ways}"
+        layers = f"attention: {attention}; compile: {'on' if compiles else 'off'}"
+        return f"precision: {self.describe_precision()}; {layers}"
 
     def shares(
         self, batches: Iterator[Any], accumulate: int, prepare: Callable = lambda part: part
@@ -214,9 +213,9 @@ class Runtime:
             dist.destroy_process_group()
 
     def peak_memory(self) -> int:
-        """The peak in bytes: of tensors on a GPU, on a CPU of the whole process."""
+        """The peak in bytes of what the process takes, of a GPU or of the main memory."""
         if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
+            return torch.cuda.max_memory_reserved(self.device)
         with contextlib.suppress(OSError, IndexError):  # Linux, where the peak can be reset
             return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

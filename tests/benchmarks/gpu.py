@@ -311,13 +311,13 @@ def pretrain(
     trainer = Trainer(model, optimizer, task, Run(Path()), runtime, seed=0, graphs="graphs" in way)
     trainer.steps = 10**6
     runtime.reset_peak_memory()
-    by = trainer.by_graphs()
-    shares, done = by.shares(0), []
+    computer = trainer.computer()
+    shares, done = computer.shares(0), []
 
     def step() -> None:
         batch, parts = next(shares)
-        _, norm = by.backward(batch, parts)
-        by.update(norm)
+        _, norm = computer.backward(batch, parts)
+        computer.update(norm)
         done.append(batch)
 
     repeat(step, WARM)

@@ -404,7 +404,7 @@ add scale · B[i] (A[i] dropout(x)), each by F.linear. The merge: self.rows() is
                 ("super().forward(x)", "F.linear(x, self.weight)"),
             ),
             "The update goes to the first maps: it goes to those in `chosen`.": (
-                ("range(chosen), :, self.chosen", "range(chosen), :, range(chosen)"),
+                ("zip(self.chosen, updates", "zip(range(len(updates)), updates"),
             ),
             "Dropout is left out: it stands before A.": (("self.dropout(x)", "x"),),
             "Dropout stands before the frozen map too: only A reads its result.": (
