@@ -86,7 +86,7 @@ class MaskedLanguageModelling:
         """`rate` is the share of tokens to mask, `summary_weight` the factor of the second loss."""
         self.tokenizer, self.batch_tokens, self.seed = corpus.tokenizer, batch_tokens, seed
         self.rate, self.whole_word, self.summary_weight = rate, whole_word, summary_weight
-        self.special_ids, self.pad_id = self.tokenizer.special_ids, self.tokenizer.pad_id
+        self.special_ids, self.pad = self.tokenizer.special_ids, self.tokenizer.pad_id
         self.train = corpus.chunks("train", max_len, overlap=True)
         # Losses to compare with, in nats: all tokens equally likely, or guessed by frequency alone.
         self.uniform, self.unigram = math.log(self.tokenizer.vocab_size), corpus.unigram_entropy()
@@ -125,9 +125,7 @@ class MaskedLanguageModelling:
         logits = model(batch, torch.cat([positions, batch.cls_positions])).float()
         masked_logits, cls_logits = logits.split([len(positions), len(batch.cls_positions)])
         # No blank hides a [PAD]: such a label only fills a batch up (fast/graphs.py).
-        masked_loss = F.cross_entropy(
-            masked_logits, labels, reduction="sum", ignore_index=self.pad_id
-        )
+        masked_loss = F.cross_entropy(masked_logits, labels, ignore_index=self.pad, reduction="sum")
         tokens = batch.tokens.scatter(0, positions, labels)  # as they were before masking
         bag_loss = self.bag_of_words_loss(cls_logits, tokens, batch.sequence_ids)
         # The bag is a sum over all words, the masked loss over `rate` of them.

@@ -97,7 +97,7 @@ def test_what_is_minimised_is_both_losses_and_what_is_reported_that_of_the_maske
     masked, model = masked_batch((5, 9, 30, 2, 17, 12)), BertForMaskedLM(CONFIG)
     task = MaskedLanguageModelling.__new__(MaskedLanguageModelling)
     task.rate, task.summary_weight = rate, weight
-    task.special_ids = SPECIAL
+    task.special_ids, task.pad = SPECIAL, 0
     minimised, reported = task.loss(model, *masked.to(CPU))
 
     with torch.no_grad():
@@ -394,9 +394,9 @@ def parse(words: list[str], device: str = "cpu"):
     ("device", "words", "batch", "lr", "adamw_lr"),
     [
         ("cpu", "", 4096, 0.01, 0.001),
-        ("cuda", "", 65536, 0.04, 0.004),
-        ("cuda", "--optimizer adamw", 65536, 0.004, 0.004),
-        ("cuda", "--lr 0.02", 65536, 0.02, 0.004),
+        ("cuda", "", 65536, 0.02, 0.002),
+        ("cuda", "--optimizer adamw", 65536, 0.002, 0.002),
+        ("cuda", "--lr 0.02", 65536, 0.02, 0.002),
         ("cuda", "--batch-tokens 8192", 8192, 0.01, 0.001),  # the rates that were measured
     ],
 )

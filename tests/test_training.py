@@ -52,7 +52,7 @@ def some_batch(lengths=(5, 9, 30, 2, 17, 12)) -> MaskedBatch:
 def trainer_for(model, tmp_path, accumulate=1) -> Trainer:
     task = object.__new__(MaskedLanguageModelling)  # without a corpus
     task.rate, task.summary_weight = 0.15, 1.0
-    task.special_ids, task.pad_id = SPECIAL, 0
+    task.special_ids, task.pad = SPECIAL, 0
     optimizer = Optimizer(model, "muon", 0.01, 0.001, 0.01)
     run = Run(tmp_path)
     return Trainer(model, optimizer, task, run, FP32, seed=0, accumulate=accumulate)

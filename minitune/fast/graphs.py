@@ -75,9 +75,9 @@ def fill_masked(part: Any, task: Any, at_most: int) -> Filled:
     """A batch of masked-language modelling. Some [PAD] are read too: their label is [PAD]."""
     T, budget = part.tokens, budget_for(part.tokens, task.batch_tokens)
     missing = multiple(round(task.rate * budget)) - len(part)  # predictions
-    batch = fill(part.batch, budget, at_most, task.pad_id, least=missing)
+    batch = fill(part.batch, budget, at_most, task.pad, least=missing)
     positions = torch.cat([part.positions, torch.arange(T, T + missing)])
-    return Filled(batch, (positions,), F.pad(part.labels, (0, missing), value=task.pad_id))
+    return Filled(batch, (positions,), F.pad(part.labels, (0, missing), value=task.pad))
 
 
 def fill_examples(part: Any, task: Any, at_most: int) -> Filled:

@@ -59,7 +59,7 @@ EXERCISES = (
         (Lesson("minitune.masking:mask_tokens"),),
         """\
 Find the positions of tokens that are not special (torch.isin, nonzero). Give each of them a random
-number and take those with the smallest: that is a choice of exactly so many (argsort). The labels
+number and take those with the smallest: that is a choice of exactly so many (topk). The labels
 are what stands there. One more random number for each chosen token decides what becomes of it:
 below 0.8 [MASK], from 0.8 to 0.9 a random word, else nothing. Write into a clone.""",
         {
@@ -67,7 +67,7 @@ below 0.8 [MASK], from 0.8 to 0.9 a random word, else nothing. Write into a clon
                 ("(~torch.isin(tokens, tokenizer.special_ids))", "torch.ones_like(tokens)"),
             ),
             "Every token is chosen by a draw of its own, so that M varies: it is to be exact.": (
-                ("ordinary[order[:count]]", "ordinary[draw < rate]"),
+                ("ordinary[chosen]", "ordinary[draw < rate]"),
             ),
             "The tokens that were given are changed: work on a clone.": (
                 ("tokens.clone()", "tokens"),
