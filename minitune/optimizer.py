@@ -46,7 +46,7 @@ class Muon(torch.optim.Optimizer):
                 # So that the outputs of a tall matrix change as much as those of a square one.
                 rate = lr * max(1, rows / columns) ** 0.5
                 torch._foreach_mul_(matrices, 1 - lr * group["weight_decay"])
-                torch._foreach_sub_(matrices, list(rate * updates))
+                torch._foreach_sub_(matrices, list(updates.mul_(rate)))
 
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # chosen so that small singular values grow fast

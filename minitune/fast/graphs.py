@@ -9,7 +9,7 @@ a shape is computed as always, which compiles what is not compiled yet; the seco
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,16 +24,14 @@ IGNORED = -100  # the label that cross_entropy ignores
 
 @dataclass
 class Filled:
-    """A batch of one of few shapes."""
+    """Examples that are packed and filled up."""
 
     batch: PackedBatch
-    positions: tuple[Tensor, ...]  # (positions,) for a model that is asked for some, else ()
     labels: Tensor
 
-    def to(self, device: torch.device) -> tuple[tuple, Tensor]:
+    def to(self, device: torch.device) -> tuple[tuple[PackedBatch], Tensor]:
         """The model's arguments and the labels, on a device."""
-        *positions, labels = copy_to(device, *self.positions, self.labels)
-        return (self.batch.to(device), *positions), labels
+        return (self.batch.to(device),), *copy_to(device, self.labels)
 
 
 def fill(batch: PackedBatch, budget: int, at_most: int, pad_id: int, least: int) -> PackedBatch:
@@ -71,13 +69,14 @@ def budget_for(tokens: int, most: int) -> int:
     return min(most, power_of_two(max(tokens, MULTIPLE)))
 
 
-def fill_masked(part: Any, task: Any, at_most: int) -> Filled:
+def fill_masked(part: Any, task: Any, at_most: int) -> Any:
     """A batch of masked-language modelling. Some [PAD] are read too: their label is [PAD]."""
     T, budget = part.tokens, budget_for(part.tokens, task.batch_tokens)
     missing = multiple(round(task.rate * budget)) - len(part)  # predictions
     batch = fill(part.batch, budget, at_most, task.pad, least=missing)
     positions = torch.cat([part.positions, torch.arange(T, T + missing)])
-    return Filled(batch, (positions,), F.pad(part.labels, (0, missing), value=task.pad))
+    labels = F.pad(part.labels, (0, missing), value=task.pad)
+    return replace(part, batch=batch, positions=positions, labels=labels)
 
 
 def fill_examples(part: Any, task: Any, at_most: int) -> Filled:
@@ -86,8 +85,8 @@ def fill_examples(part: Any, task: Any, at_most: int) -> Filled:
     batch = fill(packed, budget, at_most, pad_id=0, least=0)  # any id: no text sees it
     missing = batch.cu_seqlens.numel() - packed.cu_seqlens.numel()
     if part.labels.is_floating_point():
-        return Filled(batch, (), F.pad(part.labels, (0, 0, 0, missing)))
-    return Filled(batch, (), F.pad(part.labels, (0, missing), value=IGNORED))
+        return Filled(batch, F.pad(part.labels, (0, 0, 0, missing)))
+    return Filled(batch, F.pad(part.labels, (0, missing), value=IGNORED))
 
 
 class Recorded:
@@ -123,7 +122,7 @@ class Graphs:
         trainer, task = self.trainer, self.trainer.task
         at_most = trainer.model.config.max_position_embeddings
 
-        def fill_up(part: Any) -> Filled:
+        def fill_up(part: Any) -> Any:
             fill_part = fill_masked if hasattr(part, "positions") else fill_examples
             return fill_part(part, task, at_most)
 

@@ -100,7 +100,7 @@ class Runtime:
         "auto": on a GPU with attention by Triton, in a run that is planned for so many minutes that
         the time to compile comes back. Raises UserError if "on" cannot be.
         """
-        possible = self.device.type == "cuda" and attention == "triton"
+        possible = self._can_be_traced(attention)
         if choice == "on" and not possible:
             raise UserError("--compile on needs a CUDA device and --attention triton")
         return possible and (choice == "on" or choice == "auto" and minutes >= COMPILE_MINUTES)
@@ -111,7 +111,11 @@ class Runtime:
         "auto": on a GPU with attention by Triton, where each step is one part of one process.
         """
         one = self.world_size == accumulate == 1 and self.precision != "fp16"  # which has a scaler
-        return choice == "auto" and one and self.device.type == "cuda" and attention == "triton"
+        return choice == "auto" and one and self._can_be_traced(attention)
+
+    def _can_be_traced(self, attention: str) -> bool:
+        """Whether a step reads no length of a text on the processor."""
+        return self.device.type == "cuda" and attention == "triton"
 
     def compile_layers(self, bert: nn.Module, max_len: int, batch_tokens: int) -> None:
         """Compile the layers of a `Bert` for training with such batches."""

@@ -327,7 +327,6 @@ def pretrain(
     notes["operations/s"] = sum(flops(batch, config) for batch in counted) / elapsed
     notes["compiled again"] = counters["stats"]["unique_graphs"] - graphs
     notes["peak memory, GB"] = runtime.peak_memory() / 1e9
-    runtime.reset_peak_memory()
     if ON_GPU:
         notes |= {"launches": launches(step), "waits": waits(step)}
     return sum(batch.tokens for batch in counted) / elapsed, notes
