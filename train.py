@@ -53,7 +53,7 @@ DEFAULTS_BY_DEVICE = {"cpu": (4096, 1), "cuda": (65536, 2)}
 # (tests/benchmarks/LOG.md).
 RECIPE = ("data", "preset", "init", "vocab_size", "mask_rate", "whole_word", "summary_weight",
           "batch_tokens", "optimizer", "lr", "adamw_lr", "weight_decay")  # fmt: skip
-MEASURED = {1404: 4.34, 1578: 4.20, 3350: 3.87, 4148: 3.75, 9046: 3.36}
+MEASURED = {1404: 4.11, 3630: 3.54}
 FEW_STEPS = 200  # where a run is planned by time
 TOO_FEW = "warning: so few steps teach next to nothing; take more --minutes or a smaller --preset"
 # Options that may differ when a run is resumed.

@@ -98,7 +98,7 @@ def fine_tune(experiment: Experiment, setup: Setup) -> dict:
         "peak_memory_bytes": runtime.peak_memory(), "model": args.model, "data": args.data,
         "device": runtime.describe(), "threads": torch.get_num_threads(),
         "precision": runtime.precision, "attention": setup.attention,
-        "compiled": compiles,
+        "compiled": compiles, "graphs": cost["graphs"],
     }  # fmt: skip
     if runtime.is_main:
         metrics["saved_bytes"] = save(model, experiment, setup).stat().st_size

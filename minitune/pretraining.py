@@ -22,7 +22,8 @@ from minitune.batching import PackedBatch, copy_to, fill_batches, shuffled_batch
 from minitune.corpus import Corpus
 from minitune.masking import mask_tokens
 
-VALIDATION_RATE = 0.15  # the mask rate of validation, the same in all runs to compare them
+MASK_RATE = 0.3  # of train.py, where --mask-rate is not given
+VALIDATION_RATE = 0.15  # BERT's, for validation in all runs: losses of any mask rate compare
 VALIDATION_TOKENS = 1 << 19  # if there are more, an evenly spread part of them is read
 EVALUATIONS = 12  # quick ones, during a run
 QUICK = 8  # a quick evaluation reads every 8th validation batch

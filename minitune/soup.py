@@ -91,7 +91,7 @@ def train(
     if best["average_of"] == 1:
         origin = f"epoch {best['best_epoch']} of training {best['best_training']}"
     runtime.log(f"best: {origin}, validation accuracy {best['accuracy']:.2%}")
-    return [metrics for metrics, _ in candidates], cost
+    return [metrics for metrics, _ in candidates], cost | {"graphs": options["graphs"]}
 
 
 @torch.no_grad()

@@ -408,13 +408,15 @@ def test_a_gpu_has_a_batch_and_rates_of_its_own(device, words, batch, lr, adamw_
 def test_a_plan_says_what_the_default_recipe_comes_to_and_no_other():
     for steps, loss in train.MEASURED.items():
         assert f"near a loss of {loss:.1f}" in train.expectation(parse([]), steps)
-    between = float(train.expectation(parse([]), 2300).split()[-1])
-    assert train.MEASURED[3350] < between < train.MEASURED[1578]
+    (few, high), *_, (many, low) = train.MEASURED.items()
+    between = float(train.expectation(parse([]), (few + many) // 2).split()[-1])
+    assert low < between < high
     for steps in (100, 20_000):  # nobody has measured that
         assert not train.expectation(parse([]), steps)
-    assert train.expectation(parse(["--max-len", "512"]), 4148)  # what the default comes to
+    assert train.expectation(parse(["--max-len", "512"]), many)  # what the default comes to
     for other in (
-        ["--data", "mine.txt"], ["--lr", "0.1"], ["--preset", "small"], ["--max-len", "64"]
+        ["--data", "mine.txt"], ["--lr", "0.1"], ["--preset", "small"], ["--max-len", "64"],
+        ["--mask-rate", "0.15"],
     ):  # fmt: skip
-        assert not train.expectation(parse(other), 4148)
-    assert not train.expectation(parse([], "cuda"), 4148)
+        assert not train.expectation(parse(other), many)
+    assert not train.expectation(parse([], "cuda"), many)

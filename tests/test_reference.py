@@ -76,7 +76,11 @@ def test_it_answers_where_no_model_is_named(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("settings", "loss", "reason"),
-    [({}, METRICS["loss"] - 0.03, "stays"), ({"data": "mine.txt"}, 1.0, "default options")],
+    [
+        ({}, METRICS["loss"] - 0.03, "stays"),
+        ({"data": "mine.txt"}, 1.0, "default options"),
+        ({"mask_rate": 0.15}, 1.0, "default options"),
+    ],
 )
 def test_it_is_replaced_only_by_a_better_run_of_the_default(
     tmp_path, monkeypatch, capsys, settings, loss, reason

@@ -17,6 +17,7 @@ from minitune.attention import ON_ANY_DEVICE, attention_weights
 from minitune.batching import PackedBatch
 from minitune.checkpoint import load_masked_lm, load_tokenizer, read_config
 from minitune.masking import mask_tokens
+from minitune.pretraining import MASK_RATE
 from minitune.support import cli
 from minitune.support.errors import UserError
 from minitune.support.model_names import default_model, find_model
@@ -58,13 +59,14 @@ def show_tokenizer(sentence: str, tokenizer: Tokenizer, source: Path) -> None:
 def show_masking(sentence: str, tokenizer: Tokenizer, source: Path) -> None:
     """A few draws of what is masked, by tokens and by whole words; and the shares in many draws."""
     tokens, generator = _tokens(sentence, tokenizer), torch.Generator().manual_seed(0)
-    if len(tokens) < 6:
-        raise UserError("15% of fewer than four tokens is none: give a longer sentence")
+    rate = MASK_RATE
+    if len(tokens) < 4:
+        raise UserError(f"{rate:.0%} of one token is none: give a longer sentence")
     fates = Counter()  # of the tokens that are to be guessed
     for whole_word in (False, True):
-        print(f"15% of the tokens are to be guessed{', in whole words' * whole_word}:")
+        print(f"{rate:.0%} of the tokens are to be guessed{', in whole words' * whole_word}:")
         for draw in range(1000):
-            masked, positions, labels = mask_tokens(tokens, tokenizer, generator, 0.15, whole_word)
+            masked, positions, labels = mask_tokens(tokens, tokenizer, generator, rate, whole_word)
             for new, old in zip(masked[positions].tolist(), labels.tolist(), strict=True):
                 is_masked = "[MASK]" if new == tokenizer.mask_id else "another token"
                 fates["the token itself" if new == old else is_masked] += 1

@@ -18,13 +18,14 @@ from minitune.attention import resolve_backend
 from minitune.batching import PackedBatch
 from minitune.model import PRESETS, BertForMaskedLM
 from minitune.optimizer import Optimizer
+from minitune.pretraining import MASK_RATE
 from minitune.support.errors import plural
 from minitune.support.finding import GOOD, NOTE, WRONG, Finding
 from minitune.support.reference import REFERENCE
 from minitune.support.runs import read_json
 from minitune.support.runtime import Runtime
 
-PROBE_SECONDS, PROBE_TOKENS, MASK_RATE = 12, 4096, 0.15  # a batch and a mask rate as in train.py
+PROBE_SECONDS, PROBE_TOKENS = 12, 4096  # a batch as in train.py
 PROBE_LENGTH = 256  # tokens of a text, about those of reviews
 MINUTES, TRAINING = 17, 0.9  # of `python train.py`, and the share of them in which it trains
 MEMORY, DISK = 3e9, 1e9  # bytes that the default run needs, and some more

@@ -60,7 +60,7 @@ def _examine_pretraining(
     last, tokens, step = last_loss(losses), losses[-1]["tokens"], losses[-1]["step"]
     found = f"{path}: loss {last:.2f} after {plural(step, 'step')}"
     if not is_comparable(settings):
-        found += "; the reference run had other data or another model"
+        found += "; the reference run had other data, another model or another mask rate"
         yield Finding(str(path), NOTE, found, "compare it with the unigram entropy it printed")
     elif tokens > reference[-1]["tokens"]:
         yield Finding(str(path), GOOD, f"{found}; the reference run ended earlier")

@@ -5,7 +5,7 @@ from statistics import mean
 
 REFERENCE = Path(__file__).parents[2] / "data" / "reference"
 # Its settings. With others a loss is not to be compared with its own.
-SETTINGS = {"data": "imdb", "preset": "tiny", "init": None, "vocab_size": 8192}
+SETTINGS = {"data": "imdb", "preset": "tiny", "init": None, "vocab_size": 8192, "mask_rate": 0.3}
 PLATEAU = 0.1  # nats: as near to the unigram entropy a model uses no context
 NEAR = 0.25  # nats by which runs with these settings differ by chance
 LOGGED = 10  # entries of a log whose mean is "the loss at a step": single steps differ by chance

@@ -86,9 +86,9 @@ def verdict(settings: dict, log: list[dict], reference: list[dict]) -> str:
     """The loss beside the reference run's after as many tokens."""
     if not is_comparable(settings) or not log:
         return (
-            "The reference run had other data or another model (tiny, on imdb), so its losses are "
-            "no measure of this run. The two lines across are: below the lower one, the model uses "
-            "the words around a blank."
+            "The reference run had other data, another model or another mask rate (tiny, on imdb, "
+            "30%), so its losses are no measure of this run. The two lines across are: below the "
+            "lower one, the model uses the words around a blank."
         )
     before = until(log[-1]["tokens"], reference)
     mine, other = last_loss(log), last_loss(before)

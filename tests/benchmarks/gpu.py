@@ -44,7 +44,7 @@ from minitune.corpus import Corpus
 from minitune.data import Dataset
 from minitune.model import PRESETS, BertConfig, BertForMaskedLM
 from minitune.optimizer import Optimizer
-from minitune.pretraining import MaskedLanguageModelling
+from minitune.pretraining import MASK_RATE, MaskedLanguageModelling
 from minitune.support.runs import Run, read_json, write_json
 from minitune.support.runtime import Runtime
 from minitune.training import Trainer
@@ -306,7 +306,7 @@ def pretrain(
     if "compiled" in way:
         runtime.compile_layers(model.bert, max_len, batch_tokens)
     shape = {"max_len": max_len, "batch_tokens": batch_tokens}
-    task = MaskedLanguageModelling(corpus, rate=0.15, whole_word=False, seed=0, **shape)
+    task = MaskedLanguageModelling(corpus, rate=MASK_RATE, whole_word=False, seed=0, **shape)
     optimizer = Optimizer(model, name, PEAK_LR[name], PEAK_LR["adamw"], 0.01)
     trainer = Trainer(model, optimizer, task, Run(Path()), runtime, seed=0, graphs="graphs" in way)
     trainer.steps = 10**6

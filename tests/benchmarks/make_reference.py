@@ -1,6 +1,6 @@
 """Make the reference run, data/reference/, of a run of train.py.
 
-    python train.py --steps 4148 && python -m tests.benchmarks.make_reference runs/pretrain
+    python train.py && python -m tests.benchmarks.make_reference runs/pretrain
 
 Every version of it stays in git for ever. So the weights are float16, half the bytes, and a run
 replaces it only where its loss is lower by more than LEAST.
