@@ -36,6 +36,7 @@ from minitune.finetuning import fine_tune
 from minitune.merging import merge_runs
 from minitune.methods import METHODS, build, check_options, keep_options, options_of
 from minitune.peft_files import read_trained
+from minitune.second_task import head_of
 from minitune.support.baselines import NBSVM, answer_test_rows
 from minitune.support.cli import (
     choose_max_len,
@@ -89,6 +90,8 @@ def read_arguments() -> argparse.Namespace:
         raise UserError("--unlabelled goes with --train-examples, and not with --class-weights")
     if args.bag and args.unlabelled:  # the weights of a bag are fitted on labelled rows
         raise UserError("--bag does not go with --unlabelled")
+    if args.masked_words and (others := {"feature", "prompt"} & set(args.method)):
+        raise UserError(f"--masked-words does not go with --method {min(others)}")
     return args
 
 
@@ -203,6 +206,7 @@ def fine_tune_all(args: argparse.Namespace, experiments: list[Experiment]) -> No
     asks = start is None and any(experiment.method == "prompt" for experiment in experiments)
     if args.unlabelled or asks:  # a base that fills no blanks is an error now, too
         build("prompt", source, reviews.names, **options_of("prompt", args))
+    head = head_of(source).to(runtime.device) if args.masked_words else None
     examples = {}
     for split in SPLITS:
         sequences = TokenizedTexts(reviews.texts[split], tokenizer, args.max_len)
@@ -222,6 +226,7 @@ def fine_tune_all(args: argparse.Namespace, experiments: list[Experiment]) -> No
             if run.settings.get(key) != settings[key]:
                 raise UserError(f"the {what} of the run in {run.directory} has changed since then")
     setup = Setup(args, settings, source, start, tokenizer, reviews, examples, runtime, attention)
+    setup.head = head
     finished_runs(args.out, settings)  # what is damaged is an error now
     for experiment in experiments:
         return_freed_memory()  # each one's peak memory is its own

@@ -12,6 +12,7 @@
     pretraining     masked-language modelling as a task: batches, loss, evaluation
     initialization  where pretraining starts from
     classification  classifying texts as a task: batches, loss, evaluation
+    second_task     guessing masked words while learning to classify
     features        feature extraction: a frozen encoder and a linear classifier
     adapters        small trained layers inside a frozen network
     lora            low-rank changes beside frozen matrices

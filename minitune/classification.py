@@ -144,11 +144,11 @@ class Classification:
         return map(self.train.select, self._shuffled(skip=first_step))
 
     def loss(self, model: nn.Module, inputs: tuple, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """(what is minimised, what is reported): sums of -log p(label), in nats.
+        """(what is minimised, what is reported): sums of -log p(label), in nats."""
+        return self.compare(model(*inputs).float(), labels)
 
-        Only the first has class weights.
-        """
-        logits = model(*inputs).float()
+    def compare(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The two losses of logits (B, L); only the first has class weights."""
         loss = F.cross_entropy(logits, labels, reduction="sum")
         if self.weights is None:
             return loss, loss

@@ -11,6 +11,7 @@ from minitune.classification import Examples, TokenizedTexts
 from minitune.cloze import UNLABELLED, ClozeClassifier
 from minitune.data import SPLITS, Reviews
 from minitune.methods import build, load_trained, options_of
+from minitune.model import MaskedLMHead
 from minitune.support.model_names import find_model
 from minitune.support.runs import Run
 from minitune.support.runtime import Runtime
@@ -36,6 +37,7 @@ class Setup:
     # (N, L) each, what the teacher answers for the training rows, by the labels that are known.
     teachers: dict[tuple, Tensor] = field(default_factory=dict)
     test_features: Tensor | None = None  # (N, F)
+    head: MaskedLMHead | None = None  # of the second task, with --masked-words
     offsets: Tensor | None = None  # of its templates, the same for all experiments
 
     def options(self, method: str) -> dict:

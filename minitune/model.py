@@ -156,6 +156,12 @@ class Bert(nn.Module):
         x = self.layers[-1](x, batch, positions)
         return x[: batch.tokens.numel() if positions is None else positions.numel()]
 
+    def at(self, batch: PackedBatch, positions: Tensor) -> Tensor:
+        """Hidden states (M, C) at M positions in the packed tokens, in any order."""
+        ascending, order = positions.sort()
+        # The argsort of a permutation is its inverse: back to the order of `positions`.
+        return self(batch, ascending).index_select(0, order.argsort())
+
 
 class Pooler(nn.Module):
     """BERT's summary of a sequence: a tanh layer over the hidden state of its [CLS] token."""
@@ -207,7 +213,9 @@ class MaskedLMHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, hidden: Tensor, word_embeddings: Tensor) -> Tensor:
-        return F.linear(self.norm(F.gelu(self.dense(hidden))), word_embeddings, self.bias)
+        """Scores (M, V) from hidden states (M, C)."""
+        x = self.norm(F.gelu(self.dense(pad_rows(hidden))))
+        return F.linear(x, word_embeddings, self.bias)[: len(hidden)]
 
 
 class BertForMaskedLM(nn.Module):
@@ -222,10 +230,7 @@ class BertForMaskedLM(nn.Module):
 
     def forward(self, batch: PackedBatch, positions: Tensor) -> Tensor:
         """Logits (M, V) at M positions in the packed tokens, in any order."""
-        ascending, order = positions.sort()
-        # The argsort of a permutation is its inverse: back to the order of `positions`.
-        hidden = self.bert(batch, ascending).index_select(0, order.argsort())
-        return self.head(pad_rows(hidden), self.bert.embeddings.word.weight)[: positions.numel()]
+        return self.head(self.bert.at(batch, positions), self.bert.embeddings.word.weight)
 
 
 class BertForSequenceClassification(nn.Module):
@@ -245,7 +250,10 @@ class BertForSequenceClassification(nn.Module):
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Logits (B, labels)."""
-        hidden = self.bert(batch, self.pooler.positions(batch))
+        return self.classify(self.bert(batch, self.pooler.positions(batch)), batch)
+
+    def classify(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
+        """Logits (B, labels) from the hidden states that the pooler reads."""
         return self.classifier(self.dropout(self.pooler(hidden, batch)))
 
 

@@ -21,6 +21,7 @@ from torch import Generator, Tensor, nn
 from minitune.batching import PackedBatch, copy_to, fill_batches, shuffled_batches
 from minitune.corpus import Corpus
 from minitune.masking import mask_tokens
+from minitune.tokenizer import Tokenizer
 
 MASK_RATE = 0.3  # of train.py, where --mask-rate is not given
 VALIDATION_RATE = 0.15  # BERT's, for validation in all runs: losses of any mask rate compare
@@ -36,6 +37,20 @@ class MaskedBatch:
     batch: PackedBatch
     positions: Tensor  # (M,) int64, ascending: which tokens are to be guessed
     labels: Tensor  # (M,) int64: the ids of these tokens before masking
+
+    @classmethod
+    def of(
+        cls,
+        batch: PackedBatch,
+        tokenizer: Tokenizer,
+        generator: Generator,
+        rate: float,
+        whole_word: bool,
+    ) -> "MaskedBatch":
+        """The batch with `rate` of its tokens masked."""
+        masked = mask_tokens(batch.tokens, tokenizer, generator, rate, whole_word)
+        tokens, positions, labels = masked
+        return cls(replace(batch, tokens=tokens), positions, labels)
 
     def __len__(self) -> int:
         """M, the number of predictions."""
@@ -115,10 +130,7 @@ class MaskedLanguageModelling:
     ) -> MaskedBatch:
         """A batch of these sequences of ids, each (n,), with this share of their tokens masked."""
         batch = PackedBatch.from_sequences(sequences)
-        corrupted, positions, labels = mask_tokens(
-            batch.tokens, self.tokenizer, generator, rate, whole_word
-        )
-        return MaskedBatch(replace(batch, tokens=corrupted), positions, labels)
+        return MaskedBatch.of(batch, self.tokenizer, generator, rate, whole_word)
 
     def loss(self, model: nn.Module, inputs: tuple, labels: Tensor) -> tuple[Tensor, Tensor]:
         """(both losses, to be minimised; that of the masked tokens), float32 sums in nats."""

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from minitune.classification import Classification, Examples
 from minitune.cloze import ClozeClassifier
 from minitune.experiment import Experiment, Setup
-from minitune.methods import describe_recipe
+from minitune.methods import METHODS, describe_recipe
 from minitune.model import BertForSequenceClassification
 from minitune.optimizer import LRMultipliers, Optimizer
+from minitune.second_task import ClassificationAndMaskedWords
 from minitune.support.runs import Run, write_atomically
 from minitune.training import Trainer
 
@@ -51,6 +52,11 @@ def train(
     # A student that has not learned from its teacher yet must not be kept by chance.
     is_taught = examples["train"].labels.is_floating_point()
     plan["start_counts"] = isinstance(learner, ClozeClassifier) and not is_taught
+    kind = Classification
+    if setup.head and METHODS[experiment.method].pretrained:
+        kind = ClassificationAndMaskedWords
+        plan |= {"tokenizer": setup.tokenizer, "head": setup.head, "weight": args.masked_words}
+        options["graphs"] = False  # its batches have no fixed shapes
     start, log, candidates = copy.deepcopy(learner.state_dict()), [], []  # (metrics, weights)
     cost = {"steps": 0, "tokens": 0, "seconds": 0.0, "earlier_seconds": 0.0}
     for k in range(args.soup):
@@ -58,7 +64,7 @@ def train(
         part.state_path.parent.mkdir(parents=True, exist_ok=True)
         seed = experiment.seed + SOUP_SEEDS * k
         learner.load_state_dict(start)
-        task = Classification(examples["train"], examples["validation"], seed=seed, **plan)
+        task = kind(examples["train"], examples["validation"], seed=seed, **plan)
         optimizer = Optimizer(learner, *rates)
         trainer = Trainer(learner, optimizer, task, part, runtime, seed=seed, **options)
         trainer.steps, trainer.started = task.steps, started

@@ -19,7 +19,7 @@ NOT_SAVED |= {"merge", "weights", "page", "yes"}
 # Options that runs of earlier versions have not saved. Such a run was computed with their defaults.
 ADDED = {"text_column", "label_column", "class_weights", "lora_targets", "lora_rank", "lora_alpha",
          "lora_dropout", "rslora", "dora", "train", "template", "words", "cloze_len",
-         "unlabelled"}  # fmt: skip
+         "unlabelled", "masked_words"}  # fmt: skip
 LONGEST_ERROR = 600  # characters; an option may hold a whole book
 
 

@@ -1,0 +1,102 @@
+"""Fine-tuning with a second task: guess masked words while learning to classify.
+
+A few thousand labels say little, and a network learns its training rows by heart. So it goes on
+with what it learned in pretraining: in each text some tokens are masked, the classifier must do
+without them, and the masked-LM head must guess them. The weight of the second loss falls to zero,
+so that the labels have the last word (Chronopoulou et al. 2019, "An Embarrassingly Simple Approach
+for Transfer Learning from Pretrained Language Models").
+
+`--masked-words WEIGHT` of finetune.py. The head is that of the pretrained model and stays as it is.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from minitune.batching import PackedBatch, copy_to
+from minitune.checkpoint import load_masked_lm
+from minitune.classification import Classification
+from minitune.model import BertForSequenceClassification, MaskedLMHead
+from minitune.pretraining import MaskedBatch
+from minitune.support.errors import UserError
+from minitune.tokenizer import Tokenizer
+
+RATE = 0.15  # of the tokens: the classifier reads the others
+
+
+def head_of(source: Path) -> MaskedLMHead:
+    """The masked-LM head of a pretrained model, frozen; UserError where it has none."""
+    model, has_head = load_masked_lm(source)
+    if not has_head:
+        way_out = "python train.py --init MODEL gives it one"
+        raise UserError(f"--masked-words: {source} has no masked-LM head; {way_out}")
+    return model.head.requires_grad_(False)
+
+
+@dataclass
+class MaskedExamples:
+    """A batch for both tasks: texts with masked tokens, and a label for each text."""
+
+    masked: MaskedBatch
+    labels: Tensor  # as in Examples
+    factor: float  # of the second loss, for each masked token
+
+    def __len__(self) -> int:
+        """How many texts: the loss is a mean over them."""
+        return len(self.labels)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the model reads."""
+        return self.masked.tokens
+
+    def split(self, parts: int) -> list["MaskedExamples"]:
+        """Up to `parts` batches of whole texts, about equal in tokens; none is empty."""
+        batches = self.masked.split(parts)
+        labels = self.labels.split([len(part.batch.cls_positions) for part in batches])
+        pairs = zip(batches, labels, strict=True)
+        return [MaskedExamples(masked, some, self.factor) for masked, some in pairs]
+
+    def to(self, device: torch.device) -> tuple[tuple[PackedBatch, Tensor, Tensor, float], Tensor]:
+        """((batch, positions, words at these positions, factor), labels) on a device."""
+        (batch, positions), words = self.masked.to(device)
+        return (batch, positions, words, self.factor), *copy_to(device, self.labels)
+
+
+class ClassificationAndMaskedWords(Classification):
+    """Classification, whose training batches have masked words to guess; validation has none."""
+
+    def __init__(self, *examples, tokenizer: Tokenizer, head: MaskedLMHead, weight: float, **plan):
+        """`weight` is that of the second loss at the first step; the rest as Classification."""
+        super().__init__(*examples, **plan)
+        self.tokenizer, self.head, self.weight = tokenizer, head, weight
+
+    def batches(self, first_step: int) -> Iterator[MaskedExamples]:
+        """The batch of each step from `first_step` on; a step has the same one in every run."""
+        for step, examples in enumerate(super().batches(first_step), start=first_step):
+            generator = Generator().manual_seed(self.seed * 1_000_003 + step)
+            batch = examples.inputs.pack()
+            masked = MaskedBatch.of(batch, self.tokenizer, generator, RATE, whole_word=False)
+            # Each loss is a mean: one over texts, one over masked tokens.
+            factor = self.weight * (1 - step / self.steps) * len(examples) / max(len(masked), 1)
+            yield MaskedExamples(masked, examples.labels, factor)
+
+    def loss(
+        self, model: BertForSequenceClassification, inputs: tuple, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(both losses, to be minimised; that of the labels), sums in nats."""
+        batch, positions, words, factor = inputs
+        read = model.pooler.positions(batch)
+        if read is None:  # the pooler reads all tokens
+            pooled = model.bert(batch)
+            hidden = pooled.index_select(0, positions)
+        else:
+            several = model.bert.at(batch, torch.cat([read, positions]))
+            pooled, hidden = several.split([len(read), len(positions)])
+        minimised, reported = self.compare(model.classify(pooled, batch).float(), labels)
+        guesses = self.head(hidden, model.bert.embeddings.word.weight).float()
+        return minimised + factor * F.cross_entropy(guesses, words, reduction="sum"), reported
