@@ -92,7 +92,7 @@ def fine_tune(experiment: Experiment, setup: Setup) -> dict:
         "candidates": candidates, "soup": args.soup, **recipe, "steps": cost["steps"],
         "trainable_params": count, "total_params": total, "trained": names,
         "train_examples": labelled, "seed": experiment.seed,
-        "unlabelled": len(examples["train"]) - labelled,
+        "unlabelled": len(examples["train"]) - labelled, "masked_words": cost["masked_words"],
         "train_seconds": round(seconds, 1), "tokens_per_second": round(tokens / seconds),
         "total_seconds": round(cost["earlier_seconds"] + time.monotonic() - started, 1),
         "peak_memory_bytes": runtime.peak_memory(), "model": args.model, "data": args.data,

@@ -97,7 +97,8 @@ def train(
     if best["average_of"] == 1:
         origin = f"epoch {best['best_epoch']} of training {best['best_training']}"
     runtime.log(f"best: {origin}, validation accuracy {best['accuracy']:.2%}")
-    return [metrics for metrics, _ in candidates], cost | {"graphs": options["graphs"]}
+    cost |= {"graphs": options["graphs"], "masked_words": plan.get("weight", 0.0)}
+    return [metrics for metrics, _ in candidates], cost
 
 
 @torch.no_grad()
