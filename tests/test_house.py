@@ -12,7 +12,7 @@ FLOORS = [
     {"train", "finetune", "prompt", "doctor"},
     {"commands"},
     {"finetuning", "self_training", "soup", "experiment", "prediction", "merging"},
-    {"checkpoint", "trained", "peft_files", "methods"},
+    {"checkpoint", "trained", "peft_files", "methods", "second_task"},
     {"pretraining", "classification", "features", "adapters", "lora", "ia3"}
     | {"prompting", "calibration", "cloze", "explain", "temperature", "probes", "bag_of_words"},
     {"model", "attention", "initialization", "optimizer", "training"},
