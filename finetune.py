@@ -90,7 +90,8 @@ def read_arguments() -> argparse.Namespace:
         raise UserError("--unlabelled goes with --train-examples, and not with --class-weights")
     if args.bag and args.unlabelled:  # the weights of a bag are fitted on labelled rows
         raise UserError("--bag does not go with --unlabelled")
-    if args.masked_words and (others := {"feature", "prompt"} & set(args.method)):
+    others = {"feature", "prompt"} if len(args.method) > 1 else {"feature", "prompt", "scratch"}
+    if args.masked_words and (others := others & set(args.method)):
         raise UserError(f"--masked-words does not go with --method {min(others)}")
     return args
 
@@ -226,7 +227,7 @@ def fine_tune_all(args: argparse.Namespace, experiments: list[Experiment]) -> No
             if run.settings.get(key) != settings[key]:
                 raise UserError(f"the {what} of the run in {run.directory} has changed since then")
     setup = Setup(args, settings, source, start, tokenizer, reviews, examples, runtime, attention)
-    setup.head = head
+    setup.head = head  # of the second task
     finished_runs(args.out, settings)  # what is damaged is an error now
     for experiment in experiments:
         return_freed_memory()  # each one's peak memory is its own

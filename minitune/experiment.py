@@ -37,8 +37,8 @@ class Setup:
     # (N, L) each, what the teacher answers for the training rows, by the labels that are known.
     teachers: dict[tuple, Tensor] = field(default_factory=dict)
     test_features: Tensor | None = None  # (N, F)
-    head: MaskedLMHead | None = None  # of the second task, with --masked-words
-    offsets: Tensor | None = None  # of its templates, the same for all experiments
+    offsets: Tensor | None = None  # of a cloze's templates, the same for all experiments
+    head: MaskedLMHead | None = None  # with --masked-words
 
     def options(self, method: str) -> dict:
         """The options of a method."""

@@ -213,9 +213,7 @@ class MaskedLMHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, hidden: Tensor, word_embeddings: Tensor) -> Tensor:
-        """Scores (M, V) from hidden states (M, C)."""
-        x = self.norm(F.gelu(self.dense(pad_rows(hidden))))
-        return F.linear(x, word_embeddings, self.bias)[: len(hidden)]
+        return F.linear(self.norm(F.gelu(self.dense(hidden))), word_embeddings, self.bias)
 
 
 class BertForMaskedLM(nn.Module):
@@ -230,7 +228,8 @@ class BertForMaskedLM(nn.Module):
 
     def forward(self, batch: PackedBatch, positions: Tensor) -> Tensor:
         """Logits (M, V) at M positions in the packed tokens, in any order."""
-        return self.head(self.bert.at(batch, positions), self.bert.embeddings.word.weight)
+        hidden = pad_rows(self.bert.at(batch, positions))
+        return self.head(hidden, self.bert.embeddings.word.weight)[: positions.numel()]
 
 
 class BertForSequenceClassification(nn.Module):

@@ -24,7 +24,7 @@ from minitune.masking import mask_tokens
 from minitune.tokenizer import Tokenizer
 
 MASK_RATE = 0.3  # of train.py, where --mask-rate is not given
-VALIDATION_RATE = 0.15  # BERT's, for validation in all runs: losses of any mask rate compare
+VALIDATION_RATE = 0.15  # BERT's, for validation in all runs, so that their losses compare
 VALIDATION_TOKENS = 1 << 19  # if there are more, an evenly spread part of them is read
 EVALUATIONS = 12  # quick ones, during a run
 QUICK = 8  # a quick evaluation reads every 8th validation batch

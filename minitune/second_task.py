@@ -1,9 +1,9 @@
 """Fine-tuning with a second task: guess masked words while learning to classify.
 
 A few thousand labels say little, and a network learns its training rows by heart. So it goes on
-with what it learned in pretraining: in each text some tokens are masked, the classifier must do
-without them, and the masked-LM head must guess them. The weight of the second loss falls to zero,
-so that the labels have the last word (Chronopoulou et al. 2019, "An Embarrassingly Simple Approach
+with pretraining meanwhile: some tokens of each batch are masked, the classifier reads the texts so,
+and the masked-LM head guesses the tokens. The weight of the second loss falls to zero, so that the
+labels have the last word (Chronopoulou et al. 2019, "An Embarrassingly Simple Approach
 for Transfer Learning from Pretrained Language Models").
 
 `--masked-words WEIGHT` of finetune.py. The head is that of the pretrained model and stays as it is.
@@ -20,12 +20,13 @@ from torch import Generator, Tensor
 from minitune.batching import PackedBatch, copy_to
 from minitune.checkpoint import load_masked_lm
 from minitune.classification import Classification
+from minitune.fast.layers import pad_rows
 from minitune.model import BertForSequenceClassification, MaskedLMHead
 from minitune.pretraining import MaskedBatch
 from minitune.support.errors import UserError
 from minitune.tokenizer import Tokenizer
 
-RATE = 0.15  # of the tokens: the classifier reads the others
+RATE = 0.15  # of the tokens are masked, as in BERT: the classifier needs most of them
 
 
 def head_of(source: Path) -> MaskedLMHead:
@@ -90,13 +91,14 @@ class ClassificationAndMaskedWords(Classification):
     ) -> tuple[Tensor, Tensor]:
         """(both losses, to be minimised; that of the labels), sums in nats."""
         batch, positions, words, factor = inputs
-        read = model.pooler.positions(batch)
-        if read is None:  # the pooler reads all tokens
-            pooled = model.bert(batch)
-            hidden = pooled.index_select(0, positions)
+        cls = model.pooler.positions(batch)
+        if cls is None:  # the pooler reads all tokens
+            for_label = model.bert(batch)
+            for_words = for_label.index_select(0, positions)
         else:
-            several = model.bert.at(batch, torch.cat([read, positions]))
-            pooled, hidden = several.split([len(read), len(positions)])
-        minimised, reported = self.compare(model.classify(pooled, batch).float(), labels)
-        guesses = self.head(hidden, model.bert.embeddings.word.weight).float()
+            hidden = model.bert.at(batch, torch.cat([cls, positions]))
+            for_label, for_words = hidden.split([len(cls), len(positions)])
+        minimised, reported = self.compare(model.classify(for_label, batch).float(), labels)
+        guesses = self.head(pad_rows(for_words), model.bert.embeddings.word.weight)
+        guesses = guesses[: len(words)].float()
         return minimised + factor * F.cross_entropy(guesses, words, reduction="sum"), reported

@@ -70,6 +70,8 @@ def train(
         trainer.steps, trainer.started = task.steps, started
         name = f"training {k + 1} of {args.soup}: " if args.soup > 1 else ""
         by = "; CUDA graphs: on" if trainer.graphs else ""
+        if kind is ClassificationAndMaskedWords:
+            by += f"; guesses masked words, too, at first with a weight of {args.masked_words:g}"
         runtime.log(f"{name}{task.steps:,} steps, {describe_recipe(recipe, task.unit)}{by}")
         if checkpoint := part.load():
             trainer.restore(checkpoint)

@@ -5,8 +5,8 @@
 What a step computes depends only on the seed and on the step's number. So a run that was killed and
 resumed ends with the same bits as one that was not.
 
-The loop knows nothing of what is learned. That is in a task, MaskedLanguageModelling or
-Classification, which has
+The loop knows nothing of what is learned. That is in a task, MaskedLanguageModelling,
+Classification or both together (second_task.py), which has
 
     batches(first_step)         the batch of each step from `first_step` on, without end
     loss(model, inputs, labels) (loss to minimise, loss to report), summed over the predictions
@@ -17,13 +17,13 @@ Classification, which has
     start_counts                whether the weights before the first step may have the highest score
     unit, baseline              what `tokens` below counts, and losses to compare with, as text
 
-and in its batches, MaskedBatch or Examples, which have
+and in its batches, such as MaskedBatch or Examples, which have
 
     tokens                      how many tokens the model reads
     len(batch)                  the number of predictions; the loss is their mean
     split(parts)                up to that many smaller batches, none of them empty
-    to(device)                  (inputs, labels); model(*inputs) gives one row of logits for each
-                                element of `labels`
+    to(device)                  (inputs, labels), as `loss` takes them; with a validation batch
+                                model(*inputs) gives one row of logits for each label
 """
 
 import math

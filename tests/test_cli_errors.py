@@ -402,7 +402,7 @@ def test_out_holds_an_unfinished_run(refused, unfinished):
 
 @pytest.mark.parametrize(
     "option, value",
-    [("--seed", "1"), ("--mask-rate", "0.3"), ("--preset", "small"), ("--vocab-size", "99")],
+    [("--seed", "1"), ("--mask-rate", "0.15"), ("--preset", "small"), ("--vocab-size", "99")],
 )
 def test_resume_with_another_option(refused, unfinished, option, value):
     refused("--resume", "--out", "run", option, value, naming=[f"{option} {value}", "run"])

@@ -18,6 +18,7 @@ from minitune.data import Dataset, Reviews
 from minitune.masking import mask_tokens
 from minitune.pretraining import VALIDATION_RATE
 from minitune.support.cli import run_script
+from minitune.support.options import train_options
 from minitune.support.reference import REFERENCE, is_comparable
 from minitune.support.runs import Run, read_json
 from tests.benchmarks import make_reference
@@ -34,6 +35,7 @@ def test_every_version_of_the_weights_is_small():
 
 def test_it_was_made_by_the_default_recipe_and_its_log_is_whole():
     assert is_comparable(read_json(REFERENCE / "settings.json"))
+    assert is_comparable(vars(train_options().parse_args([])))
     log = Run(REFERENCE).read_log()
     assert [entry["step"] for entry in log] == sorted({entry["step"] for entry in log})
     last = log[-1]

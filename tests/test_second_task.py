@@ -179,6 +179,9 @@ def test_the_option_changes_what_is_trained_and_not_scratch(folder, tmp_path):
     assert settings["masked_words"] == 0.5
     assert metrics(tmp_path / "with" / "full")["masked_words"] == 0.5
     assert metrics(tmp_path / "with" / "scratch")["masked_words"] == 0
+    page = (tmp_path / "with" / "full" / "report.html").read_text()
+    assert "masked words, at first with a weight of 0.5" in page
+    assert "masked words" not in (tmp_path / "without" / "full" / "report.html").read_text()
     # What is saved is a classifier like any other.
     answer = succeed("--model", tmp_path / "with" / "full", "--predict", "A superb film.")
     assert "works" in answer.out or "falls flat" in answer.out
@@ -192,7 +195,7 @@ def test_it_goes_with_a_soup_and_with_unlabelled_rows(folder, tmp_path):
     assert metrics(tmp_path / "b" / "lora")["masked_words"] == 0.5
 
 
-@pytest.mark.parametrize("method", ["feature", "prompt"])
+@pytest.mark.parametrize("method", ["feature", "prompt", "scratch"])
 def test_methods_that_cannot_have_it_are_refused(folder, tmp_path, method):
     words = options(folder, tmp_path / "out", "--method", method, "--masked-words", "0.5")
     assert_refused(*words, naming=f"--masked-words does not go with --method {method}")

@@ -60,8 +60,8 @@ def show_masking(sentence: str, tokenizer: Tokenizer, source: Path) -> None:
     """A few draws of what is masked, by tokens and by whole words; and the shares in many draws."""
     tokens, generator = _tokens(sentence, tokenizer), torch.Generator().manual_seed(0)
     rate = MASK_RATE
-    if len(tokens) < 4:
-        raise UserError(f"{rate:.0%} of one token is none: give a longer sentence")
+    if not round(rate * (len(tokens) - 2)):
+        raise UserError(f"{rate:.0%} of so few tokens is none: give a longer sentence")
     fates = Counter()  # of the tokens that are to be guessed
     for whole_word in (False, True):
         print(f"{rate:.0%} of the tokens are to be guessed{', in whole words' * whole_word}:")

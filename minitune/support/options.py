@@ -132,7 +132,7 @@ def finetune_options() -> Parser:
     add("--class-weights", weights, ["none", "balanced"], "none")
     bag = "answer together with a bag of words, NB-SVM, trained on the same rows"
     add("--bag", bag, bool)
-    masked = "guess masked words as a second task, with this weight, which falls to 0; not scratch"
+    masked = "also guess masked words, with this weight, which falls to 0; of a model of train.py"
     add("--masked-words", masked, float_range(0, 100, above=False), "0", metavar="WEIGHT")
     add = options.group("new reviews")
     predict = "label these texts, or a .txt .csv .tsv .jsonl file, or - for the lines of stdin"

@@ -73,6 +73,8 @@ def content(
         pairs.append(("macro F1", f"{metrics['macro_f1']:.3f}"))
     for row in shown.get("baselines", []):
         pairs.append((BASELINES.get(row["method"], row["method"]), f"{row['accuracy']:.1%}"))
+    if weight := metrics.get("masked_words"):
+        pairs.append(("second task", f"masked words, at first with a weight of {weight:g}"))
     pairs += [
         ("trained", f"{in_percent(share)} of {metrics['total_params']:,} parameters"),
         ("training rows", f"{metrics['train_examples']:,}"),
