@@ -6,7 +6,8 @@ and the masked-LM head guesses the tokens. The weight of the second loss falls t
 labels have the last word (Chronopoulou et al. 2019, "An Embarrassingly Simple Approach
 for Transfer Learning from Pretrained Language Models").
 
-`--masked-words WEIGHT` of finetune.py. The head is that of the pretrained model and stays as it is.
+`--masked-words WEIGHT` of finetune.py. The head is that of the pretrained model and stays as it is,
+but for its last matrix: it is that of the word vectors, which learn from every guess.
 """
 
 from collections.abc import Iterator
