@@ -90,9 +90,10 @@ def read_arguments() -> argparse.Namespace:
         raise UserError("--unlabelled goes with --train-examples, and not with --class-weights")
     if args.bag and args.unlabelled:  # the weights of a bag are fitted on labelled rows
         raise UserError("--bag does not go with --unlabelled")
-    others = {"feature", "prompt"} if len(args.method) > 1 else {"feature", "prompt", "scratch"}
-    if args.masked_words and (others := others & set(args.method)):
-        raise UserError(f"--masked-words does not go with --method {min(others)}")
+    # Beside others scratch is there to compare with, and goes without.
+    alone = {"scratch"} if args.method == ["scratch"] else set()
+    if args.masked_words and (wrong := {"feature", "prompt", *alone} & set(args.method)):
+        raise UserError(f"--masked-words does not go with --method {min(wrong)}")
     return args
 
 
@@ -226,8 +227,8 @@ def fine_tune_all(args: argparse.Namespace, experiments: list[Experiment]) -> No
         for key, what in SOURCES.items():
             if run.settings.get(key) != settings[key]:
                 raise UserError(f"the {what} of the run in {run.directory} has changed since then")
-    setup = Setup(args, settings, source, start, tokenizer, reviews, examples, runtime, attention)
-    setup.head = head  # of the second task
+    what = args, settings, source, start, tokenizer, reviews, examples, runtime, attention
+    setup = Setup(*what, head=head)
     finished_runs(args.out, settings)  # what is damaged is an error now
     for experiment in experiments:
         return_freed_memory()  # each one's peak memory is its own
