@@ -163,6 +163,18 @@ def load_masked_lm(directory: Path, attention: str = "sdpa") -> tuple[BertForMas
     return model.eval(), not missing
 
 
+def load_with_head(directory: Path, option: str, attention: str = "sdpa") -> BertForMaskedLM:
+    """The model in a BERT directory that brought a masked-LM head, which `option` needs.
+
+    Raises UserError where it brought none.
+    """
+    model, has_head = load_masked_lm(directory, attention)
+    if not has_head:
+        way_out = "python train.py --init MODEL gives it one"
+        raise UserError(f"{option}: {directory} has no masked-LM head; {way_out}")
+    return model
+
+
 def load_for_classification(
     directory: Path,
     labels: dict[int, str],

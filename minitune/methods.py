@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from minitune.adapters import adapter_parameters, insert_adapters, parameters_of
-from minitune.checkpoint import load_for_classification, load_masked_lm, load_tokenizer
+from minitune.checkpoint import load_for_classification, load_tokenizer, load_with_head
 from minitune.classification import Examples
 from minitune.cloze import CLOZE_LEN, ClozeClassifier
 from minitune.features import FeatureClassifier
@@ -239,10 +239,7 @@ def build_cloze(
 
     Raises UserError where it has no head, a label has no words, or a cloze does not fit.
     """
-    model, has_head = load_masked_lm(source, attention)
-    if not has_head:
-        way_out = "python train.py --init MODEL gives it one"
-        raise UserError(f"--method prompt: {source} has no masked-LM head; {way_out}")
+    model = load_with_head(source, "--method prompt", attention)
     tokenizer, listed = load_tokenizer(source, model.config), read_words(words)
     chosen = match_labels(labels, dict(enumerate(listed)), "--method prompt")
     several = list(listed.values())

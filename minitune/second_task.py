@@ -19,12 +19,11 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from minitune.batching import PackedBatch, copy_to
-from minitune.checkpoint import load_masked_lm
+from minitune.checkpoint import load_with_head
 from minitune.classification import Classification
 from minitune.fast.layers import pad_rows
 from minitune.model import BertForSequenceClassification, MaskedLMHead
 from minitune.pretraining import MaskedBatch
-from minitune.support.errors import UserError
 from minitune.tokenizer import Tokenizer
 
 RATE = 0.15  # of the tokens are masked, as in BERT: the classifier needs most of them
@@ -32,11 +31,7 @@ RATE = 0.15  # of the tokens are masked, as in BERT: the classifier needs most o
 
 def head_of(source: Path) -> MaskedLMHead:
     """The masked-LM head of a pretrained model, frozen; UserError where it has none."""
-    model, has_head = load_masked_lm(source)
-    if not has_head:
-        way_out = "python train.py --init MODEL gives it one"
-        raise UserError(f"--masked-words: {source} has no masked-LM head; {way_out}")
-    return model.head.requires_grad_(False)
+    return load_with_head(source, "--masked-words").head.requires_grad_(False)
 
 
 @dataclass

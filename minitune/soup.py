@@ -37,8 +37,8 @@ def train(
     """Train once, or --soup times from the same weights; the learner gets the best by validation.
 
     Candidates are the best epoch of each training, and averages of two trainings or more. Returns
-    the validation metrics of all candidates, the best first, and the cost of the trainings.
-    `started` is when this process began.
+    the validation metrics of all candidates, the best first, and the cost of the trainings,
+    with whether they had CUDA graphs and a second task. `started` is when this process began.
     """
     args, run, runtime = setup.args, experiment.run, setup.runtime
     rates = [recipe[key] for key in ("optimizer", "lr", "adamw_lr")]

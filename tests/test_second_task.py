@@ -134,8 +134,9 @@ def test_soft_labels_and_class_weights_count_as_without_it(base):
 
 def trainer_for(base, directory, accumulate=1):
     model, task = model_of(base), task_for(base)
-    (directory / "resume").mkdir(parents=True, exist_ok=True)
+    directory.mkdir(exist_ok=True)
     optimizer, run = Optimizer(model, "adamw", 1e-3, 1e-3, 0.01), Run(directory)
+    run.start({})
     trainer = Trainer(model, optimizer, task, run, CPU, seed=0, accumulate=accumulate)
     trainer.steps = task.steps
     return trainer
